@@ -1,0 +1,48 @@
+# The commands of this project; CI calls the same ones.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install serve test lint format proto bench demo clean
+
+install: $(VENV)/.installed  ## a virtual environment with everything
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+serve: install  ## serve the demo model under Ray Serve
+	$(BIN)/headroom serve
+
+test: install  ## all tests
+	$(BIN)/python -m pytest
+
+lint: install node_modules/.installed  ## format, style, types, layers, protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	npx buf lint
+
+node_modules/.installed: package-lock.json
+	npm ci --no-audit --no-fund
+	touch $@
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: install  ## generated code beside the .proto files
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		protos/headroom/v1/*.proto
+
+bench: install  ## engine alone, standalone and Ray Serve in one run; writes loadtests/results
+	$(BIN)/python -m loadtests.fronts
+
+demo: install  ## train the bundled model again
+	$(BIN)/headroom train-demo --output models/demo
+
+clean:
+	rm -rf $(VENV) node_modules

@@ -1,0 +1,1 @@
+"""Load from outside: everything here talks to a server over the wire."""

@@ -1,0 +1,1 @@
+"""Hugging Face directories to `ModelConfig` and weights. Families are data, not subclasses."""

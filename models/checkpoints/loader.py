@@ -1,0 +1,189 @@
+"""A Hugging Face directory to a model, with every disagreement named before anything is used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.checkpoints.config_json import ConfigFields, read_json
+from models.checkpoints.families import FAMILIES, Family, Piece
+from models.config import ModelConfig
+from models.errors import CheckpointError, ConfigError
+from models.kernels import KernelName
+from models.transformer import Transformer
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_MAX_NAMED = 8
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model in a directory.
+
+    Raises:
+        CheckpointError: config.json is missing or unreadable.
+        ConfigError: a field is missing, has a value that cannot work, or asks for a feature that
+            is not supported.
+    """
+    directory = _directory(path)
+    family, fields = _read_family(directory)
+    config = family.parse(ConfigFields(fields))
+    generation = directory / "generation_config.json"
+    if generation.exists():
+        # A chat model often names its end-of-turn token only here.
+        eos = ConfigFields(read_json(generation)).token_ids("eos_token_id")
+        config = config.replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos))))
+    return config.replace(name=directory.resolve().name)
+
+
+def check_checkpoint(path: str | Path) -> ModelConfig:
+    """Everything that `load_model` checks, from the headers alone; reads no weights.
+
+    Raises:
+        CheckpointError, ConfigError: see `load_model`.
+    """
+    directory = _directory(path)
+    config = read_config(directory)
+    _find_tensors(directory, config)
+    return config
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    kernel: KernelName = "auto",
+) -> Transformer:
+    """Load a model from a Hugging Face directory (config.json and safetensors).
+
+    Args:
+        path: the directory.
+        dtype: type of weights and computation; None keeps what config.json says.
+        device: None means the CPU.
+        kernel: which implementation reads the paged cache.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or
+            wrongly shaped; the message names them.
+        ConfigError: see `read_config`.
+    """
+    directory = _directory(path)
+    config = read_config(directory)
+    dtype = dtype or getattr(torch, config.dtype)
+    stored = _find_tensors(directory, config)
+    handles = {file: safe_open(file, framework="pt") for file in {s.file for s in stored.values()}}
+
+    def read(piece: Piece) -> Tensor:
+        place = stored[piece.name]
+        tensor: Tensor = handles[place.file].get_tensor(place.name)
+        return tensor.T if piece.transposed else tensor
+
+    with torch.device("meta"):
+        model = Transformer(config, kernel=kernel)
+    state: dict[str, Tensor] = {}
+    for name, pieces in FAMILIES[config.family].tensors(config):
+        parts = [read(piece) for piece in pieces]
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        state[name] = joined.to(device=device or "cpu", dtype=dtype).contiguous()
+    model.load_state_dict(state, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _directory(path: str | Path) -> Path:
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is not a directory that holds a model")
+    return directory
+
+
+def _read_family(directory: Path) -> tuple[Family, dict[str, object]]:
+    fields = read_json(directory / "config.json")
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConfigError("model_type", model_type, ", ".join(FAMILIES))
+    if fields.get("quantization_config") is not None:
+        raise ConfigError("quantization_config", "present", "absent: weights must be plain floats")
+    return FAMILIES[model_type], fields
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, from its index if it is sharded."""
+    if not (directory / _INDEX).exists():
+        if not (directory / _SINGLE).exists():
+            raise CheckpointError(
+                f"{directory} holds neither {_SINGLE} nor {_INDEX}; "
+                "other weight formats are not read because they can run code"
+            )
+        return [directory / _SINGLE]
+    weight_map = read_json(directory / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{directory / _INDEX} has no weight_map")
+    files: list[Path] = []
+    for name in dict.fromkeys(weight_map.values()):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{_INDEX} names a shard outside of the directory: {name!r}")
+        if not (directory / name).exists():
+            raise CheckpointError(f"{directory / name} is missing; {_INDEX} names it")
+        files.append(directory / name)
+    return files
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """A tensor in a file: which file, its name there, its shape and type."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _find_tensors(directory: Path, config: ModelConfig) -> dict[str, _Stored]:
+    """Where every needed tensor is, by its name without prefix.
+
+    Raises:
+        CheckpointError: what the files hold differs from what the configuration needs.
+    """
+    family = FAMILIES[config.family]
+    stored = _read_headers(_weight_files(directory), family, config)
+    expected = {piece.name: piece for _, pieces in family.tensors(config) for piece in pieces}
+    problems = [f"missing {name}" for name in expected if name not in stored]
+    for name, place in stored.items():
+        if name not in expected:
+            problems.append(f"unexpected {name}")
+        elif place.shape != expected[name].shape:
+            problems.append(
+                f"{name} has shape {list(place.shape)}, the configuration needs "
+                f"{list(expected[name].shape)}"
+            )
+        elif place.dtype not in ("F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {place.dtype}, allowed: F32, F16, BF16")
+    if problems:
+        shown = "; ".join(problems[:_MAX_NAMED])
+        more = f"; and {len(problems) - _MAX_NAMED} more" if len(problems) > _MAX_NAMED else ""
+        raise CheckpointError(
+            f"the weights of {config.name!r} do not match its config.json: {shown}{more}"
+        )
+    return stored
+
+
+def _read_headers(files: list[Path], family: Family, config: ModelConfig) -> dict[str, _Stored]:
+    stored: dict[str, _Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for stored_name in handle.keys():  # noqa: SIM118, safe_open is no mapping
+                    name = stored_name.removeprefix(family.prefix)
+                    if name.endswith(family.ignored):
+                        continue
+                    if name == "lm_head.weight" and config.tie_word_embeddings:
+                        continue
+                    view = handle.get_slice(stored_name)
+                    shape = tuple(view.get_shape())
+                    stored[name] = _Stored(file, stored_name, shape, view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    return stored

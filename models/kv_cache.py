@@ -1,0 +1,153 @@
+"""Paged storage of keys and values: tensors only. Who owns which block is decided elsewhere."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """Keys and values of one layer, each `[num_blocks, block_size, kv_heads, head_dim]`."""
+
+    key: Tensor
+    value: Tensor
+
+    def write(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Store `[tokens, kv_heads, head_dim]` at flat slots `block * block_size + offset`."""
+        self.key.flatten(0, 1).index_copy_(0, slot_mapping, key)
+        self.value.flatten(0, 1).index_copy_(0, slot_mapping, value)
+
+    def gather(self, block_table: Tensor) -> tuple[Tensor, Tensor]:
+        """Read whole blocks.
+
+        Args:
+            block_table: `[..., blocks]` block numbers.
+
+        Returns:
+            Keys and values, each `[..., blocks * block_size, kv_heads, head_dim]`.
+        """
+        return (
+            self.key[block_table].flatten(-4, -3),
+            self.value[block_table].flatten(-4, -3),
+        )
+
+
+class KVCache:
+    """One pool of blocks for all layers; layers may differ in their head counts.
+
+    Blocks start as zeros, because masked positions are multiplied by 0 and must be finite.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.layers = tuple(
+            LayerCache(
+                *(
+                    torch.zeros(
+                        (num_blocks, block_size, heads.num_kv_heads, heads.head_dim),
+                        dtype=dtype,
+                        device=device,
+                    )
+                    for _ in range(2)
+                )
+            )
+            for heads in config.layers
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.key.nbytes + layer.value.nbytes for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSpan:
+    """Several new tokens of one sequence: rows `start:end` of the packed batch."""
+
+    start: int
+    end: int
+    seq_len: int
+    block_table: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the tokens of one step live in the cache, and what each may attend to.
+
+    The packed batch holds sequences with exactly one new token first (decodes), then those with
+    several (prefill chunks). A new token attends to all of its sequence up to itself.
+
+    Attributes:
+        slot_mapping: `[tokens]`, the cache slot of each new token.
+        num_decodes: how many of the first rows are decodes.
+        decode_block_tables: `[num_decodes, blocks]`, padded with block 0.
+        decode_mask: bool `[num_decodes, 1, 1, blocks * block_size]`, True may be attended to.
+        prefills: the remaining rows.
+    """
+
+    slot_mapping: Tensor
+    num_decodes: int
+    decode_block_tables: Tensor
+    decode_mask: Tensor
+    prefills: tuple[PrefillSpan, ...]
+
+    @staticmethod
+    def build(
+        *,
+        block_tables: Sequence[Sequence[int]],
+        num_computed_tokens: Sequence[int],
+        num_new_tokens: Sequence[int],
+        block_size: int,
+        device: torch.device,
+    ) -> "AttentionMetadata":
+        """Describe a batch whose sequences are given in packed order, decodes first.
+
+        Args:
+            block_tables: blocks of each sequence, enough for its old and new tokens.
+            num_computed_tokens: tokens of each sequence that the cache already holds.
+            num_new_tokens: tokens of each sequence in this step, 1 or more.
+        """
+        num_decodes = sum(1 for count in num_new_tokens if count == 1)
+        assert all(count == 1 for count in num_new_tokens[:num_decodes]), "decodes come first"
+        slots: list[int] = []
+        for table, computed, count in zip(
+            block_tables, num_computed_tokens, num_new_tokens, strict=True
+        ):
+            for position in range(computed, computed + count):
+                slots.append(table[position // block_size] * block_size + position % block_size)
+        decode_lens = [computed + 1 for computed in num_computed_tokens[:num_decodes]]
+        width = max((-(-length // block_size) for length in decode_lens), default=0)
+        padded = [
+            [*table[:width], *[0] * (width - len(table))] for table in block_tables[:num_decodes]
+        ]
+        spans: list[PrefillSpan] = []
+        start = num_decodes
+        for index in range(num_decodes, len(block_tables)):
+            seq_len = num_computed_tokens[index] + num_new_tokens[index]
+            used = block_tables[index][: -(-seq_len // block_size)]
+            end = start + num_new_tokens[index]
+            spans.append(PrefillSpan(start, end, seq_len, torch.tensor(used, device=device)))
+            start = end
+        positions = torch.arange(width * block_size, device=device)
+        lens = torch.tensor(decode_lens, dtype=torch.int64, device=device)
+        return AttentionMetadata(
+            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+            num_decodes=num_decodes,
+            decode_block_tables=torch.tensor(padded, dtype=torch.int64, device=device).view(
+                num_decodes, width
+            ),
+            decode_mask=(positions < lens[:, None])[:, None, None, :],
+            prefills=tuple(spans),
+        )

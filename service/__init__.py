@@ -1,0 +1,1 @@
+"""The engine (no transport) and its edge (gRPC, Ray Serve, command line)."""

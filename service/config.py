@@ -1,0 +1,112 @@
+"""Everything that can be set, read once from flags, environment, file and defaults, in this order.
+
+This is the only place that reads files of settings or environment variables.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from service.engine.config import EngineConfig
+
+DEMO_DIRECTORY = Path(__file__).parent.parent / "models" / "demo"
+
+
+class SettingsError(ValueError):
+    """Settings that cannot be used; the message has one line per wrong setting."""
+
+
+class ServiceConfig(BaseSettings):
+    """What `headroom serve` serves, where, and within which limits.
+
+    Environment variables are `HEADROOM_` and the field's name; fields of `engine` are joined by
+    two underscores, for example `HEADROOM_ENGINE__MAX_NUM_SEQS`.
+
+    Attributes:
+        model: a Hugging Face directory, or `demo` for the bundled model.
+        application: name of the Ray Serve application; clients send it as metadata.
+        host, port: where gRPC is served.
+        http_port: where Ray Serve answers HTTP health checks.
+        replicas: processes that each hold the model, under Ray Serve.
+        max_message_bytes: a larger gRPC message is refused before it is parsed.
+        drain_seconds: how long open requests may go on after the server was told to stop.
+        stall_seconds: an engine that has work but finishes no step for so long is unhealthy.
+        engine: limits of each replica's engine.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="HEADROOM_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    model: str = "demo"
+    application: str = Field("headroom", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    host: str = "127.0.0.1"
+    port: int = Field(9000, ge=1, le=65535)
+    http_port: int = Field(8000, ge=1, le=65535)
+    runtime: Literal["ray", "standalone"] = "ray"
+    replicas: int = Field(1, ge=1, le=64)
+    max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=2**31 - 1)
+    drain_seconds: float = Field(30.0, ge=0, le=3600)
+    stall_seconds: float = Field(30.0, gt=0, le=3600)
+    engine: EngineConfig = EngineConfig()
+
+    @property
+    def model_path(self) -> Path:
+        return DEMO_DIRECTORY if self.model == "demo" else Path(self.model)
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _known_engine_fields(cls, value: object) -> object:
+        """Dataclasses ignore fields they do not have; a misspelt limit must not go unnoticed."""
+        if isinstance(value, dict):
+            known = {field.name for field in dataclasses.fields(EngineConfig)}
+            unknown = sorted(set(value) - known)
+            if unknown:
+                raise ValueError(
+                    f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                )
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_config(file: Path | None = None, **flags: Any) -> ServiceConfig:
+    """Settings from flags (None is unset), environment, a YAML file and defaults.
+
+    Raises:
+        SettingsError: the file cannot be read, or a setting is unknown or not allowed.
+    """
+    if file is not None and not file.is_file():
+        raise SettingsError(f"{file} is not a file")
+
+    class FileConfig(ServiceConfig):
+        model_config = SettingsConfigDict(yaml_file=file, yaml_file_encoding="utf-8")
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return FileConfig(**given)
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise SettingsError("\n".join(lines)) from error
+    except Exception as error:  # the YAML reader's own kinds
+        raise SettingsError(f"{file} cannot be read: {error}") from error

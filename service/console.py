@@ -1,0 +1,59 @@
+"""What the command line prints: descriptions, the ready line, and one clear line per error."""
+
+import socket
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+from rich.console import Console
+
+from service.client import Client
+
+if TYPE_CHECKING:
+    from protos.headroom.v1.models_pb2 import GetModelResponse
+
+out = Console(highlight=False, soft_wrap=True, markup=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def describe(model: "GetModelResponse") -> dict[str, str]:
+    """The facts that decide what a server can do, each as one line of text."""
+    labels: dict[str, int] = {}
+    for layer in model.layers:
+        label = f"h{layer.num_heads}kv{layer.num_kv_heads}d{layer.head_dim}"
+        labels[label] = labels.get(label, 0) + 1
+    tokens = model.kv_blocks_total * model.kv_block_size
+    mebibytes = tokens * model.kv_bytes_per_token / 2**20
+    return {
+        "model": f"{model.name} ({model.family}, {model.num_parameters / 1e6:.1f} M parameters, "
+        f"{model.dtype} on {model.device}, {model.backend} attention)",
+        "heads": ", ".join(f"{label} x {count} layers" for label, count in labels.items()),
+        "context": f"{model.max_model_len} tokens, {model.max_num_seqs} sequences at once",
+        "kv": f"{model.kv_blocks_total} blocks of {model.kv_block_size} = {tokens} tokens, "
+        f"{mebibytes:.1f} MiB, {model.kv_bytes_per_token} bytes per token",
+    }
+
+
+def print_ready(host: str, port: int, application: str, started: float) -> None:
+    """Ask the server about itself, through its own front, and say that it is ready."""
+    with Client(f"{host}:{port}", application=application) as client:
+        lines = describe(client.get_model())
+    for name, text in lines.items():
+        out.print(f"{name:<8}{text}")
+    seconds = time.monotonic() - started
+    out.print(f"ready   grpc://{host}:{port} after {seconds:.1f} s; Ctrl-C drains and stops")
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise OSError, naming the address, if something listens there."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+def fail(message: str, *, code: int = 1) -> NoReturn:
+    """Print an error, one line per line, and exit."""
+    for line in message.splitlines():
+        err.print(f"error: {line}")
+    raise typer.Exit(code)

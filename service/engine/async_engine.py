@@ -1,0 +1,290 @@
+"""The engine on its own thread, and its asyncio face. Nothing else crosses between the two.
+
+Only the engine thread touches scheduler, blocks and torch, and it is the only one that ever runs
+a parallel torch operation, model loading included: a second OpenMP pool would slow every step.
+Commands go in through a `SimpleQueue`; results come out with one `call_soon_threadsafe` per step.
+"""
+
+import asyncio
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+
+import structlog
+import torch
+
+from service.engine.engine import Engine, EngineLoad, EngineRequest
+from service.engine.errors import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineError,
+    EngineStalledError,
+)
+from service.engine.sequence import FinishReason, SequenceOutput
+
+log = structlog.get_logger()
+
+
+class _Stream:
+    """Results of one request on their way to its reader; what piles up is handed out merged."""
+
+    def __init__(self) -> None:
+        self.seq_id: int | None = None
+        self._outputs: list[SequenceOutput] = []
+        self._error: EngineError | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, result: SequenceOutput | EngineError) -> None:
+        if isinstance(result, EngineError):
+            self._error = result
+        else:
+            self._outputs.append(result)
+        self._ready.set()
+
+    async def get(self) -> SequenceOutput:
+        await self._ready.wait()
+        if self._outputs:
+            outputs, self._outputs = self._outputs, []
+            if self._error is None:
+                self._ready.clear()
+            return SequenceOutput.merge(outputs)
+        assert self._error is not None, "a ready stream has an output or an error"
+        raise self._error
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    request: EngineRequest
+    stream: _Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    stream: _Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _AbortAll:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Command = _Add | _Abort | _AbortAll | _Stop
+
+
+class AsyncEngine:
+    """An engine that asyncio code can share.
+
+    Args:
+        build: makes the engine; runs on the engine thread.
+        num_threads: torch threads of the engine thread; None takes all cores.
+        stall_seconds: without a finished step for so long, while there is work, the engine
+            counts as stalled.
+    """
+
+    def __init__(
+        self, build: Callable[[], Engine], *, num_threads: int | None, stall_seconds: float
+    ) -> None:
+        self._build = build
+        self._num_threads = num_threads
+        self._stall_seconds = stall_seconds
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._streams: dict[int, _Stream] = {}
+        self._thread: threading.Thread | None = None
+        self._engine: Engine | None = None
+        self._load: EngineLoad | None = None
+        self._busy_since: float | None = None
+        self._draining = False
+        self._num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, for its constant facts (configuration, limits, cache size) only."""
+        assert self._engine is not None, "start() has returned"
+        return self._engine
+
+    @property
+    def load(self) -> EngineLoad:
+        assert self._load is not None, "start() has returned"
+        return self._load
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining
+
+    async def start(self) -> None:
+        """Start the thread and build the engine on it; raises what building raises."""
+        self._loop = asyncio.get_running_loop()
+        started: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(
+            target=self._run, args=(started,), name="engine", daemon=True
+        )
+        self._thread.start()
+        await started
+
+    async def run(self, request: EngineRequest) -> AsyncGenerator[SequenceOutput, None]:
+        """Results of one request, until one of them has a `finish`.
+
+        Closing the iterator early aborts the request; its blocks are free before the next step.
+
+        Raises:
+            EngineError: the request was refused, or the engine is draining or dead.
+        """
+        if self._draining:
+            raise EngineDrainingError
+        self.check_alive()
+        stream = _Stream()
+        self._commands.put(_Add(request, stream))
+        self._num_open += 1
+        self._idle.clear()
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finish is not None
+                yield output
+        except EngineError:
+            finished = True
+            raise
+        finally:
+            if not finished:
+                self._commands.put(_Abort(stream))
+            self._num_open -= 1
+            if self._num_open == 0:
+                self._idle.set()
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError if the engine thread has ended."""
+        if self._thread is None or not self._thread.is_alive():
+            raise EngineDeadError
+
+    def check_health(self) -> None:
+        """Raise unless the engine lives and, if it has work, makes progress.
+
+        Raises:
+            EngineDeadError, EngineStalledError
+        """
+        self.check_alive()
+        busy_since = self._busy_since
+        if busy_since is not None:
+            seconds = time.monotonic() - busy_since
+            if seconds > self._stall_seconds:
+                raise EngineStalledError(seconds)
+
+    async def drain(self, seconds: float) -> bool:
+        """Take no new requests; wait for the open ones, then cancel the rest.
+
+        Returns:
+            Whether all open requests ended by themselves in time.
+        """
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+            return True
+        except TimeoutError:
+            self._commands.put(_AbortAll())
+            return False
+
+    async def shutdown(self) -> None:
+        """Stop the thread; open requests end with EngineDeadError."""
+        self._draining = True
+        self._commands.put(_Stop())
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    # Everything below runs on the engine thread, except `_dispatch`.
+
+    def _run(self, started: "asyncio.Future[None]") -> None:
+        try:
+            torch.set_num_threads(self._num_threads or _num_cores())
+            engine = self._build()
+        except BaseException as error:  # whatever it is, the starter must hear of it
+            self._call_on_loop(started.set_exception, error)
+            return
+        self._engine, self._load = engine, engine.load
+        self._call_on_loop(started.set_result, None)
+        try:
+            self._serve(engine)
+        except Exception:
+            log.exception("engine failed")
+        finally:
+            streams = list(self._streams.values())
+            self._streams.clear()
+            while not self._commands.empty():
+                command = self._commands.get()
+                if isinstance(command, _Add):
+                    streams.append(command.stream)
+            self._deliver([(stream, EngineDeadError()) for stream in streams])
+
+    def _serve(self, engine: Engine) -> None:
+        while self._apply_commands(engine):
+            self._busy_since = time.monotonic()
+            outputs = engine.step()
+            self._busy_since = None
+            self._publish(engine, outputs)
+
+    def _apply_commands(self, engine: Engine) -> bool:
+        """Apply what has been asked for, waiting for something to do; False means stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not engine.has_unfinished)
+            except queue.Empty:
+                return True
+            match command:
+                case _Add(request, stream):
+                    self._add(engine, request, stream)
+                case _Abort(stream):
+                    if stream.seq_id is not None:
+                        self._streams.pop(stream.seq_id, None)
+                        engine.abort(stream.seq_id)
+                    self._load = engine.load
+                case _AbortAll():
+                    self._publish(engine, engine.scheduler.abort_all(FinishReason.CANCELLED))
+                case _Stop():
+                    return False
+
+    def _add(self, engine: Engine, request: EngineRequest, stream: _Stream) -> None:
+        try:
+            stream.seq_id = engine.add(request)
+        except EngineError as error:
+            self._deliver([(stream, error)])
+            return
+        self._streams[stream.seq_id] = stream
+        self._load = engine.load
+
+    def _publish(self, engine: Engine, outputs: list[SequenceOutput]) -> None:
+        self._load = engine.load
+        results: list[tuple[_Stream, SequenceOutput | EngineError]] = []
+        for output in outputs:
+            done = output.finish is not None
+            stream = self._streams.pop(output.seq_id) if done else self._streams[output.seq_id]
+            results.append((stream, output))
+        self._deliver(results)
+
+    def _deliver(self, results: "list[tuple[_Stream, SequenceOutput | EngineError]]") -> None:
+        if results:
+            self._call_on_loop(_dispatch, results)
+
+    def _call_on_loop(self, function: Callable[..., object], *args: object) -> None:
+        # The loop may be closed already when a process ends without shutdown().
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+def _dispatch(results: "list[tuple[_Stream, SequenceOutput | EngineError]]") -> None:
+    for stream, result in results:
+        stream.put(result)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,288 @@
+"""The synchronous heart: add requests, step, collect tokens. Knows no thread and no transport."""
+
+import itertools
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.kv_cache import KVCache
+from models.tokenizer import IncrementalDetokenizer, Tokenizer
+from models.transformer import Transformer
+from service.engine.block_manager import BlockManager
+from service.engine.config import EngineConfig
+from service.engine.errors import InvalidRequestError, Violation
+from service.engine.memory import load_configured_model, num_blocks_for
+from service.engine.model_runner import ModelRunner
+from service.engine.sampling_params import SamplingParams
+from service.engine.scheduler import Scheduler, StepPlan
+from service.engine.sequence import (
+    FinishReason,
+    Sequence,
+    SequenceOutput,
+    TokenLogprobs,
+)
+from service.engine.validation import ModelLimits, prompt_violations, validate_generation
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What a caller wants: to continue a prompt, or (without params) to score it.
+
+    Attributes:
+        timeout: seconds from arrival until the request ends with what it has.
+        cache_namespace: requests share cached prefixes only within one namespace.
+    """
+
+    prompt_token_ids: SequenceOf[int]
+    params: SamplingParams | None
+    priority: int = 0
+    timeout: float | None = None
+    cache_namespace: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """A whole generation."""
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine is busy with."""
+
+    num_running: int
+    num_waiting: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    kv_blocks_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step in numbers, for listeners."""
+
+    num_tokens: int
+    num_sequences: int
+    num_preempted: int
+    seconds: float
+    load: EngineLoad
+
+
+class Engine:
+    """A model, its KV cache and the requests that share them.
+
+    Args:
+        model: the model to run.
+        config: limits.
+        tokenizer: needed for stop strings only.
+        on_step: told about every step.
+        clock: monotonic seconds; deadlines and timings are measured with it.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        config: EngineConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        on_step: Callable[[StepStats], None] = lambda stats: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model_config = model.config
+        self.config = config
+        self.max_model_len = _max_model_len(config, model)
+        self.kv_cache = KVCache(
+            model.config,
+            num_blocks=num_blocks_for(model, config, self.max_model_len),
+            block_size=config.block_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        self.on_step = on_step
+        self.limits = ModelLimits(model.config.vocab_size, self.max_model_len)
+        eos_token_ids = frozenset(model.config.eos_token_ids)
+        block_manager = BlockManager(
+            self.kv_cache.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+        )
+        self.scheduler = Scheduler(
+            config,
+            block_manager,
+            max_model_len=self.max_model_len,
+            eos_token_ids=eos_token_ids,
+            clock=clock,
+        )
+        self.model_runner = ModelRunner(model, self.kv_cache, eos_token_ids=eos_token_ids)
+        self._tokenizer = tokenizer
+        self._clock = clock
+        self._seq_ids = itertools.count()
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        on_step: Callable[[StepStats], None] = lambda stats: None,
+    ) -> "Engine":
+        """An engine for the model in a Hugging Face directory.
+
+        Raises:
+            CheckpointError, ConfigError, TokenizerError: see `models.load_model`.
+        """
+        config = config or EngineConfig()
+        model = load_configured_model(path, config)
+        has_tokenizer = (Path(path) / "tokenizer.json").is_file()
+        tokenizer = Tokenizer.for_model(path, model.config) if has_tokenizer else None
+        return cls(model, config, tokenizer=tokenizer, on_step=on_step)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.kv_cache.nbytes // (self.kv_cache.num_blocks * self.kv_cache.block_size)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    @property
+    def load(self) -> EngineLoad:
+        manager = self.scheduler.block_manager
+        return EngineLoad(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_blocks_total=manager.num_blocks,
+            kv_blocks_used=manager.num_used_blocks,
+            kv_blocks_cached=manager.num_cached_blocks,
+        )
+
+    def add(self, request: EngineRequest) -> int:
+        """Queue a request and return its id, which grows with arrival.
+
+        Raises:
+            InvalidRequestError: a field is wrong.
+            NeverFitsError, QueueFullError: see `Scheduler.add`.
+        """
+        self._validate(request)
+        now = self._clock()
+        params = request.params
+        seq = Sequence(
+            seq_id=next(self._seq_ids),
+            token_ids=list(request.prompt_token_ids),
+            params=params,
+            arrival_time=now,
+            priority=request.priority,
+            deadline=None if request.timeout is None else now + request.timeout,
+            cache_namespace=request.cache_namespace,
+            match_stop=self._stop_matcher(params) if params and params.stop else None,
+        )
+        self.scheduler.add(seq)
+        return seq.seq_id
+
+    def abort(
+        self, seq_id: int, reason: FinishReason = FinishReason.CANCELLED
+    ) -> SequenceOutput | None:
+        """End a request now; None if it has ended already."""
+        return self.scheduler.abort(seq_id, reason)
+
+    def step(self) -> list[SequenceOutput]:
+        """Run one step for all requests; returns what is new for each."""
+        started = self._clock()
+        plan = self.scheduler.schedule()
+        results = self.model_runner.run(plan)
+        outputs = self.scheduler.update(plan, results)
+        self.on_step(self._stats(plan, self._clock() - started))
+        return outputs
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | list[SamplingParams],
+    ) -> list[RequestOutput]:
+        """Continue all prompts; returns when the last has ended.
+
+        Args:
+            prompts: token ids of each prompt.
+            params: for all prompts, or one for each.
+
+        Raises:
+            InvalidRequestError, NeverFitsError: nothing of the batch was run.
+        """
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        requests = [
+            EngineRequest(prompt, settings) for prompt, settings in zip(prompts, each, strict=True)
+        ]
+        for request in requests:
+            self._validate(request)
+        collected: dict[int, list[SequenceOutput]] = {}
+        pending = iter(requests)
+        upcoming = next(pending, None)
+        while upcoming is not None or self.has_unfinished:
+            while upcoming is not None and self.scheduler.has_room_for(
+                len(upcoming.prompt_token_ids)
+            ):
+                collected[self.add(upcoming)] = []
+                upcoming = next(pending, None)
+            for output in self.step():
+                collected[output.seq_id].append(output)
+        return [_request_output(SequenceOutput.merge(outputs)) for outputs in collected.values()]
+
+    def _validate(self, request: EngineRequest) -> None:
+        if request.params is not None:
+            validate_generation(request.prompt_token_ids, request.params, self.limits)
+            return
+        violations = list(
+            prompt_violations(request.prompt_token_ids, self.limits, max_len=self.max_model_len)
+        )
+        if violations:
+            raise InvalidRequestError(violations)
+
+    def _stop_matcher(self, params: SamplingParams) -> Callable[[int], str | None]:
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                [Violation("sampling.stop", "set", "empty; this engine has no tokenizer")]
+            )
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer, params.stop, min_tokens=params.min_tokens
+        )
+
+        def match(token_id: int) -> str | None:
+            detokenizer.push((token_id,))
+            return detokenizer.matched_stop
+
+        return match
+
+    def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
+        return StepStats(
+            num_tokens=plan.num_tokens,
+            num_sequences=len(plan.scheduled),
+            num_preempted=plan.num_preempted,
+            seconds=seconds,
+            load=self.load,
+        )
+
+
+def _max_model_len(config: EngineConfig, model: Transformer) -> int:
+    longest = model.config.max_position_embeddings
+    if config.max_model_len is None:
+        return longest
+    if config.max_model_len > longest:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}; allowed: at most {longest}, "
+            "the positions that the model knows"
+        )
+    return config.max_model_len
+
+
+def _request_output(output: SequenceOutput) -> RequestOutput:
+    assert output.finish is not None, "a collected request has ended"
+    return RequestOutput(
+        token_ids=list(output.token_ids),
+        finish_reason=output.finish.reason,
+        logprobs=list(output.logprobs),
+    )

@@ -1,0 +1,76 @@
+"""Why the engine refuses or loses a request. Knows no transport and no status code.
+
+EngineError
+├── InvalidRequestError      fields of the request are wrong; every one of them is named
+├── NeverFitsError           the request is larger than the whole KV cache
+├── QueueFullError           the waiting queue is full, by requests or by tokens
+├── EngineDrainingError      the engine finishes what it has and takes nothing new
+├── EngineDeadError          the engine thread has failed; only a new engine helps
+└── EngineStalledError       there is work, and no step has finished for too long
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One wrong field: its name, what was given, and what is allowed."""
+
+    field: str
+    given: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.field} is {self.given}; allowed: {self.allowed}"
+
+
+class InvalidRequestError(EngineError, ValueError):
+    """Fields of a request are wrong."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("; ".join(str(violation) for violation in violations))
+
+
+class NeverFitsError(EngineError):
+    """A request needs more KV blocks than the engine has in total."""
+
+    def __init__(self, *, num_tokens: int, max_tokens: int) -> None:
+        super().__init__(
+            f"prompt and max_tokens need {num_tokens} tokens of KV cache; "
+            f"this server has {max_tokens} in total"
+        )
+
+
+class QueueFullError(EngineError):
+    """The waiting queue has reached its limit of requests or of tokens."""
+
+    def __init__(self, *, unit: str, limit: int) -> None:
+        self.unit = unit
+        super().__init__(f"the queue is full: it holds at most {limit} waiting {unit}")
+
+
+class EngineDrainingError(EngineError):
+    """The engine is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is draining: it finishes running requests and takes no new")
+
+
+class EngineDeadError(EngineError):
+    """The engine thread has ended with an error."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has failed and is being replaced")
+
+
+class EngineStalledError(EngineError):
+    """The engine has work but makes no progress."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the engine has work but finished no step for {seconds:.1f} s")

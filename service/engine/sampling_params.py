@@ -1,0 +1,46 @@
+"""How the tokens of one request are chosen and when they end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling settings of one request; `validation` says what is allowed.
+
+    Attributes:
+        max_tokens: generate at most so many tokens; None generates until the model ends or its
+            context is full.
+        min_tokens: neither end-of-sequence nor any stop before so many tokens.
+        temperature: 0 is greedy.
+        top_k: sample among the k most likely tokens; 0 is off.
+        top_p: sample among the most likely tokens that together reach this probability.
+        min_p: drop tokens less likely than this share of the most likely one.
+        repetition_penalty: above 1 discourages tokens of prompt and output; 1 is off.
+        presence_penalty: subtracted from logits of tokens that the output contains.
+        frequency_penalty: subtracted once per occurrence in the output.
+        seed: the same seed and request give the same tokens; None draws one.
+        stop: strings that end the generation; not part of the returned text.
+        stop_token_ids: tokens that end the generation; part of the returned ids.
+        ignore_eos: go on after the model's end-of-sequence token.
+        logprobs: report the chosen token's log-probability and so many alternatives.
+        logit_bias: added to the logits of these tokens.
+        allowed_token_ids: choose among these only; empty allows all.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()

@@ -1,0 +1,303 @@
+"""Who runs in the next step, and how many tokens each. Integers only, no tensors.
+
+There is one rule for prefill, chunked prefill, decode and recomputation: a sequence has tokens
+whose keys and values are not computed yet, and a step computes some of them. A decode is a
+sequence with one such token.
+"""
+
+import bisect
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from service.engine.block_manager import BlockManager
+from service.engine.config import EngineConfig
+from service.engine.errors import NeverFitsError, QueueFullError
+from service.engine.sequence import (
+    FinishReason,
+    Sequence,
+    SequenceOutput,
+    SequenceStatus,
+    TokenLogprobs,
+)
+from service.engine.waiting_queue import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """The next `num_tokens` uncomputed tokens of a sequence are part of the step."""
+
+    seq: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step computes the sequence's last token, so that a new one follows."""
+        return self.seq.params is not None and self.num_tokens == self.seq.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step does.
+
+    Attributes:
+        scheduled: sequences with exactly one token first, then the others.
+        expired: outputs of sequences whose deadline has passed; they do not run.
+        num_preempted: sequences that lost their blocks to others.
+    """
+
+    scheduled: tuple[ScheduledSequence, ...]
+    expired: tuple[SequenceOutput, ...]
+    num_preempted: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the model said about one scheduled sequence.
+
+    Attributes:
+        token_id: the sampled token; None if none was due, or if the logits were not finite.
+        logprobs: of the sampled token, if asked for.
+        prompt_logprobs: when scoring, log-probabilities of the tokens after the computed ones.
+    """
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[float, ...] = ()
+
+
+class Scheduler:
+    """Admission, token budget, preemption and endings.
+
+    Args:
+        config: limits.
+        block_manager: the KV blocks.
+        max_model_len: prompt and output tokens of one request.
+        eos_token_ids: tokens with which the model ends.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        block_manager: BlockManager,
+        *,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        clock: Callable[[], float],
+    ) -> None:
+        self.block_manager = block_manager
+        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue(config.max_bypass)
+        self._config = config
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._by_id: dict[int, Sequence] = {}
+        # The last token of a request needs no slot.
+        self._max_len = min(max_model_len, block_manager.num_blocks * block_manager.block_size + 1)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._by_id)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return sum(seq.num_tokens for seq in self.waiting)
+
+    def has_room_for(self, num_tokens: int) -> bool:
+        """Whether the queue takes one more request of so many prompt tokens."""
+        return (
+            len(self.waiting) < self._config.max_waiting_requests
+            and self.num_waiting_tokens + num_tokens <= self._config.max_waiting_tokens
+        )
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence.
+
+        Raises:
+            NeverFitsError: it needs more blocks than there are.
+            QueueFullError: the queue has reached a limit.
+        """
+        manager = self.block_manager
+        if manager.blocks_for(seq.max_kv_tokens) > manager.num_blocks:
+            raise NeverFitsError(
+                num_tokens=seq.max_kv_tokens, max_tokens=manager.num_blocks * manager.block_size
+            )
+        if len(self.waiting) >= self._config.max_waiting_requests:
+            raise QueueFullError(unit="requests", limit=self._config.max_waiting_requests)
+        if not self.has_room_for(seq.num_tokens):
+            raise QueueFullError(unit="tokens", limit=self._config.max_waiting_tokens)
+        self._by_id[seq.seq_id] = seq
+        self.waiting.push(seq)
+
+    def abort(self, seq_id: int, reason: FinishReason) -> SequenceOutput | None:
+        """End a sequence at whatever stage it is; None if it has ended already."""
+        seq = self._by_id.get(seq_id)
+        return None if seq is None else self._end(seq, reason)
+
+    def abort_all(self, reason: FinishReason) -> list[SequenceOutput]:
+        return [self._end(seq, reason) for seq in list(self._by_id.values())]
+
+    def schedule(self) -> StepPlan:
+        """Plan one step; takes blocks for it."""
+        expired = self._expire()
+        budget = self._config.max_num_batched_tokens
+        scheduled: list[ScheduledSequence] = []
+        num_preempted = 0
+        # Decodes first: a long prompt may slow them down, but never stop them.
+        for seq in sorted(self.running, key=lambda running: running.num_uncomputed_tokens > 1):
+            if budget == 0:
+                break
+            if seq.status is not SequenceStatus.RUNNING:
+                continue
+            num_tokens = min(seq.num_uncomputed_tokens, budget)
+            num_preempted += self._make_room(seq, seq.num_computed_tokens + num_tokens)
+            if seq.status is SequenceStatus.RUNNING:
+                scheduled.append(ScheduledSequence(seq, num_tokens))
+                budget -= num_tokens
+        while budget and not num_preempted and len(self.running) < self._config.max_num_seqs:
+            admitted = self._admit_next()
+            if admitted is None:
+                break
+            num_tokens = min(admitted.num_uncomputed_tokens, budget)
+            scheduled.append(ScheduledSequence(admitted, num_tokens))
+            budget -= num_tokens
+        scheduled.sort(key=lambda item: item.num_tokens > 1)
+        return StepPlan(tuple(scheduled), tuple(expired), num_preempted)
+
+    def update(self, plan: StepPlan, results: SequenceOf[StepResult]) -> list[SequenceOutput]:
+        """Record what a step computed; returns what is new for each sequence."""
+        now = self._clock()
+        outputs = list(plan.expired)
+        for item, result in zip(plan.scheduled, results, strict=True):
+            seq, samples = item.seq, item.samples
+            seq.num_computed_tokens += item.num_tokens
+            self.block_manager.remember(seq, item.num_tokens)
+            if samples:
+                outputs.append(self._append(seq, result, now))
+            elif seq.params is None:
+                seq.prompt_logprobs.extend(result.prompt_logprobs)
+                if seq.num_uncomputed_tokens == 0:
+                    seq.first_token_time = now
+                    outputs.append(self._end(seq, FinishReason.LENGTH))
+        return outputs
+
+    def check_integrity(self) -> None:
+        """Check the invariants that hold between steps.
+
+        Raises:
+            AssertionError: one of them does not.
+        """
+        self.block_manager.check_integrity(self._by_id.values())
+        waiting = list(self.waiting)
+        assert len(waiting) + len(self.running) == len(self._by_id), "a sequence is in no list"
+        assert self.running == sorted(self.running, key=lambda seq: seq.order), "running order"
+        assert len(self.running) <= self._config.max_num_seqs, "too many running"
+        for seq in waiting:
+            assert seq.status is SequenceStatus.WAITING, f"waiting sequence is {seq.status}"
+            assert not seq.block_table, "a waiting sequence holds blocks"
+            assert seq.num_computed_tokens == 0, "a waiting sequence has computed tokens"
+        for seq in self.running:
+            assert seq.status is SequenceStatus.RUNNING, f"running sequence is {seq.status}"
+            assert seq.num_uncomputed_tokens > 0, "a running sequence has nothing to compute"
+            held = len(seq.block_table) * self.block_manager.block_size
+            assert seq.num_computed_tokens <= held, "computed tokens without blocks"
+
+    def _expire(self) -> list[SequenceOutput]:
+        now = self._clock()
+        return [
+            self._end(seq, FinishReason.DEADLINE)
+            for seq in list(self._by_id.values())
+            if seq.deadline is not None and seq.deadline <= now
+        ]
+
+    def _make_room(self, seq: Sequence, num_tokens: int) -> int:
+        """Grow a running sequence, preempting from the end of the order, itself at the last.
+
+        Returns:
+            How many sequences were preempted.
+        """
+        num_preempted = 0
+        while not self.block_manager.grow(seq, num_tokens):
+            victim = self.running[-1]
+            self._preempt(victim)
+            num_preempted += 1
+            if victim is seq:
+                break
+        return num_preempted
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take all blocks; the tokens stay and are computed again after the next admission."""
+        self.running.remove(seq)
+        self.block_manager.free(seq)
+        seq.num_computed_tokens = 0
+        seq.num_preemptions += 1
+        seq.prompt_logprobs.clear()
+        seq.status = SequenceStatus.WAITING
+        self.waiting.push(seq)
+
+    def _admit_next(self) -> Sequence | None:
+        """Move the first waiting sequence that fits to the running ones."""
+        for seq in self.waiting.candidates():
+            # Every running sequence may need one more block before anything ends.
+            if self.block_manager.admit(seq, reserve=len(self.running)):
+                self.waiting.admit(seq)
+                seq.status = SequenceStatus.RUNNING
+                if seq.first_scheduled_time is None:
+                    seq.first_scheduled_time = self._clock()
+                    seq.num_cached_tokens = seq.num_computed_tokens
+                bisect.insort(self.running, seq, key=lambda running: running.order)
+                return seq
+        return None
+
+    def _append(self, seq: Sequence, result: StepResult, now: float) -> SequenceOutput:
+        """Add a sampled token and see whether it is the last."""
+        if result.token_id is None:
+            return self._end(seq, FinishReason.ERROR)
+        seq.token_ids.append(result.token_id)
+        if seq.first_token_time is None:
+            seq.first_token_time = now
+        ending = self._ending(seq, result.token_id)
+        return SequenceOutput(
+            seq_id=seq.seq_id,
+            token_ids=(result.token_id,),
+            logprobs=() if result.logprobs is None else (result.logprobs,),
+            finish=None if ending is None else self._end(seq, *ending).finish,
+        )
+
+    def _ending(self, seq: Sequence, token_id: int) -> tuple[FinishReason, str | int | None] | None:
+        """Why the newest token is the last one, and what it matched; None if it is not."""
+        params = seq.params
+        assert params is not None, "only generations sample"
+        matched = seq.match_stop(token_id) if seq.match_stop else None
+        if matched is not None:
+            return FinishReason.STOP, matched
+        if seq.num_output_tokens >= params.min_tokens:
+            if token_id in params.stop_token_ids:
+                return FinishReason.STOP, token_id
+            if token_id in self._eos_token_ids and not params.ignore_eos:
+                return FinishReason.EOS, None
+        if params.max_tokens is not None and seq.num_output_tokens >= params.max_tokens:
+            return FinishReason.LENGTH, None
+        if seq.num_tokens >= self._max_len:
+            return FinishReason.CONTEXT_FULL, None
+        return None
+
+    def _end(
+        self, seq: Sequence, reason: FinishReason, matched_stop: str | int | None = None
+    ) -> SequenceOutput:
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+            self.block_manager.free(seq)
+        else:
+            self.waiting.remove(seq)
+        del self._by_id[seq.seq_id]
+        return SequenceOutput(
+            seq_id=seq.seq_id,
+            prompt_logprobs=tuple(seq.prompt_logprobs),
+            finish=seq.finish(reason, self._clock(), matched_stop),
+        )

@@ -1,0 +1,191 @@
+"""One request inside the engine: its tokens, its blocks, how far it is, how it ended."""
+
+import enum
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from service.engine.sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class FinishReason(enum.Enum):
+    """Why a request ended; every admitted request ends with exactly one."""
+
+    EOS = enum.auto()
+    STOP = enum.auto()
+    LENGTH = enum.auto()
+    CONTEXT_FULL = enum.auto()
+    DEADLINE = enum.auto()
+    CANCELLED = enum.auto()
+    ERROR = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of a chosen token, and of the most likely ones, in nats."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds of waiting, of prefill, until the first token, and in total.
+
+    What never happened is as long as the request lived.
+    """
+
+    queue: float
+    prefill: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a request.
+
+    Attributes:
+        matched_stop: the stop string or stop token id that ended it, if one did.
+    """
+
+    reason: FinishReason
+    matched_stop: str | int | None
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one step (or several, merged) produced for one sequence.
+
+    Attributes:
+        prompt_logprobs: only when scoring: log-probabilities of the tokens after the first.
+    """
+
+    seq_id: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[float, ...] = ()
+    finish: Finish | None = None
+
+    @staticmethod
+    def merge(outputs: "list[SequenceOutput]") -> "SequenceOutput":
+        """Join consecutive outputs of one sequence."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return SequenceOutput(
+            seq_id=outputs[0].seq_id,
+            token_ids=tuple(t for output in outputs for t in output.token_ids),
+            logprobs=tuple(t for output in outputs for t in output.logprobs),
+            prompt_logprobs=tuple(t for output in outputs for t in output.prompt_logprobs),
+            finish=outputs[-1].finish,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one request. Only the engine thread touches it.
+
+    Attributes:
+        seq_id: grows with arrival.
+        params: how to sample; None scores the prompt instead of continuing it.
+        deadline: engine clock time after which the request ends; None never.
+        cache_namespace: sequences share cached blocks only within one namespace.
+        match_stop: told each new token, returns the stop string it completes.
+        num_computed_tokens: tokens whose keys and values are in the cache.
+        num_cached_tokens: of these, how many the prefix cache supplied at first admission.
+        num_bypassed: later arrivals that were admitted before this one.
+    """
+
+    seq_id: int
+    token_ids: list[int]
+    params: SamplingParams | None
+    arrival_time: float
+    priority: int = 0
+    deadline: float | None = None
+    cache_namespace: bytes = b""
+    match_stop: Callable[[int], str | None] | None = None
+    num_prompt_tokens: int = field(init=False)
+    status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
+    block_table: list[int] = field(default_factory=list, init=False)
+    block_hashes: list[bytes] = field(default_factory=list, init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    num_bypassed: int = field(default=0, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    prompt_logprobs: list[float] = field(default_factory=list, init=False)
+    first_scheduled_time: float | None = field(default=None, init=False)
+    first_token_time: float | None = field(default=None, init=False)
+    rng: random.Random | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+        if self.params is not None and self.params.temperature > 0:
+            self.rng = random.Random(self.params.seed)  # noqa: S311, sampling is no secret
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def max_kv_tokens(self) -> int:
+        """Cache slots that the request takes at most, if its length is known in advance."""
+        if self.params is None or self.params.max_tokens is None:
+            return self.num_prompt_tokens
+        # The last token is never read back.
+        return self.num_prompt_tokens + self.params.max_tokens - 1
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Sorts by priority (higher first), deadline (earlier first) and arrival."""
+        return (
+            -self.priority,
+            float("inf") if self.deadline is None else self.deadline,
+            self.seq_id,
+        )
+
+    def finish(
+        self, reason: FinishReason, now: float, matched_stop: str | int | None = None
+    ) -> Finish:
+        """Mark as finished and describe the end."""
+        assert self.status is not SequenceStatus.FINISHED, "a sequence ends once"
+        self.status = SequenceStatus.FINISHED
+        scheduled = now if self.first_scheduled_time is None else self.first_scheduled_time
+        first_token = now if self.first_token_time is None else self.first_token_time
+        return Finish(
+            reason=reason,
+            matched_stop=matched_stop,
+            usage=Usage(
+                prompt_tokens=self.num_prompt_tokens,
+                completion_tokens=self.num_output_tokens,
+                cached_tokens=self.num_cached_tokens,
+            ),
+            timings=Timings(
+                queue=scheduled - self.arrival_time,
+                prefill=first_token - scheduled,
+                first_token=first_token - self.arrival_time,
+                total=now - self.arrival_time,
+            ),
+        )

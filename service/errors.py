@@ -1,0 +1,129 @@
+"""The closed catalogue of errors: for each, one gRPC status code and one stable reason.
+
+ServiceError
+├── DuplicateRequestError        an open request has this id
+├── DeadlinePassedError          the timeout passed before the first token
+├── RequestFailedError           the model computed no usable number for this request
+├── UnknownHealthServiceError    a health check names a service that does not exist
+└── (errors of `service.engine.errors`, by the table below)
+
+Everything else is a bug of ours: INTERNAL, with a reference id that the log explains and without
+the error's own text. Details travel as google.rpc messages in `grpc-status-details-bin`.
+"""
+
+import uuid
+from dataclasses import dataclass
+
+import grpc
+import structlog
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from service.engine.errors import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineStalledError,
+    InvalidRequestError,
+    NeverFitsError,
+    QueueFullError,
+)
+
+DOMAIN = "headroom"
+DETAILS_KEY = "grpc-status-details-bin"
+
+log = structlog.get_logger()
+
+
+class ServiceError(Exception):
+    """Base of errors that only the edge raises."""
+
+
+class DuplicateRequestError(ServiceError):
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request_id is {request_id!r}, which an open request already has")
+
+
+class DeadlinePassedError(ServiceError):
+    def __init__(self) -> None:
+        super().__init__("the request's timeout passed before its first token")
+
+
+class RequestFailedError(ServiceError):
+    def __init__(self) -> None:
+        super().__init__("the model's output was not a finite number; the request cannot go on")
+
+
+class UnknownHealthServiceError(ServiceError):
+    def __init__(self, service: str, known: list[str]) -> None:
+        super().__init__(f"service is {service!r}; allowed: {', '.join(map(repr, known))}")
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorKind:
+    """How one class of error looks on the wire.
+
+    Attributes:
+        retry_after: seconds after which trying again may help; None means it will not.
+    """
+
+    code: grpc.StatusCode
+    reason: str
+    retry_after: float | None = None
+
+
+CATALOGUE: dict[type[Exception], ErrorKind] = {
+    InvalidRequestError: ErrorKind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    NeverFitsError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "NEVER_FITS"),
+    QueueFullError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", retry_after=1.0),
+    EngineDrainingError: ErrorKind(grpc.StatusCode.UNAVAILABLE, "DRAINING", retry_after=1.0),
+    EngineDeadError: ErrorKind(grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD", retry_after=5.0),
+    EngineStalledError: ErrorKind(grpc.StatusCode.UNAVAILABLE, "ENGINE_STALLED", retry_after=5.0),
+    DuplicateRequestError: ErrorKind(grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
+    DeadlinePassedError: ErrorKind(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE"),
+    RequestFailedError: ErrorKind(grpc.StatusCode.INTERNAL, "NONFINITE_LOGITS"),
+    UnknownHealthServiceError: ErrorKind(grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
+}
+_BUG = ErrorKind(grpc.StatusCode.INTERNAL, "INTERNAL")
+
+
+def to_status(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
+    """The gRPC code and the google.rpc.Status of an error; logs what is our own fault."""
+    kind = CATALOGUE.get(type(error), _BUG)
+    message, metadata = str(error), {}
+    if kind.code is grpc.StatusCode.INTERNAL:
+        reference = uuid.uuid4().hex
+        metadata["reference"] = reference
+        if kind is _BUG:
+            message = f"internal error, reference {reference}"
+        log.error("request failed", reference=reference, reason=kind.reason, exc_info=error)
+    info = error_details_pb2.ErrorInfo(reason=kind.reason, domain=DOMAIN, metadata=metadata)
+    packed = [_pack(info)]
+    if isinstance(error, InvalidRequestError):
+        packed.append(_pack(_bad_request(error)))
+    if kind.retry_after is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(int(kind.retry_after * 1000))
+        packed.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    code_number: int = kind.code.value[0]
+    return kind.code, status_pb2.Status(code=code_number, message=message, details=packed)
+
+
+def _bad_request(error: InvalidRequestError) -> error_details_pb2.BadRequest:
+    return error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(
+                field=violation.field, description=str(violation)
+            )
+            for violation in error.violations
+        ]
+    )
+
+
+def _pack(
+    detail: error_details_pb2.ErrorInfo
+    | error_details_pb2.BadRequest
+    | error_details_pb2.RetryInfo,
+) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(detail)
+    return packed

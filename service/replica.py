@@ -1,0 +1,40 @@
+"""One model replica from settings: engine, tokenizer, limits. The same in both runtimes."""
+
+from models.checkpoints.loader import check_checkpoint
+from models.config import ModelConfig
+from models.tokenizer import Tokenizer
+from service.config import ServiceConfig
+from service.engine.async_engine import AsyncEngine
+from service.engine.engine import Engine
+from service.engine.memory import load_configured_model
+
+
+def check_model(config: ServiceConfig) -> ModelConfig:
+    """Find out without loading weights whether a replica could start.
+
+    Raises:
+        ModelError: the checkpoint or its tokenizer cannot be served.
+    """
+    model_config = check_checkpoint(config.model_path)
+    Tokenizer.for_model(config.model_path, model_config)
+    return model_config
+
+
+async def start_engine(config: ServiceConfig) -> tuple[AsyncEngine, Tokenizer]:
+    """Load model and tokenizer, and start the engine thread.
+
+    Raises:
+        ModelError: the checkpoint or its tokenizer cannot be served.
+        ValueError: the engine's limits do not fit the model or the machine.
+    """
+    tokenizer = Tokenizer.for_model(config.model_path, check_checkpoint(config.model_path))
+
+    def build() -> Engine:
+        model = load_configured_model(config.model_path, config.engine)
+        return Engine(model, config.engine, tokenizer=tokenizer)
+
+    engine = AsyncEngine(
+        build, num_threads=config.engine.num_threads, stall_seconds=config.stall_seconds
+    )
+    await engine.start()
+    return engine, tokenizer

@@ -1,0 +1,58 @@
+"""The environment variables that Ray and Ray Serve read when they are imported.
+
+They have to be set before `ray` is imported, in the driver; a local cluster passes them on to its
+processes. On a cluster that is already running, its nodes must have been started with them.
+"""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+from service.config import ServiceConfig
+
+# HAProxy takes an ended replica out of its list within this time; until then it is reachable.
+DEREGISTER_SECONDS = 2
+
+
+def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
+    """Variables for one server.
+
+    Args:
+        directory: where HAProxy keeps its files; one per server, so that several can run.
+    """
+    stats_port, metrics_port, http_port, grpc_port = _free_ports(4)
+    return {
+        # Serve's HAProxy ingress; the two belong together.
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+    }
+
+
+def set_ray_environment(config: ServiceConfig) -> Path:
+    """Set the variables, except those that are set already; returns HAProxy's directory."""
+    directory = Path(tempfile.mkdtemp(prefix="headroom-"))
+    for name, value in ray_environment(config, directory).items():
+        os.environ.setdefault(name, value)
+    return directory
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports

@@ -1,0 +1,128 @@
+"""The servicer as a Ray Serve application: replicas behind Serve's HAProxy gRPC ingress.
+
+Ingress and engine live in one replica: HAProxy connects clients to the gRPC server inside the
+replica, so a token crosses no process on its way out. Import this module only after the variables
+of `ray_environment` are set.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from service.config import ServiceConfig
+from service.replica import start_engine
+from service.runtimes.ray_environment import DEREGISTER_SECONDS
+from service.servicer import HeadroomServicer
+
+SERVICER_FUNCTIONS = [
+    "protos.headroom.v1.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
+    "protos.headroom.v1.models_pb2_grpc.add_ModelServiceServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+]
+# Room for calls that do not queue in the engine, such as health checks and GetLoad.
+_OTHER_CALLS = 64
+_OBJECT_STORE_BYTES = 100 * 1024 * 1024
+_WATCH_SECONDS = 5.0
+
+
+@serve.deployment
+class HeadroomReplica(HeadroomServicer):
+    """One replica. Serve calls the methods that are named after the RPCs."""
+
+    async def __init__(self, settings: dict[str, Any]) -> None:
+        engine, tokenizer = await start_engine(ServiceConfig(**settings))
+        super().__init__(engine, tokenizer, watch_seconds=_WATCH_SECONDS)
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica when this raises several times."""
+        self._engine.check_health()
+
+    async def __del__(self) -> None:
+        await self._engine.shutdown()
+
+
+def build_app(config: ServiceConfig) -> Application:
+    """The application of a configuration; Serve's typed application builder."""
+    on_gpu = config.engine.device.startswith("cuda")
+    max_open = config.engine.max_num_seqs + config.engine.max_waiting_requests + _OTHER_CALLS
+    settings = config.model_dump()
+    # A replica finds its model from wherever it runs.
+    settings["model"] = str(config.model_path.resolve())
+    settings["engine"]["num_threads"] = config.engine.num_threads or _threads_per_replica(config)
+    return HeadroomReplica.options(  # type: ignore[no-any-return]
+        num_replicas=config.replicas,
+        max_ongoing_requests=max_open,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
+        graceful_shutdown_timeout_s=config.drain_seconds + DEREGISTER_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+    ).bind(settings)
+
+
+def start(config: ServiceConfig) -> None:
+    """Start a local cluster and deploy; returns when all replicas are ready.
+
+    Raises:
+        RuntimeError: the application did not become ready.
+    """
+    ray.init(
+        # Replicas share the cores by threads; a rolling update needs room for one more.
+        num_cpus=2 * config.replicas + 1,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+        namespace="headroom",
+    )
+    serve.start(
+        http_options=HTTPOptions(host=config.host, port=config.http_port),
+        grpc_options=gRPCOptions(port=config.port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+    )
+    deploy(config)
+
+
+def deploy(config: ServiceConfig) -> None:
+    """Deploy or, if it runs already, update the application without losing requests."""
+    # HAProxy knows no application without a route prefix.
+    serve.run(build_app(config), name=config.application, route_prefix="/")
+
+
+def stop() -> None:
+    """Drain the replicas and end every process of the local cluster."""
+    serve.shutdown()
+    ray.shutdown()
+
+
+def serve_until_stopped(
+    config: ServiceConfig, directory: Path, on_ready: Callable[[], None]
+) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Args:
+        directory: HAProxy's, removed at the end.
+        on_ready: called once the application is deployed.
+    """
+    stopped = threading.Event()
+    try:
+        start(config)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stopped.set())
+        on_ready()
+        stopped.wait()
+    finally:
+        stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _threads_per_replica(config: ServiceConfig) -> int:
+    return max(len(os.sched_getaffinity(0)) // config.replicas, 1)

@@ -1,0 +1,63 @@
+"""The servicer on a plain grpc.aio server: one process, one replica, no Ray."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from protos.headroom.v1 import generation_pb2_grpc, models_pb2_grpc
+from service.config import ServiceConfig
+from service.replica import start_engine
+from service.servicer import HeadroomServicer
+
+# After the drain every stream has its last message; this lets it reach the client.
+_FLUSH_SECONDS = 1.0
+
+
+async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then drain.
+
+    Args:
+        on_ready: called, on a thread of its own, once the port answers.
+
+    Raises:
+        ModelError, ValueError: see `start_engine`.
+        OSError: the port cannot be bound.
+    """
+    engine, tokenizer = await start_engine(config)
+    server = grpc.aio.server(options=_server_options(config))
+    servicer = HeadroomServicer(engine, tokenizer)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    stop = asyncio.Event()
+    try:
+        address = f"{config.host}:{config.port}"
+        try:
+            server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from error
+        await server.start()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await asyncio.to_thread(on_ready)
+        await stop.wait()
+        await engine.drain(config.drain_seconds)
+    finally:
+        await server.stop(_FLUSH_SECONDS)
+        await engine.shutdown()
+
+
+def _server_options(config: ServiceConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        # Two servers on one port would each get some of the clients.
+        ("grpc.so_reuseport", 0),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]

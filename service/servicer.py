@@ -1,0 +1,203 @@
+"""The RPC methods. One class for both runtimes; each method is named after its RPC."""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
+
+from grpc_health.v1 import health_pb2
+
+from models.tokenizer import IncrementalDetokenizer, Tokenizer
+from protos.headroom.v1 import generation_pb2 as pb
+from protos.headroom.v1 import models_pb2
+from service import codec
+from service.engine.async_engine import AsyncEngine
+from service.engine.errors import EngineDrainingError, EngineError
+from service.engine.sampling_params import SamplingParams
+from service.engine.sequence import FinishReason, SequenceOutput
+from service.errors import (
+    DeadlinePassedError,
+    DuplicateRequestError,
+    RequestFailedError,
+    UnknownHealthServiceError,
+)
+from service.rpc import RpcContext, server_stream, unary
+
+HEALTH_SERVICES = ("", "headroom.v1.GenerationService", "headroom.v1.ModelService")
+_HEALTH_POLL_SECONDS = 0.5
+
+
+class HeadroomServicer:
+    """Serves one model.
+
+    Args:
+        engine: started.
+        tokenizer: the model's.
+        watch_seconds: a health watch ends after so long and the client starts a new one; under
+            Ray Serve an endless stream would hold up the shutdown of its replica.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, tokenizer: Tokenizer, *, watch_seconds: float = math.inf
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._watch_seconds = watch_seconds
+        self._decoder = codec.RequestDecoder(tokenizer, engine.engine.limits)
+        self._open_requests: set[str] = set()
+
+    @server_stream
+    async def Generate(
+        self, request: pb.GenerateRequest, grpc_context: RpcContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        call = self._decoder.generation(request)
+        params = call.engine_request.params
+        assert params is not None, "a generation has sampling params"
+        detokenizer = self._detokenizer(params)
+        async with aclosing(self._run(call)) as outputs:
+            async for output in outputs:
+                text = _new_text(detokenizer, output)
+                if output.token_ids or text:
+                    yield pb.GenerateResponse(delta=codec.token_delta(output, text))
+                if output.finish is not None:
+                    yield pb.GenerateResponse(finished=codec.finished(output.finish))
+
+    @unary(pb.CompleteResponse)
+    async def Complete(
+        self, request: pb.CompleteRequest, grpc_context: RpcContext
+    ) -> pb.CompleteResponse:
+        call = self._decoder.generation(request)
+        params = call.engine_request.params
+        assert params is not None, "a generation has sampling params"
+        output = SequenceOutput.merge([output async for output in self._run(call)])
+        assert output.finish is not None, "a merged generation has ended"
+        return pb.CompleteResponse(
+            token_ids=output.token_ids,
+            text=_new_text(self._detokenizer(params), output),
+            finished=codec.finished(output.finish),
+            logprobs=map(codec.token_logprobs, output.logprobs),
+        )
+
+    @unary(pb.ScoreResponse)
+    async def Score(self, request: pb.ScoreRequest, grpc_context: RpcContext) -> pb.ScoreResponse:
+        call = self._decoder.scoring(request)
+        output = SequenceOutput.merge([output async for output in self._run(call)])
+        token_ids = call.engine_request.prompt_token_ids
+        scored_text = self._tokenizer.decode(token_ids[1:])
+        return pb.ScoreResponse(
+            token_ids=token_ids,
+            logprobs=output.prompt_logprobs,
+            total_logprob=sum(output.prompt_logprobs),
+            num_bytes=len(scored_text.encode()),
+        )
+
+    @unary(pb.TokenizeResponse)
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, grpc_context: RpcContext
+    ) -> pb.TokenizeResponse:
+        special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+        text = self._decoder.text(request.text)
+        token_ids = self._tokenizer.encode(text, add_special_tokens=special)
+        tokens = [self._tokenizer.token_of(token_id) or "" for token_id in token_ids]
+        return pb.TokenizeResponse(token_ids=token_ids, tokens=tokens)
+
+    @unary(pb.DetokenizeResponse)
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RpcContext
+    ) -> pb.DetokenizeResponse:
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        token_ids = self._decoder.token_ids(request.token_ids)
+        return pb.DetokenizeResponse(
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=skip)
+        )
+
+    @unary(models_pb2.GetModelResponse)
+    async def GetModel(
+        self, request: models_pb2.GetModelRequest, grpc_context: RpcContext
+    ) -> models_pb2.GetModelResponse:
+        return codec.model_description(self._engine.engine)
+
+    @unary(models_pb2.GetLoadResponse)
+    async def GetLoad(
+        self, request: models_pb2.GetLoadRequest, grpc_context: RpcContext
+    ) -> models_pb2.GetLoadResponse:
+        return codec.load_description(self._engine.load)
+
+    @unary(health_pb2.HealthCheckResponse)
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RpcContext
+    ) -> health_pb2.HealthCheckResponse:
+        if request.service not in HEALTH_SERVICES:
+            raise UnknownHealthServiceError(request.service, list(HEALTH_SERVICES))
+        return health_pb2.HealthCheckResponse(status=self._health())
+
+    @unary(health_pb2.HealthListResponse)
+    async def List(
+        self, request: health_pb2.HealthListRequest, grpc_context: RpcContext
+    ) -> health_pb2.HealthListResponse:
+        status = health_pb2.HealthCheckResponse(status=self._health())
+        return health_pb2.HealthListResponse(statuses=dict.fromkeys(HEALTH_SERVICES, status))
+
+    @server_stream
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RpcContext
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        known = request.service in HEALTH_SERVICES
+        unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+        started = time.monotonic()
+        sent: int | None = None
+        while True:
+            status = self._health() if known else unknown
+            if status != sent:
+                yield health_pb2.HealthCheckResponse(status=status)
+                sent = status
+            expired = time.monotonic() - started >= self._watch_seconds
+            if expired or self._engine.is_draining:
+                return
+            await asyncio.sleep(_HEALTH_POLL_SECONDS)
+
+    def _health(self) -> health_pb2.HealthCheckResponse.ServingStatus:
+        """SERVING only while the engine takes requests and makes progress."""
+        try:
+            if self._engine.is_draining:
+                raise EngineDrainingError
+            self._engine.check_health()
+        except EngineError:
+            return health_pb2.HealthCheckResponse.NOT_SERVING
+        return health_pb2.HealthCheckResponse.SERVING
+
+    async def _run(self, call: codec.Call) -> AsyncGenerator[SequenceOutput, None]:
+        """Results of a request; an ending without a result becomes an error."""
+        with self._open(call.request_id):
+            num_tokens = 0
+            async with aclosing(self._engine.run(call.engine_request)) as outputs:
+                async for output in outputs:
+                    num_tokens += len(output.token_ids)
+                    reason = output.finish.reason if output.finish else None
+                    if reason is FinishReason.ERROR:
+                        raise RequestFailedError
+                    if reason is FinishReason.DEADLINE and num_tokens == 0:
+                        raise DeadlinePassedError
+                    if reason is FinishReason.CANCELLED and num_tokens == 0:
+                        raise EngineDrainingError
+                    yield output
+
+    @contextlib.contextmanager
+    def _open(self, request_id: str) -> Iterator[None]:
+        if request_id in self._open_requests:
+            raise DuplicateRequestError(request_id)
+        self._open_requests.add(request_id)
+        try:
+            yield
+        finally:
+            self._open_requests.remove(request_id)
+
+    def _detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self._tokenizer, params.stop, min_tokens=params.min_tokens)
+
+
+def _new_text(detokenizer: IncrementalDetokenizer, output: SequenceOutput) -> str:
+    text = detokenizer.push(output.token_ids)
+    return text + detokenizer.flush() if output.finish is not None else text

@@ -1,0 +1,24 @@
+"""What all tests share: determinism, and one thread so that small models are not slower."""
+
+import os
+
+# Before torch or Ray is imported anywhere.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("headroom", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("headroom")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
