@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def forward_dense(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, batch: int
     ) -> Tensor:
-        """Attend without a cache; `hidden` is `[batch * tokens, hidden]`, all rows of one length."""
+        """Attend without a cache; `hidden` is `[batch * tokens, hidden]`, rows of equal length."""
         query, key, value = (
             part.unflatten(0, (batch, -1)) for part in self.project(hidden, rotation)
         )

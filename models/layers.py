@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import gelu, relu, rms_norm, silu
 
 from models.config import Activation, ModelConfig
 
@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -28,13 +28,13 @@ def make_norm(config: ModelConfig) -> nn.Module:
 def activate(x: Tensor, activation: Activation) -> Tensor:
     match activation:
         case "silu":
-            return F.silu(x)
+            return silu(x)
         case "gelu":
-            return F.gelu(x)
+            return gelu(x)
         case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
+            return gelu(x, approximate="tanh")
         case "relu":
-            return F.relu(x)
+            return relu(x)
 
 
 class MLP(nn.Module):

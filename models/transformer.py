@@ -103,7 +103,7 @@ class Transformer(nn.Module):
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
-        """Logits `[batch, tokens, vocab]` in float32 of int64 `[batch, tokens]`, without a cache."""
+        """Logits `[batch, tokens, vocab]`, float32, of int64 `[batch, tokens]`; uses no cache."""
         return self.project_to_vocab(self.forward_dense(input_ids))
 
     def _embed(

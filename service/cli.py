@@ -15,7 +15,7 @@ from service.console import describe, err, fail, out, print_ready, require_free_
 
 app = typer.Typer(
     name="headroom",
-    help="Serve decoder transformers over gRPC, with the head configuration as a first-class choice.",
+    help="Serve decoder transformers over gRPC; the head configuration is a first-class choice.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -79,7 +79,6 @@ def serve(
         fail(str(error), code=2)
     if settings.runtime == "standalone" and settings.replicas > 1:
         fail("replicas is more than 1; allowed: 1 with the standalone runtime", code=2)
-    from models.errors import ModelError
     from service.replica import check_model
 
     try:
@@ -87,11 +86,11 @@ def serve(
         ports = [settings.port] + ([settings.http_port] if settings.runtime == "ray" else [])
         for number in ports:
             require_free_port(settings.host, number)
-    except (ModelError, OSError) as error:
+    except (ValueError, OSError) as error:
         fail(str(error))
 
-    def announce() -> None:
-        print_ready(settings.host, settings.port, settings.application, started)
+    def announce(logs: Path | None = None) -> None:
+        print_ready(settings.host, settings.port, settings.application, started, logs)
 
     try:
         if settings.runtime == "standalone":
@@ -105,7 +104,7 @@ def serve(
             from service.runtimes import ray_serve
 
             ray_serve.serve_until_stopped(settings, directory, announce)
-    except (ModelError, OSError, ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted before the server was ready", code=130)

@@ -49,7 +49,7 @@ class ServiceConfig(BaseSettings):
     model: str = "demo"
     application: str = Field("headroom", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     host: str = "127.0.0.1"
-    port: int = Field(9000, ge=1, le=65535)
+    port: int = Field(9000, ge=0, le=65535)
     http_port: int = Field(8000, ge=1, le=65535)
     runtime: Literal["ray", "standalone"] = "ray"
     replicas: int = Field(1, ge=1, le=64)

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
@@ -34,12 +35,16 @@ def describe(model: "GetModelResponse") -> dict[str, str]:
     }
 
 
-def print_ready(host: str, port: int, application: str, started: float) -> None:
+def print_ready(
+    host: str, port: int, application: str, started: float, logs: Path | None = None
+) -> None:
     """Ask the server about itself, through its own front, and say that it is ready."""
     with Client(f"{host}:{port}", application=application) as client:
         lines = describe(client.get_model())
     for name, text in lines.items():
         out.print(f"{name:<8}{text}")
+    if logs is not None:
+        out.print(f"logs    {logs}")
     seconds = time.monotonic() - started
     out.print(f"ready   grpc://{host}:{port} after {seconds:.1f} s; Ctrl-C drains and stops")
 

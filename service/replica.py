@@ -5,8 +5,8 @@ from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
-from service.engine.engine import Engine
-from service.engine.memory import load_configured_model
+from service.engine.engine import Engine, max_model_len
+from service.engine.memory import load_configured_model, resolve_device
 
 
 def check_model(config: ServiceConfig) -> ModelConfig:
@@ -14,9 +14,12 @@ def check_model(config: ServiceConfig) -> ModelConfig:
 
     Raises:
         ModelError: the checkpoint or its tokenizer cannot be served.
+        ValueError: the engine's limits do not fit the model or the machine.
     """
     model_config = check_checkpoint(config.model_path)
     Tokenizer.for_model(config.model_path, model_config)
+    max_model_len(config.engine, model_config)
+    resolve_device(config.engine.device)
     return model_config
 
 

@@ -1,1 +1,1 @@
-"""Makes the demo model: a corpus from the Python standard library, a tokenizer, a short training."""
+"""Makes the demo model: a corpus from the standard library, a tokenizer, a short training."""

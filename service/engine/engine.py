@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.config import ModelConfig
 from models.kv_cache import KVCache
 from models.tokenizer import IncrementalDetokenizer, Tokenizer
 from models.transformer import Transformer
@@ -95,7 +96,7 @@ class Engine:
     ) -> None:
         self.model_config = model.config
         self.config = config
-        self.max_model_len = _max_model_len(config, model)
+        self.max_model_len = max_model_len(config, model.config)
         self.kv_cache = KVCache(
             model.config,
             num_blocks=num_blocks_for(model, config, self.max_model_len),
@@ -267,8 +268,13 @@ class Engine:
         )
 
 
-def _max_model_len(config: EngineConfig, model: Transformer) -> int:
-    longest = model.config.max_position_embeddings
+def max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+    """Prompt and output tokens of one request.
+
+    Raises:
+        ValueError: more are configured than the model has positions for.
+    """
+    longest = model_config.max_position_embeddings
     if config.max_model_len is None:
         return longest
     if config.max_model_len > longest:

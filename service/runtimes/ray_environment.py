@@ -5,6 +5,7 @@ processes. On a cluster that is already running, its nodes must have been starte
 """
 
 import os
+import secrets
 import socket
 import tempfile
 from pathlib import Path
@@ -37,6 +38,9 @@ def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
+        # Processes of the cluster accept each other by a token that exists only in their memory.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
     }

@@ -18,6 +18,7 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, gRPCOptions
+from ray.serve.schema import LoggingConfig
 
 from service.config import ServiceConfig
 from service.replica import start_engine
@@ -33,6 +34,7 @@ SERVICER_FUNCTIONS = [
 _OTHER_CALLS = 64
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _WATCH_SECONDS = 5.0
+_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
 @serve.deployment
@@ -67,28 +69,36 @@ def build_app(config: ServiceConfig) -> Application:
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=2,
         health_check_timeout_s=10,
+        logging_config=_LOGGING,
     ).bind(settings)
 
 
-def start(config: ServiceConfig) -> None:
+def start(config: ServiceConfig) -> Path:
     """Start a local cluster and deploy; returns when all replicas are ready.
+
+    Returns:
+        The folder of the cluster's log files.
 
     Raises:
         RuntimeError: the application did not become ready.
     """
-    ray.init(
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    context = ray.init(
         # Replicas share the cores by threads; a rolling update needs room for one more.
         num_cpus=2 * config.replicas + 1,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         logging_level=logging.WARNING,
+        log_to_driver=False,
         namespace="headroom",
     )
     serve.start(
         http_options=HTTPOptions(host=config.host, port=config.http_port),
         grpc_options=gRPCOptions(port=config.port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        logging_config=_LOGGING,
     )
     deploy(config)
+    return Path(context.address_info["session_dir"]) / "logs"
 
 
 def deploy(config: ServiceConfig) -> None:
@@ -104,20 +114,20 @@ def stop() -> None:
 
 
 def serve_until_stopped(
-    config: ServiceConfig, directory: Path, on_ready: Callable[[], None]
+    config: ServiceConfig, directory: Path, on_ready: Callable[[Path], None]
 ) -> None:
     """Serve until SIGINT or SIGTERM, then drain.
 
     Args:
         directory: HAProxy's, removed at the end.
-        on_ready: called once the application is deployed.
+        on_ready: called with the folder of log files once the application is deployed.
     """
     stopped = threading.Event()
     try:
-        start(config)
+        logs = start(config)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stopped.set())
-        on_ready()
+        on_ready(logs)
         stopped.wait()
     finally:
         stop()

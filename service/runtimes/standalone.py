@@ -16,6 +16,23 @@ from service.servicer import HeadroomServicer
 _FLUSH_SECONDS = 1.0
 
 
+def create_server(config: ServiceConfig, servicer: HeadroomServicer) -> tuple[grpc.aio.Server, int]:
+    """A server that has bound its port and is not started; and the port, if 0 was asked for.
+
+    Raises:
+        OSError: the port cannot be bound.
+    """
+    server = grpc.aio.server(options=_server_options(config))
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+    models_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    address = f"{config.host}:{config.port}"
+    try:
+        return server, server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address}: {error}") from error
+
+
 async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM, then drain.
 
@@ -27,27 +44,17 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
         OSError: the port cannot be bound.
     """
     engine, tokenizer = await start_engine(config)
-    server = grpc.aio.server(options=_server_options(config))
-    servicer = HeadroomServicer(engine, tokenizer)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
-    models_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server)
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    stop = asyncio.Event()
     try:
-        address = f"{config.host}:{config.port}"
-        try:
-            server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from error
+        server, _ = create_server(config, HeadroomServicer(engine, tokenizer))
         await server.start()
-        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await asyncio.to_thread(on_ready)
         await stop.wait()
         await engine.drain(config.drain_seconds)
-    finally:
         await server.stop(_FLUSH_SECONDS)
+    finally:
         await engine.shutdown()
 
 

@@ -1,0 +1,221 @@
+"""Stand-ins for time and for the model: small, typed, without a tensor."""
+
+import itertools
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+
+from service.engine.block_manager import BlockManager
+from service.engine.config import EngineConfig
+from service.engine.sampling_params import SamplingParams
+from service.engine.scheduler import ScheduledSequence, Scheduler, StepPlan, StepResult
+from service.engine.sequence import FinishReason, Sequence, SequenceOutput
+
+VOCAB_SIZE = 50
+EOS = 0
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class FakeClock:
+    """A clock that stands still until it is told otherwise."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def _digest(previous: int, token_id: int) -> int:
+    return zlib.crc32(struct.pack("<Iq", previous, token_id))
+
+
+def _contents(token_ids: Iterable[int]) -> list[int]:
+    """What the cache slots of these tokens hold, if nothing went wrong."""
+    return list(itertools.accumulate(token_ids, _digest, initial=0))[1:]
+
+
+def _next_token(contents: Iterable[int]) -> int:
+    return zlib.crc32(b"".join(struct.pack("<I", content) for content in contents)) % VOCAB_SIZE
+
+
+def _logprob(contents: SequenceOf[int], token_id: int) -> float:
+    return -float(_digest(contents[-1], token_id) % 1000)
+
+
+def continuation(prompt: SequenceOf[int], num_tokens: int) -> list[int]:
+    """The tokens with which `FakeModelRunner` continues a prompt, whatever runs beside it."""
+    token_ids = list(prompt)
+    for _ in range(num_tokens):
+        token_ids.append(_next_token(_contents(token_ids)))
+    return token_ids[len(prompt) :]
+
+
+def scores(prompt: SequenceOf[int]) -> list[float]:
+    """The log-probabilities that `FakeModelRunner` gives the tokens of a prompt."""
+    contents = _contents(prompt)
+    return [_logprob(contents[:end], prompt[end]) for end in range(1, len(prompt))]
+
+
+class FakeModelRunner:
+    """The interface of `ModelRunner` over a cache of integers.
+
+    A cache slot holds a digest of all tokens up to its own, made from the slot before; the next
+    token is a digest of all slots that the block table leads to. A block that is lost, shared or
+    freed by mistake changes what follows, as it does with a real model.
+
+    Args:
+        scripts: output tokens by sequence id, instead of digests; None is a row of logits that
+            is not finite.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.scripts: dict[int, SequenceOf[int | None]] = {}
+        self._block_size = block_size
+        self._slots: dict[int, int] = {}
+
+    def run(self, plan: StepPlan) -> list[StepResult]:
+        return [self._run(item) for item in plan.scheduled]
+
+    def _run(self, item: ScheduledSequence) -> StepResult:
+        seq = item.seq
+        start = seq.num_computed_tokens
+        end = start + item.num_tokens
+        contents = [self._slots[self._slot(seq, position)] for position in range(start)]
+        for position in range(start, end):
+            content = _digest(contents[-1] if contents else 0, seq.token_ids[position])
+            self._slots[self._slot(seq, position)] = content
+            contents.append(content)
+        if seq.params is None:
+            targets = range(start + 1, min(end + 1, seq.num_tokens))
+            return StepResult(
+                prompt_logprobs=tuple(_logprob(contents[:t], seq.token_ids[t]) for t in targets)
+            )
+        if not item.samples:
+            return StepResult()
+        if seq.seq_id in self.scripts:
+            return StepResult(self.scripts[seq.seq_id][seq.num_output_tokens])
+        return StepResult(_next_token(contents))
+
+    def _slot(self, seq: Sequence, position: int) -> int:
+        block = seq.block_table[position // self._block_size]
+        return block * self._block_size + position % self._block_size
+
+
+class SchedulerLoop:
+    """A scheduler, a fake model and a fake clock, stepped by hand; every step is checked.
+
+    Attributes:
+        outputs: what each sequence has got so far.
+        plans: of each step, the number of tokens by sequence id.
+        num_preempted: over all steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 32,
+        max_model_len: int = 1000,
+        block_size: int = 4,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 32,
+        max_waiting_requests: int = 256,
+        max_waiting_tokens: int = 10_000,
+        max_bypass: int = 64,
+        enable_prefix_caching: bool = False,
+    ) -> None:
+        self.config = EngineConfig(
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_waiting_requests=max_waiting_requests,
+            max_waiting_tokens=max_waiting_tokens,
+            max_bypass=max_bypass,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        self.clock = FakeClock()
+        self.runner = FakeModelRunner(block_size)
+        self.blocks = BlockManager(
+            num_blocks, block_size, enable_prefix_caching=enable_prefix_caching
+        )
+        self.scheduler = Scheduler(
+            self.config,
+            self.blocks,
+            max_model_len=max_model_len,
+            eos_token_ids=frozenset({EOS}),
+            clock=self.clock,
+        )
+        self.outputs: dict[int, list[SequenceOutput]] = {}
+        self.plans: list[dict[int, int]] = []
+        self.num_preempted = 0
+        self._seq_ids = itertools.count()
+
+    def add(
+        self,
+        prompt: SequenceOf[int],
+        params: SamplingParams | None = GREEDY,
+        *,
+        priority: int = 0,
+        deadline: float | None = None,
+        cache_namespace: bytes = b"",
+        match_stop: Callable[[int], str | None] | None = None,
+        script: SequenceOf[int | None] | None = None,
+    ) -> Sequence:
+        seq = Sequence(
+            seq_id=next(self._seq_ids),
+            token_ids=list(prompt),
+            params=params,
+            arrival_time=self.clock(),
+            priority=priority,
+            deadline=deadline,
+            cache_namespace=cache_namespace,
+            match_stop=match_stop,
+        )
+        if script is not None:
+            self.runner.scripts[seq.seq_id] = script
+        self.scheduler.add(seq)
+        self.outputs[seq.seq_id] = []
+        return seq
+
+    def abort(self, seq: Sequence, reason: FinishReason = FinishReason.CANCELLED) -> None:
+        output = self.scheduler.abort(seq.seq_id, reason)
+        if output is not None:
+            self.outputs[seq.seq_id].append(output)
+        self.scheduler.check_integrity()
+
+    def step(self) -> dict[int, int]:
+        """Run one step; returns the number of tokens by sequence id."""
+        plan = self.scheduler.schedule()
+        scheduled = {item.seq.seq_id: item.num_tokens for item in plan.scheduled}
+        for output in self.scheduler.update(plan, self.runner.run(plan)):
+            self.outputs[output.seq_id].append(output)
+        self.scheduler.check_integrity()
+        self.plans.append(scheduled)
+        self.num_preempted += plan.num_preempted
+        return scheduled
+
+    def drain(self, max_steps: int = 2000) -> None:
+        """Step until nothing is left."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_unfinished:
+                return
+            self.step()
+        raise AssertionError(f"requests are unfinished after {max_steps} steps")
+
+    def num_finishes(self, seq: Sequence) -> int:
+        return sum(output.finish is not None for output in self.outputs[seq.seq_id])
+
+    def result(self, seq: Sequence) -> SequenceOutput:
+        """All that a finished sequence got, as one."""
+        assert self.num_finishes(seq) == 1, "a finished sequence has one finish"
+        return SequenceOutput.merge(self.outputs[seq.seq_id])
+
+    def reason(self, seq: Sequence) -> FinishReason:
+        finish = self.result(seq).finish
+        assert finish is not None
+        return finish.reason

@@ -1,0 +1,146 @@
+"""Grouped-query and multi-query attention are multi-head attention with repeated heads."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.attention import Attention
+from models.config import HeadConfig, ModelConfig
+from models.kernels import KernelName
+from models.kv_cache import AttentionMetadata, KVCache
+from models.rope import rope_table
+from models.transformer import random_model
+from tests.models import tiny
+
+NUM_TOKENS = 11
+KERNELS: tuple[KernelName, ...] = ("dense", "reference")
+
+
+def config_of(num_kv_heads: int) -> ModelConfig:
+    heads = HeadConfig(num_heads=6, num_kv_heads=num_kv_heads, head_dim=8)
+    return tiny.llama(layers=(heads,), qkv_bias=True, output_bias=True)
+
+
+def make_attention(config: ModelConfig, kernel: KernelName = "dense") -> Attention:
+    attention = Attention(config, config.layers[0], kernel).requires_grad_(False)
+    for parameter in attention.parameters():
+        parameter.normal_(0.0, 0.3)
+    return attention
+
+
+def with_repeated_heads(source: Attention, kernel: KernelName) -> Attention:
+    """The multi-head module that holds a copy of each key/value head for every query head."""
+    heads = source.heads
+    target = make_attention(config_of(heads.num_heads), kernel)
+
+    def repeat(rows: Tensor) -> Tensor:
+        per_head = rows.reshape(heads.num_kv_heads, heads.head_dim, -1)
+        repeated = per_head.repeat_interleave(heads.num_queries_per_kv, dim=0)
+        return repeated.reshape(-1, *rows.shape[1:])
+
+    widths = [source.query_width, source.kv_width, source.kv_width]
+    for ours, theirs in (
+        (source.qkv.weight, target.qkv.weight),
+        (source.qkv.bias, target.qkv.bias),
+    ):
+        query, key, value = torch.split(ours, widths)
+        theirs.copy_(torch.cat((query, repeat(key), repeat(value))))
+    target.output.load_state_dict(source.output.state_dict())
+    return target
+
+
+def rotation() -> tuple[Tensor, Tensor]:
+    cos, sin = rope_table(8, NUM_TOKENS, 10_000.0)[:, :, None]
+    return cos, sin
+
+
+def paged(attention: Attention, hidden: Tensor, num_kv_heads: int) -> Tensor:
+    """A chunk of all tokens but two, then one decode after the other."""
+    cos, sin = rotation()
+    cache = KVCache(
+        config_of(num_kv_heads),
+        num_blocks=4,
+        block_size=3,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    outputs: list[Tensor] = []
+    for start, end in itertools.pairwise((0, NUM_TOKENS - 2, NUM_TOKENS - 1, NUM_TOKENS)):
+        metadata = AttentionMetadata.build(
+            block_tables=[[2, 0, 3, 1]],
+            num_computed_tokens=[start],
+            num_new_tokens=[end - start],
+            block_size=3,
+            device=torch.device("cpu"),
+        )
+        part = (cos[start:end], sin[start:end])
+        outputs.append(attention(hidden[start:end], part, cache.layers[0], metadata))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 3])
+def test_shared_heads_equal_repeated_heads(num_kv_heads: int, kernel: KernelName) -> None:
+    shared = make_attention(config_of(num_kv_heads), kernel)
+    repeated = with_repeated_heads(shared, kernel)
+    hidden = torch.randn(NUM_TOKENS, 24)
+    dense = shared.forward_dense(hidden, rotation(), batch=1)
+    assert (dense - repeated.forward_dense(hidden, rotation(), batch=1)).abs().max() <= 1e-6
+    through_cache = paged(shared, hidden, num_kv_heads)
+    assert (through_cache - paged(repeated, hidden, num_kv_heads=6)).abs().max() <= 1e-6
+    assert (through_cache - dense).abs().max() <= 2e-6
+    assert dense.std() > 0.1, "outputs that vanish prove nothing"
+
+
+def test_query_heads_of_a_group_are_neighbours() -> None:
+    """Query head h reads key/value head h // group: only its own group sees a changed value."""
+    attention = make_attention(config_of(num_kv_heads=2))
+    attention.output.weight.copy_(torch.eye(24, 48))
+    hidden = torch.randn(NUM_TOKENS, 24)
+    before = attention.forward_dense(hidden, None, batch=1)
+    second_value_head = slice(attention.query_width + attention.kv_width + 8, None)
+    attention.qkv.weight[second_value_head] += 1.0
+    after = attention.forward_dense(hidden, None, batch=1)
+    # The identity keeps the first 24 of 48 columns: query heads 0, 1 and 2.
+    assert torch.equal(before, after)
+    attention.output.weight.copy_(torch.eye(24, 48).roll(24, dims=1))
+    attention.qkv.weight[second_value_head] -= 1.0
+    before = attention.forward_dense(hidden, None, batch=1)
+    attention.qkv.weight[second_value_head] += 1.0
+    after = attention.forward_dense(hidden, None, batch=1)
+    assert ((after - before).abs().amax(dim=0) > 1e-3).all()
+
+
+def test_batched_rows_are_independent() -> None:
+    attention = make_attention(config_of(num_kv_heads=2))
+    cos, sin = rotation()
+    hidden = torch.randn(3, NUM_TOKENS, 24)
+    tiled = (cos.repeat(3, 1, 1), sin.repeat(3, 1, 1))
+    together = attention.forward_dense(hidden.flatten(0, 1), tiled, batch=3)
+    for row, alone in zip(together.chunk(3), hidden, strict=True):
+        expected = attention.forward_dense(alone, (cos, sin), batch=1)
+        assert (row - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("family", ["rope", "learned"])
+def test_layers_may_differ_in_their_heads(family: str, kernel: KernelName) -> None:
+    layers = (HeadConfig(6, 6, 4), HeadConfig(6, 2, 8), HeadConfig(2, 1, 16), HeadConfig(5, 1, 4))
+    config = (tiny.llama if family == "rope" else tiny.gpt2)(layers=layers)
+    model = tiny.model(config, kernel=kernel)
+    tokens = torch.randint(0, config.vocab_size, (23,))
+    (chunked,) = tiny.paged_logits(model, [tokens], [[9], [5], [1], [8]])
+    assert (chunked - model.logits(tokens[None])[0]).abs().max() <= 1e-5
+
+
+def test_the_scale_of_a_layer_is_used() -> None:
+    plain, scaled = (
+        random_model(tiny.llama(layers=(HeadConfig(4, 2, 8, scale=scale),)), seed=0)
+        for scale in (None, 0.9)
+    )
+    tokens = torch.randint(0, 61, (1, 9))
+    assert (plain.logits(tokens) - scaled.logits(tokens)).abs().max() > 1e-3
+    (chunked,) = tiny.paged_logits(scaled, [tokens[0]], [[6], [1], [1], [1]])
+    assert (chunked - scaled.logits(tokens)[0]).abs().max() <= 1e-5

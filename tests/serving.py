@@ -1,0 +1,66 @@
+"""A real server on a real port inside the test's event loop, and ways to wait for its state."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from protos.headroom.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
+from service.config import ServiceConfig
+from service.engine.async_engine import AsyncEngine
+from service.replica import start_engine
+from service.runtimes.standalone import create_server
+from service.servicer import HeadroomServicer
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    target: str
+    engine: AsyncEngine
+    generation: Any
+    models: Any
+    channel: grpc.aio.Channel
+
+    async def load(self) -> models_pb2.GetLoadResponse:
+        return await self.models.GetLoad(models_pb2.GetLoadRequest())  # type: ignore[no-any-return]
+
+    async def until(
+        self, reached: Callable[[models_pb2.GetLoadResponse], bool]
+    ) -> models_pb2.GetLoadResponse:
+        """Ask for the load, one call after the other, until it is as wanted."""
+        while not reached(load := await self.load()):
+            pass
+        return load
+
+    async def until_idle(self) -> None:
+        """Until nothing runs, nothing waits and no KV block is used."""
+        await self.until(
+            lambda load: not (load.num_running or load.num_waiting or load.kv_blocks_used)
+        )
+        self.engine.engine.scheduler.check_integrity()
+
+
+@asynccontextmanager
+async def running_server(model: Path, **engine: Any) -> AsyncIterator[RunningServer]:
+    config = ServiceConfig(
+        model=str(model), port=0, engine={"num_threads": 1, **engine}, max_message_bytes=2**20
+    )
+    async_engine, tokenizer = await start_engine(config)
+    server, port = create_server(config, HeadroomServicer(async_engine, tokenizer))
+    await server.start()
+    target = f"127.0.0.1:{port}"
+    try:
+        async with grpc.aio.insecure_channel(target) as channel:
+            yield RunningServer(
+                target,
+                async_engine,
+                generation_pb2_grpc.GenerationServiceStub(channel),
+                models_pb2_grpc.ModelServiceStub(channel),
+                channel,
+            )
+    finally:
+        await server.stop(0)
+        await async_engine.shutdown()
