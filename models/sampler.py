@@ -167,7 +167,7 @@ def _draw(probabilities: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     # The product may round up to the total, which lies behind the last token.
     targets = (uniform[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
     drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    return drawn.tolist()  # type: ignore[no-any-return]
+    return drawn.tolist()
 
 
 def _logprob_rows(

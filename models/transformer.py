@@ -1,5 +1,8 @@
 """The decoder: embed, L pre-norm layers, norm, project to the vocabulary."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -73,12 +76,10 @@ class Transformer(nn.Module):
             input_ids, positions: int64 `[tokens]`, packed as `metadata` describes.
         """
         hidden, rotations = self._embed(input_ids, positions)
-        for layer, heads, cache in zip(
-            self.layers, self.config.layers, kv_cache.layers, strict=True
-        ):
+        for layer, cache in zip(self._decoder_layers, kv_cache.layers, strict=True):
             normed = layer.attention_norm(hidden)
             hidden = hidden + layer.attention(
-                normed, rotations.get(heads.head_dim), cache, metadata
+                normed, rotations.get(layer.attention.heads.head_dim), cache, metadata
             )
             hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
         return self.final_norm(hidden)  # type: ignore[no-any-return]
@@ -88,13 +89,17 @@ class Transformer(nn.Module):
         batch, num_tokens = input_ids.shape
         positions = torch.arange(num_tokens, device=input_ids.device).repeat(batch)
         hidden, rotations = self._embed(input_ids.flatten(), positions)
-        for layer, heads in zip(self.layers, self.config.layers, strict=True):
+        for layer in self._decoder_layers:
             normed = layer.attention_norm(hidden)
             hidden = hidden + layer.attention.forward_dense(
-                normed, rotations.get(heads.head_dim), batch
+                normed, rotations.get(layer.attention.heads.head_dim), batch
             )
             hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
         return self.final_norm(hidden).unflatten(0, (batch, num_tokens))  # type: ignore[no-any-return]
+
+    @property
+    def _decoder_layers(self) -> Iterable[DecoderLayer]:
+        return cast(Iterable[DecoderLayer], self.layers)
 
     def project_to_vocab(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` in float32 of hidden states `[..., hidden]`."""

@@ -9,6 +9,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,7 @@ def _copy_bandwidth(device: torch.device) -> float:
     return 2 * _COPY_BYTES / best
 
 
-def _median(values: Any) -> float:
+def _median(values: Iterable[float]) -> float:
     return round(statistics.median(values), 1)
 
 

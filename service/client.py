@@ -9,7 +9,7 @@ with Client("127.0.0.1:9000") as client:
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -311,7 +311,7 @@ def to_error(error: grpc.RpcError) -> HeadroomError:
     code: grpc.StatusCode = error.code()
     message: str = error.details() or ""
     reason, violations, retry_after = "", {}, None
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(cast(grpc.Call, error))
     for packed in status.details if status is not None else ():
         info, bad, retry = (
             error_details_pb2.ErrorInfo(),
@@ -331,7 +331,10 @@ def to_error(error: grpc.RpcError) -> HeadroomError:
 
 
 def _generation_request(
-    message: type[T], prompt: Prompt, options: RequestOptions | None, sampling: Mapping[str, Any]
+    message: Callable[..., T],
+    prompt: Prompt,
+    options: RequestOptions | None,
+    sampling: Mapping[str, Any],
 ) -> T:
     options = options or RequestOptions()
     request: Any = message(

@@ -1,5 +1,6 @@
 """What the command line prints: descriptions, the ready line, and one clear line per error."""
 
+import os
 import socket
 import time
 from pathlib import Path
@@ -54,7 +55,8 @@ def require_free_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"cannot listen on {host}:{port}: {reason}") from error
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:

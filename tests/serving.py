@@ -10,6 +10,7 @@ import grpc
 
 from protos.headroom.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 from service.config import ServiceConfig
+from service.engine import EngineConfig
 from service.engine.async_engine import AsyncEngine
 from service.replica import start_engine
 from service.runtimes.standalone import create_server
@@ -46,7 +47,10 @@ class RunningServer:
 @asynccontextmanager
 async def running_server(model: Path, **engine: Any) -> AsyncIterator[RunningServer]:
     config = ServiceConfig(
-        model=str(model), port=0, engine={"num_threads": 1, **engine}, max_message_bytes=2**20
+        model=str(model),
+        port=0,
+        engine=EngineConfig(num_threads=1, **engine),
+        max_message_bytes=2**20,
     )
     async_engine, tokenizer = await start_engine(config)
     server, port = create_server(config, HeadroomServicer(async_engine, tokenizer))

@@ -7,9 +7,9 @@ most published checkpoints use, says `rope_theta`, `rope_scaling` and `torch_dty
 import json
 import math
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from models.config import ITEMSIZE, DTypeName
+from models.config import DTypeName
 from models.errors import CheckpointError, ConfigError
 
 T = TypeVar("T")
@@ -89,9 +89,10 @@ class ConfigFields:
     def dtype(self) -> DTypeName:
         name = "dtype" if "dtype" in self else "torch_dtype"
         value = self._get(name, "float32")
-        if value not in ITEMSIZE:
-            raise ConfigError(name, value, ", ".join(ITEMSIZE))
-        return value  # type: ignore[no-any-return]
+        for known in get_args(DTypeName):
+            if value == known:
+                return known  # type: ignore[no-any-return]
+        raise ConfigError(name, value, ", ".join(get_args(DTypeName)))
 
     def rope_theta(self, default: float) -> float:
         """Base of a plain rotary embedding, from either dialect.

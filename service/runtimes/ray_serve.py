@@ -37,11 +37,11 @@ _WATCH_SECONDS = 5.0
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-@serve.deployment
 class HeadroomReplica(HeadroomServicer):
     """One replica. Serve calls the methods that are named after the RPCs."""
 
-    async def __init__(self, settings: dict[str, Any]) -> None:
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
+        # Serve awaits it.
         engine, tokenizer = await start_engine(ServiceConfig(**settings))
         super().__init__(engine, tokenizer, watch_seconds=_WATCH_SECONDS)
 
@@ -61,16 +61,20 @@ def build_app(config: ServiceConfig) -> Application:
     # A replica finds its model from wherever it runs.
     settings["model"] = str(config.model_path.resolve())
     settings["engine"]["num_threads"] = config.engine.num_threads or _threads_per_replica(config)
-    return HeadroomReplica.options(  # type: ignore[no-any-return]
-        num_replicas=config.replicas,
-        max_ongoing_requests=max_open,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
-        graceful_shutdown_timeout_s=config.drain_seconds + DEREGISTER_SECONDS,
-        graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=2,
-        health_check_timeout_s=10,
-        logging_config=_LOGGING,
-    ).bind(settings)
+    return (
+        serve.deployment(HeadroomReplica)
+        .options(
+            num_replicas=config.replicas,
+            max_ongoing_requests=max_open,
+            ray_actor_options={"num_cpus": 1, "num_gpus": 1 if on_gpu else 0},
+            graceful_shutdown_timeout_s=config.drain_seconds + DEREGISTER_SECONDS,
+            graceful_shutdown_wait_loop_s=0.2,
+            health_check_period_s=2,
+            health_check_timeout_s=10,
+            logging_config=_LOGGING,
+        )
+        .bind(settings)
+    )
 
 
 def start(config: ServiceConfig) -> Path:

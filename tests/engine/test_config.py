@@ -23,9 +23,7 @@ def build(**changes: int | None) -> EngineConfig:
 
 def test_every_number_is_checked() -> None:
     numbers = {
-        field.name
-        for field in dataclasses.fields(EngineConfig)
-        if field.type in (int, int | None)
+        field.name for field in dataclasses.fields(EngineConfig) if field.type in (int, int | None)
     }
     assert numbers == {*REQUIRED, *OPTIONAL, "max_bypass"}
 

@@ -121,9 +121,7 @@ def test_a_cached_prefix_changes_nothing(
     model: Transformer, params: list[SamplingParams], alone: list[RequestOutput]
 ) -> None:
     engine = tiny_engine(model, num_blocks=512, enable_prefix_caching=True)
-    requests = [
-        EngineRequest(prompt, each) for prompt, each in zip(PROMPTS, params, strict=True)
-    ]
+    requests = [EngineRequest(prompt, each) for prompt, each in zip(PROMPTS, params, strict=True)]
     for first in (True, False):
         for request, output, expected in zip(
             requests, finish_all(engine, requests), alone, strict=True
@@ -207,7 +205,9 @@ def test_scores_are_those_of_the_model(model: Transformer, budget: int, num_toke
     assert difference.numel() == 0 or difference.max() <= 1e-5
     assert scored.token_ids == ()
     assert reason(scored) is FinishReason.LENGTH
-    assert list(generated.token_ids) == tiny_engine(model).generate([[5, 6]], greedy(4))[0].token_ids
+    assert (
+        list(generated.token_ids) == tiny_engine(model).generate([[5, 6]], greedy(4))[0].token_ids
+    )
 
 
 # Endings
@@ -403,7 +403,7 @@ def test_no_other_than_the_allowed_tokens_is_chosen_while_the_end_is_held_back(
     assert output is None or {*output.token_ids} <= {EOS, 7}
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, report_multiple_bugs=False)
 @given(
     params=st.builds(
         SamplingParams,
@@ -466,7 +466,7 @@ def test_settings_are_one_for_all_or_one_for_each(model: Transformer) -> None:
         engine.generate([[1], [2]], [greedy(1)])
 
 
-class StepGuard(Exception):
+class NeverEndsError(Exception):
     """Ends a generate() that would never return."""
 
 
@@ -475,7 +475,7 @@ def guarded_engine(model: Transformer, **config: int) -> Engine:
 
     def observe(stats: StepStats) -> None:
         if next(remaining, None) is None:
-            raise StepGuard
+            raise NeverEndsError
 
     return tiny_engine(model, on_step=observe, **config)
 

@@ -151,7 +151,7 @@ def test_whatever_would_end_is_held_back_until_min_tokens(
         replace(GREEDY, allowed_token_ids=(5, 6, 7)),
         replace(GREEDY, logprobs=4),
     ],
-    ids=repr,
+    ids=["repetition", "presence", "frequency", "penalties", "bias", "allowed", "logprobs"],
 )
 def test_settings_reach_the_sampler_with_prompt_and_output_apart(
     model: Transformer, runner: ModelRunner, blocks: BlockManager, params: SamplingParams

@@ -140,9 +140,9 @@ def test_every_plan_keeps_the_limits_and_decodes_whoever_can_decode(
 # Preemption
 
 
-def crowded(**options: int) -> SchedulerLoop:
+def crowded() -> SchedulerLoop:
     """Six blocks of four tokens."""
-    return SchedulerLoop(num_blocks=6, max_num_batched_tokens=32, **options)
+    return SchedulerLoop(num_blocks=6)
 
 
 def test_preemption_takes_the_last_in_order_and_computes_it_again() -> None:
@@ -258,7 +258,7 @@ def test_a_small_request_passes_a_large_one_only_so_often() -> None:
 
 def test_what_can_never_fit_is_refused_at_once() -> None:
     loop = crowded()
-    with pytest.raises(NeverFitsError, match="25 tokens .* 24 in total"):
+    with pytest.raises(NeverFitsError, match=r"25 tokens .* 24 in total"):
         loop.add([1] * 10, greedy(16))
     with pytest.raises(NeverFitsError):
         loop.add([1] * 25, None)

@@ -66,7 +66,8 @@ def test_order_is_priority_then_deadline_then_arrival() -> None:
         make(seq_id=4, priority=1, deadline=None),
         make(seq_id=0, priority=-1, deadline=5.0),
     ]
-    assert sorted(reversed(expected), key=lambda seq: seq.order) == expected
+    by_arrival = sorted(expected, key=lambda seq: seq.seq_id)
+    assert sorted(by_arrival, key=lambda seq: seq.order) == expected
 
 
 def draws(seed: int | None) -> list[float]:

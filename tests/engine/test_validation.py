@@ -71,10 +71,7 @@ REFUSED: list[tuple[str, object, str, tuple[str, ...]]] = [
     ],
     ("top_k", -1, "top_k", ("0 (off) to 5000",)),
     ("top_k", 5001, "top_k", ("0 (off) to 5000",)),
-    *[
-        ("top_p", value, "top_p", ("above 0, at most 1",))
-        for value in (0.0, -0.1, 1.01, NAN, INF)
-    ],
+    *[("top_p", value, "top_p", ("above 0, at most 1",)) for value in (0.0, -0.1, 1.01, NAN, INF)],
     *[("min_p", value, "min_p", ("0 to 1",)) for value in (-0.1, 1.01, NAN, INF)],
     *[
         ("repetition_penalty", value, "repetition_penalty", ("at most 100",))

@@ -21,7 +21,7 @@ def _detail(status: status_pb2.Status, kind: type[T]) -> T:
     detail = kind()
     found = [packed for packed in status.details if packed.Is(kind.DESCRIPTOR)]  # type: ignore[attr-defined]
     assert len(found) == 1
-    found[0].Unpack(detail)  # type: ignore[arg-type]
+    found[0].Unpack(detail)
     return detail
 
 

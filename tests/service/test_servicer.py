@@ -26,6 +26,8 @@ from tests.bad_requests import BAD_REQUESTS
 from tests.checkpoints import VOCAB_SIZE, headroom_byte_tokenizer
 from tests.serving import RunningServer, running_server
 
+_EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
+
 
 def _request(prompt: list[int], **sampling: Any) -> pb.GenerateRequest:
     settings = pb.SamplingParams(**{"temperature": 0, "ignore_eos": True, **sampling})
@@ -179,7 +181,7 @@ async def test_oversize_message_and_unknown_method_are_refused(server: RunningSe
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await server.generation.Complete(pb.CompleteRequest(text="x" * 2**21))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    unknown = server.channel.unary_unary("/headroom.v1.GenerationService/Nothing")
+    unknown = server.channel.unary_unary("/headroom.v1.GenerationService/Nothing", bytes, bytes)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await unknown(b"")
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -359,7 +361,7 @@ async def _leave(server: RunningServer, steps: _GatedSteps, stage: str, how: str
         call.cancel()
     else:
         with contextlib.suppress(grpc.aio.AioRpcError):
-            while await call.read() is not grpc.aio.EOF:
+            while await call.read() is not _EOF:
                 pass
     if stage == "queued":
         other.cancel()
@@ -407,7 +409,7 @@ async def test_health_follows_the_engine(server: RunningServer) -> None:
     assert (await unknown.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
     assert await server.engine.drain(seconds=10)
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    assert await watch.read() is grpc.aio.EOF
+    assert await watch.read() is _EOF
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await server.generation.Complete(_complete(_request([1], max_tokens=1)))
     error = to_error(caught.value)

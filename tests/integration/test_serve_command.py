@@ -1,0 +1,181 @@
+"""`headroom serve` as a person runs it: what it prints, how it fails, and what it leaves."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file, save_file
+
+from service.client import Client
+from tests.integration.processes import Process, free_ports
+
+_CLI = ("-c", "from service.cli import app; app()")
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *_CLI, *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("runtime", ["standalone", pytest.param("ray", marks=pytest.mark.ray)])
+def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
+    port, http_port = free_ports(2)
+    target = f"127.0.0.1:{port}"
+    arguments = ["--runtime", runtime, "--port", str(port), "--http-port", str(http_port)]
+    with Process(*_CLI, "serve", "--model", str(model_path), *arguments) as server:
+        ready = server.wait_for(lambda line: line.startswith("ready"))
+        assert f"grpc://{target}" in ready
+        facts = {line.split(maxsplit=1)[0]: line for line in server.lines}
+        assert "tiny-gqa (llama" in facts["model"]
+        assert facts["heads"].endswith("h4kv2d16 x 2 layers")
+        assert "blocks of 16" in facts["kv"]
+        assert "MiB" in facts["kv"]
+
+        answer = _run("generate", "--target", target, "--max-tokens", "5", "--json", "hello")
+        assert answer.returncode == 0, answer.stderr
+        generated = json.loads(answer.stdout)
+        assert len(generated["token_ids"]) == 5
+        assert generated["reason"] == "FINISH_REASON_LENGTH"
+        described = json.loads(_run("model", "--target", target, "--json").stdout)
+        assert described["model"]["layers"][0]["num_kv_heads"] == 2
+        assert described["load"]["kv_blocks_used"] == 0
+        refused = _run("generate", "--target", target, "--temperature", "200", "x")
+        assert refused.returncode == 1
+        assert "sampling.temperature is 200; allowed: 0 to 100" in refused.stderr
+
+        family = server.family()
+        server.signal(signal.SIGINT)
+        assert server.wait() == 0, server.output
+        assert server.lines[-1] == "stopped"
+        assert psutil.wait_procs(family, timeout=20)[1] == []
+        for number in (port, http_port):
+            socket.create_server(("127.0.0.1", number)).close()
+
+
+def test_a_stop_signal_lets_an_open_stream_finish(model_path: Path) -> None:
+    port = free_ports(1)[0]
+    arguments = ["--runtime", "standalone", "--port", str(port), "--model", str(model_path)]
+    with Process(*_CLI, "serve", *arguments) as server:
+        server.wait_for(lambda line: line.startswith("ready"))
+        with Client(f"127.0.0.1:{port}") as client:
+            stream = client.generate([1], max_tokens=2000, temperature=0, ignore_eos=True)
+            texts = iter(stream)
+            next(texts)
+            server.signal(signal.SIGTERM)
+            for _ in texts:
+                pass
+        assert len(stream.token_ids) == 2000
+        assert server.wait() == 0, server.output
+
+
+@pytest.mark.parametrize("runtime", ["ray", "standalone"])
+def test_a_taken_port_is_named(model_path: Path, runtime: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        answer = _run(
+            "serve", "--runtime", runtime, "--model", str(model_path), "--port", str(port)
+        )
+    assert answer.returncode == 1
+    assert answer.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+def _copy(model_path: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in model_path.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def _truncate(path: Path) -> str:
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return "model.safetensors is not a readable safetensors file"
+
+
+def _other_shape(path: Path) -> str:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 4}))
+    return (
+        "model.layers.0.self_attn.k_proj.weight has shape [32, 64], "
+        "the configuration needs [64, 64]"
+    )
+
+
+def _missing_tensor(path: Path) -> str:
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path / "model.safetensors")
+    return "missing model.layers.1.mlp.up_proj.weight"
+
+
+def _no_tokenizer(path: Path) -> str:
+    (path / "tokenizer.json").unlink()
+    return "tokenizer.json is missing"
+
+
+def _small_vocabulary(path: Path) -> str:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": 258}))
+    return "embed_tokens.weight has shape [259, 64]"
+
+
+def _uneven_groups(path: Path) -> str:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
+    return "num_kv_heads is 3; allowed: a divisor of num_heads=4"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_truncate, _other_shape, _missing_tensor, _no_tokenizer, _small_vocabulary, _uneven_groups],
+)
+def test_a_damaged_checkpoint_is_refused_in_one_line(
+    model_path: Path, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
+    path = _copy(model_path, tmp_path / "damaged")
+    expected = damage(path)
+    answer = _run("serve", "--model", str(path), "--port", str(free_ports(1)[0]))
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: ")
+    assert expected in answer.stderr
+    assert answer.stderr.count("\n") == 1
+    assert answer.stdout == ""
+
+
+def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine:\n  max_num_seq: 3\n")
+    for arguments, expected in (
+        (["--config", str(file)], "max_num_seq"),
+        (["--config", str(tmp_path / "none.yaml")], "is not a file"),
+        (["--port", "70000"], "port is 70000"),
+        (["--replicas", "0"], "replicas is 0"),
+        (["--runtime", "standalone", "--replicas", "2"], "replicas is more than 1"),
+        (["--runtime", "docker"], "docker"),
+        (["--modle", "x"], "--modle"),
+    ):
+        answer = _run("serve", "--model", str(model_path), *arguments)
+        assert answer.returncode == 2, arguments
+        assert expected in answer.stderr
+
+
+def test_limits_that_the_model_cannot_keep_are_refused(model_path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("engine:\n  max_model_len: 5000\n")
+    answer = _run("serve", "--model", str(model_path), "--config", str(file))
+    assert answer.returncode == 1
+    assert "max_model_len is 5000; allowed: at most 4096" in answer.stderr
+
+
+def test_every_command_explains_itself_with_an_example() -> None:
+    for command in ("serve", "generate", "model", "bench", "train-demo"):
+        answer = _run(command, "--help")
+        assert answer.returncode == 0
+        assert f"Example: headroom {command}" in answer.stdout
