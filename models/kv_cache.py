@@ -16,6 +16,11 @@ class LayerCache:
     key: Tensor
     value: Tensor
 
+    def clear(self, slots: Tensor) -> None:
+        """Make flat slots finite again."""
+        self.key.flatten(0, 1)[slots] = 0
+        self.value.flatten(0, 1)[slots] = 0
+
     def write(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store `[tokens, kv_heads, head_dim]` at flat slots `block * block_size + offset`."""
         self.key.flatten(0, 1).index_copy_(0, slot_mapping, key)
@@ -92,7 +97,8 @@ class AttentionMetadata:
     Attributes:
         slot_mapping: `[tokens]`, the cache slot of each new token.
         num_decodes: how many of the first rows are decodes.
-        decode_block_tables: `[num_decodes, blocks]`, padded with block 0.
+        decode_block_tables: `[num_decodes, blocks]`, padded with a block of the same sequence, so
+            that nothing of another sequence is ever read, not even under a mask.
         decode_mask: bool `[num_decodes, 1, 1, blocks * block_size]`, True may be attended to.
         prefills: the remaining rows.
     """
@@ -130,7 +136,8 @@ class AttentionMetadata:
         decode_lens = [computed + 1 for computed in num_computed_tokens[:num_decodes]]
         width = max((-(-length // block_size) for length in decode_lens), default=0)
         padded = [
-            [*table[:width], *[0] * (width - len(table))] for table in block_tables[:num_decodes]
+            _padded(table, -(-length // block_size), width)
+            for table, length in zip(block_tables, decode_lens, strict=False)
         ]
         spans: list[PrefillSpan] = []
         start = num_decodes
@@ -151,3 +158,8 @@ class AttentionMetadata:
             decode_mask=(positions < lens[:, None])[:, None, None, :],
             prefills=tuple(spans),
         )
+
+
+def _padded(block_table: Sequence[int], num_used: int, width: int) -> list[int]:
+    used = block_table[:num_used]
+    return [*used, *[used[-1]] * (width - num_used)]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 NEGATIVE_INFINITY = float("-inf")
+# Smaller ones are 0 in float32.
+_MIN_TEMPERATURE = 1e-38
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class SampledToken:
     """A chosen token, and what was asked about its probability.
 
     Attributes:
-        token_id: None if the row's logits were not finite, so that nothing could be chosen.
+        token_id: None if nothing could be chosen: the logits were not finite, or no id was left.
     """
 
     token_id: int | None
@@ -85,8 +87,11 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         _edit(logits[index], rows[index])
     chosen: list[int] = greedy.tolist()
     if edited:
-        for index, token_id in zip(edited, logits[edited].max(dim=-1)[1].tolist(), strict=True):
+        highest, tokens = logits[edited].max(dim=-1)
+        usable: list[bool] = highest.isfinite().tolist()
+        for index, is_usable, token_id in zip(edited, usable, tokens.tolist(), strict=True):
             chosen[index] = token_id
+            broken[index] = broken[index] or not is_usable
     random = [i for i, row in enumerate(rows) if row.temperature > 0 and not broken[i]]
     if random:
         random_rows = [rows[index] for index in random]
@@ -106,7 +111,9 @@ def filtered_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tenso
         logits: float32 `[rows, vocab]`; every row's temperature is above 0.
     """
     temperatures = torch.tensor(
-        [row.temperature for row in rows], dtype=torch.float32, device=logits.device
+        [max(row.temperature, _MIN_TEMPERATURE) for row in rows],
+        dtype=torch.float32,
+        device=logits.device,
     )
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     scaled = (logits - logits.max(dim=-1, keepdim=True)[0]) / temperatures[:, None]
@@ -163,9 +170,7 @@ def _draw(probabilities: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     uniform = torch.tensor(
         [row.uniform for row in rows], dtype=torch.float64, device=probabilities.device
     )
-    total = cumulative[:, -1:]
-    # The product may round up to the total, which lies behind the last token.
-    targets = (uniform[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))
+    targets = uniform[:, None] * cumulative[:, -1:]
     drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
     return drawn.tolist()
 

@@ -105,7 +105,7 @@ class IncrementalDetokenizer:
             if self.matched_stop is not None:
                 break
             self._token_ids.append(token_id)
-            decoded = self._tokenizer.step(self._stream, token_id)
+            decoded = self._decode(token_id)
             self._num_decoded_chars += len(decoded)
             if decoded:
                 pieces.append(self._release(decoded))
@@ -119,6 +119,17 @@ class IncrementalDetokenizer:
         released = self._release(whole[self._num_decoded_chars :])
         rest, self._held = self._held, ""
         return released if self.matched_stop is not None else released + rest
+
+    def _decode(self, token_id: int) -> str:
+        """Text that the newest token completes."""
+        try:
+            return self._tokenizer.step(self._stream, token_id)
+        except Exception:
+            # Byte-fallback decoders rewrite a run of bytes that turns out to be no UTF-8, and the
+            # stream gives up. What is out stays out; the rest is decoded anew.
+            self._stream = self._tokenizer.decode_stream()
+            self._tokenizer.step(self._stream, token_id)
+            return self._tokenizer.decode(self._token_ids)[self._num_decoded_chars :]
 
     def _release(self, decoded: str) -> str:
         """Add decoded text to what is held back; return what no stop string can claim."""

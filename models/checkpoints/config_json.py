@@ -5,7 +5,7 @@ most published checkpoints use, says `rope_theta`, `rope_scaling` and `torch_dty
 """
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, not an object")
@@ -52,7 +52,7 @@ class ConfigFields:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not abs(value) <= sys.float_info.max
         ):
             raise ConfigError(name, value, "a finite number")
         return float(value)

@@ -127,6 +127,8 @@ def _llama_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[Piece, ...]
 def _parse_gpt2(fields: ConfigFields) -> ModelConfig:
     hidden_size = fields.integer("n_embd")
     num_heads, num_layers = fields.integer("n_head"), fields.integer("n_layer")
+    if hidden_size < 1:
+        raise ConfigError("n_embd", hidden_size, "1 or more")
     if num_heads < 1 or hidden_size % num_heads:
         raise ConfigError("n_head", num_heads, f"a divisor of n_embd={hidden_size}")
     fields.refuse_unless("reorder_and_upcast_attn", False)

@@ -121,10 +121,11 @@ def _weight_files(directory: Path) -> list[Path]:
     weight_map = read_json(directory / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / _INDEX} has no weight_map")
-    files: list[Path] = []
-    for name in dict.fromkeys(weight_map.values()):
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{_INDEX} names a shard outside of the directory: {name!r}")
+    files: list[Path] = []
+    for name in dict.fromkeys(weight_map.values()):
         if not (directory / name).exists():
             raise CheckpointError(f"{directory / name} is missing; {_INDEX} names it")
         files.append(directory / name)
@@ -174,7 +175,8 @@ def _read_headers(files: list[Path], family: Family, config: ModelConfig) -> dic
     stored: dict[str, _Stored] = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as handle:
+            # As "np" the file is not mapped: headers of files larger than memory are read too.
+            with safe_open(file, framework="np") as handle:
                 for stored_name in handle.keys():  # noqa: SIM118, safe_open is no mapping
                     name = stored_name.removeprefix(family.prefix)
                     if name.endswith(family.ignored):

@@ -11,16 +11,18 @@ from models.config import ModelConfig
 from models.errors import ConfigError
 from models.transformer import Transformer
 
+_ACTIVATION_NAMES = {"gelu_tanh": "gelu_pytorch_tanh"}
+
 
 def save_model(model: Transformer, path: str | Path) -> None:
     """Write config.json and model.safetensors into a directory, made if it is missing.
 
     Raises:
-        ConfigError: the family, or heads that differ between layers, cannot be written.
+        ConfigError: the format cannot say what the configuration says; nothing was written.
     """
     directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
     fields = _llama_fields(model.config)
+    directory.mkdir(parents=True, exist_ok=True)
     fields["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     save_file(_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
@@ -43,6 +45,16 @@ def _llama_fields(config: ModelConfig) -> dict[str, object]:
     if len(set(config.layers)) != 1:
         raise ConfigError("layers", config.head_label, "the same heads in every layer")
     heads = config.layers[0]
+    for field, value, allowed in (
+        ("scale", heads.scale, None),
+        ("norm", config.norm, "rms_norm"),
+        ("gated_mlp", config.gated_mlp, True),
+        ("output_bias", config.output_bias, config.qkv_bias),
+    ):
+        if value != allowed:
+            raise ConfigError(field, value, repr(allowed))
+    if config.rope_theta is None:
+        raise ConfigError("rope_theta", None, "a number")
     eos = config.eos_token_ids
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -57,7 +69,7 @@ def _llama_fields(config: ModelConfig) -> dict[str, object]:
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "hidden_act": config.activation,
+        "hidden_act": _ACTIVATION_NAMES.get(config.activation, config.activation),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_word_embeddings,

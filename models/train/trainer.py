@@ -85,12 +85,12 @@ def train(
             group["lr"] = config.learning_rate * _schedule(share, config.warmup_share)
         seq_len = config.seq_len if share < 1 - config.final_share else config.final_seq_len
         starts = torch.randint(
-            0, len(tokens) - seq_len - 1, (config.batch_tokens // seq_len, 1), generator=generator
+            0, len(tokens) - seq_len, (config.batch_tokens // seq_len, 1), generator=generator
         )
         rows = tokens[starts + torch.arange(seq_len + 1)].to(model.device)
         loss = _loss(model, rows)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         step += 1

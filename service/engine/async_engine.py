@@ -103,6 +103,7 @@ class AsyncEngine:
         self._load: EngineLoad | None = None
         self._busy_since: float | None = None
         self._draining = False
+        self._dead = False
         self._num_open = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -145,6 +146,8 @@ class AsyncEngine:
         self.check_alive()
         stream = _Stream()
         self._commands.put(_Add(request, stream))
+        # The thread may have ended since; whatever it had not taken then, it never will.
+        self.check_alive()
         self._num_open += 1
         self._idle.clear()
         finished = False
@@ -165,7 +168,7 @@ class AsyncEngine:
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if the engine thread has ended."""
-        if self._thread is None or not self._thread.is_alive():
+        if self._thread is None or self._dead:
             raise EngineDeadError
 
     def check_health(self) -> None:
@@ -209,6 +212,7 @@ class AsyncEngine:
             torch.set_num_threads(self._num_threads or _num_cores())
             engine = self._build()
         except BaseException as error:  # whatever it is, the starter must hear of it
+            self._dead = True
             self._call_on_loop(started.set_exception, error)
             return
         self._engine, self._load = engine, engine.load
@@ -218,6 +222,7 @@ class AsyncEngine:
         except Exception:
             log.exception("engine failed")
         finally:
+            self._dead = True  # before the queue is emptied: see run()
             streams = list(self._streams.values())
             self._streams.clear()
             while not self._commands.empty():

@@ -105,8 +105,8 @@ class Engine:
             device=model.device,
         )
         self.on_step = on_step
-        self.limits = ModelLimits(model.config.vocab_size, self.max_model_len)
         eos_token_ids = frozenset(model.config.eos_token_ids)
+        self.limits = ModelLimits(model.config.vocab_size, self.max_model_len, eos_token_ids)
         block_manager = BlockManager(
             self.kv_cache.num_blocks,
             config.block_size,
@@ -212,7 +212,8 @@ class Engine:
             params: for all prompts, or one for each.
 
         Raises:
-            InvalidRequestError, NeverFitsError: nothing of the batch was run.
+            InvalidRequestError, NeverFitsError, QueueFullError: one of the requests can never be
+                served; nothing of the batch was run.
         """
         each = params if isinstance(params, list) else [params] * len(prompts)
         requests = [
@@ -220,6 +221,7 @@ class Engine:
         ]
         for request in requests:
             self._validate(request)
+            self.scheduler.check_size(len(request.prompt_token_ids), request.params)
         collected: dict[int, list[SequenceOutput]] = {}
         pending = iter(requests)
         upcoming = next(pending, None)
@@ -236,6 +238,10 @@ class Engine:
     def _validate(self, request: EngineRequest) -> None:
         if request.params is not None:
             validate_generation(request.prompt_token_ids, request.params, self.limits)
+            if request.params.stop and self._tokenizer is None:
+                raise InvalidRequestError(
+                    [Violation("sampling.stop", "set", "empty; this engine has no tokenizer")]
+                )
             return
         violations = list(
             prompt_violations(request.prompt_token_ids, self.limits, max_len=self.max_model_len)
@@ -244,10 +250,7 @@ class Engine:
             raise InvalidRequestError(violations)
 
     def _stop_matcher(self, params: SamplingParams) -> Callable[[int], str | None]:
-        if self._tokenizer is None:
-            raise InvalidRequestError(
-                [Violation("sampling.stop", "set", "empty; this engine has no tokenizer")]
-            )
+        assert self._tokenizer is not None, "a validated request with stop strings"
         detokenizer = IncrementalDetokenizer(
             self._tokenizer, params.stop, min_tokens=params.min_tokens
         )

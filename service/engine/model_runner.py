@@ -30,14 +30,18 @@ class ModelRunner:
         """Compute the planned tokens; one result per scheduled sequence, in order."""
         if not plan.scheduled:
             return []
-        hidden = self.model(*self._build_batch(plan.scheduled))
+        input_ids, positions, metadata = self._build_batch(plan.scheduled)
+        hidden = self.model(input_ids, positions, self.kv_cache, metadata)
+        failed_rows = self._clear_failed(hidden, metadata)
         results = [StepResult()] * len(plan.scheduled)
         last_rows: list[int] = []
         sampled: list[int] = []
         start = 0
         for index, item in enumerate(plan.scheduled):
             end = start + item.num_tokens
-            if item.samples:
+            if any(start <= row < end for row in failed_rows):
+                results[index] = StepResult(failed=True)
+            elif item.samples:
                 last_rows.append(end - 1)
                 sampled.append(index)
             elif item.seq.params is None:
@@ -50,9 +54,20 @@ class ModelRunner:
                 results[index] = _result(token)
         return results
 
+    def _clear_failed(self, hidden: Tensor, metadata: AttentionMetadata) -> list[int]:
+        """Rows whose hidden state is not finite; their cache slots are made finite again.
+
+        A later owner of the block reads them under a mask, and 0 times NaN is NaN.
+        """
+        failed: list[int] = (~hidden.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        if failed:
+            for layer in self.kv_cache.layers:
+                layer.clear(metadata.slot_mapping[failed])
+        return failed
+
     def _build_batch(
         self, scheduled: SequenceOf[ScheduledSequence]
-    ) -> tuple[Tensor, Tensor, KVCache, AttentionMetadata]:
+    ) -> tuple[Tensor, Tensor, AttentionMetadata]:
         input_ids: list[int] = []
         positions: list[int] = []
         for item in scheduled:
@@ -71,7 +86,6 @@ class ModelRunner:
         return (
             torch.tensor(input_ids, dtype=torch.int64, device=device),
             torch.tensor(positions, dtype=torch.int64, device=device),
-            self.kv_cache,
             metadata,
         )
 
@@ -125,4 +139,4 @@ def _uses_output(repetition: float, presence: float, frequency: float) -> bool:
 
 def _result(token: SampledToken) -> StepResult:
     logprobs = None if token.logprob is None else TokenLogprobs(token.logprob, token.top_logprobs)
-    return StepResult(token_id=token.token_id, logprobs=logprobs)
+    return StepResult(token_id=token.token_id, logprobs=logprobs, failed=token.token_id is None)

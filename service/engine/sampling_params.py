@@ -44,3 +44,8 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
+
+    def max_kv_tokens(self, num_prompt_tokens: int) -> int:
+        """Cache slots that a request takes at most, as far as that is known in advance."""
+        # The last token is never read back.
+        return num_prompt_tokens + (1 if self.max_tokens is None else self.max_tokens) - 1

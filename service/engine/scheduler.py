@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.errors import NeverFitsError, QueueFullError
+from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import (
     FinishReason,
     Sequence,
@@ -60,14 +61,16 @@ class StepResult:
     """What the model said about one scheduled sequence.
 
     Attributes:
-        token_id: the sampled token; None if none was due, or if the logits were not finite.
+        token_id: the sampled token; None if none was due.
         logprobs: of the sampled token, if asked for.
         prompt_logprobs: when scoring, log-probabilities of the tokens after the computed ones.
+        failed: the model's numbers for this sequence were not finite.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[float, ...] = ()
+    failed: bool = False
 
 
 class Scheduler:
@@ -115,18 +118,29 @@ class Scheduler:
             and self.num_waiting_tokens + num_tokens <= self._config.max_waiting_tokens
         )
 
+    def check_size(self, num_prompt_tokens: int, params: SamplingParams | None) -> None:
+        """Refuse what could not be served even by an idle engine.
+
+        Raises:
+            NeverFitsError: it needs more blocks than there are.
+            QueueFullError: its prompt alone exceeds the queue's limit of tokens.
+        """
+        needed = params.max_kv_tokens(num_prompt_tokens) if params else num_prompt_tokens
+        manager = self.block_manager
+        if manager.blocks_for(needed) > manager.num_blocks:
+            capacity = manager.num_blocks * manager.block_size
+            raise NeverFitsError(num_tokens=needed, max_tokens=capacity)
+        if num_prompt_tokens > self._config.max_waiting_tokens:
+            raise QueueFullError(unit="tokens", limit=self._config.max_waiting_tokens)
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence.
 
         Raises:
-            NeverFitsError: it needs more blocks than there are.
+            NeverFitsError: see `check_size`.
             QueueFullError: the queue has reached a limit.
         """
-        manager = self.block_manager
-        if manager.blocks_for(seq.max_kv_tokens) > manager.num_blocks:
-            raise NeverFitsError(
-                num_tokens=seq.max_kv_tokens, max_tokens=manager.num_blocks * manager.block_size
-            )
+        self.check_size(seq.num_tokens, seq.params)
         if len(self.waiting) >= self._config.max_waiting_requests:
             raise QueueFullError(unit="requests", limit=self._config.max_waiting_requests)
         if not self.has_room_for(seq.num_tokens):
@@ -175,6 +189,9 @@ class Scheduler:
         outputs = list(plan.expired)
         for item, result in zip(plan.scheduled, results, strict=True):
             seq, samples = item.seq, item.samples
+            if result.failed:
+                outputs.append(self._end(seq, FinishReason.ERROR))
+                continue
             seq.num_computed_tokens += item.num_tokens
             self.block_manager.remember(seq, item.num_tokens)
             if samples:
@@ -256,8 +273,7 @@ class Scheduler:
 
     def _append(self, seq: Sequence, result: StepResult, now: float) -> SequenceOutput:
         """Add a sampled token and see whether it is the last."""
-        if result.token_id is None:
-            return self._end(seq, FinishReason.ERROR)
+        assert result.token_id is not None, "a sampling step has a token"
         seq.token_ids.append(result.token_id)
         if seq.first_token_time is None:
             seq.first_token_time = now

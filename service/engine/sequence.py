@@ -150,14 +150,6 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
-    def max_kv_tokens(self) -> int:
-        """Cache slots that the request takes at most, if its length is known in advance."""
-        if self.params is None or self.params.max_tokens is None:
-            return self.num_prompt_tokens
-        # The last token is never read back.
-        return self.num_prompt_tokens + self.params.max_tokens - 1
-
-    @property
     def order(self) -> tuple[int, float, int]:
         """Sorts by priority (higher first), deadline (earlier first) and arrival."""
         return (

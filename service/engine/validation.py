@@ -18,6 +18,8 @@ MAX_LOGPROBS = 20
 MAX_ABS_PRIORITY = 100
 MAX_SEED = 2**64 - 1
 MAX_TIMEOUT_SECONDS = 3600.0
+# Smaller ones are not told from 0 in float32.
+MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class ModelLimits:
 
     vocab_size: int
     max_model_len: int
+    eos_token_ids: frozenset[int] = frozenset()
 
 
 def validate_generation(
@@ -62,13 +65,17 @@ def sampling_violations(
     params: SamplingParams, limits: ModelLimits, *, num_prompt_tokens: int
 ) -> Iterator[Violation]:
     room = max(limits.max_model_len - num_prompt_tokens, 1)
-    if params.max_tokens is not None and not 1 <= params.max_tokens <= room:
+    most = room
+    if params.max_tokens is None:
+        pass
+    elif 1 <= params.max_tokens <= room:
+        most = params.max_tokens
+    else:
         yield Violation(
             "sampling.max_tokens",
             str(params.max_tokens),
             f"1 to {room} (context {limits.max_model_len} less {num_prompt_tokens} prompt tokens)",
         )
-    most = room if params.max_tokens is None else params.max_tokens
     if not 0 <= params.min_tokens <= most:
         yield Violation("sampling.min_tokens", str(params.min_tokens), f"0 to {most} (max_tokens)")
     if not 0 <= params.top_k <= limits.vocab_size:
@@ -93,21 +100,37 @@ def sampling_violations(
         if not -100 <= bias <= 100:  # also refuses NaN
             yield Violation(f"sampling.logit_bias[{token_id}]", str(bias), "-100 to 100")
             break
+    yield from _nothing_left_violations(params, limits)
+
+
+def _nothing_left_violations(params: SamplingParams, limits: ModelLimits) -> Iterator[Violation]:
+    """While `min_tokens` holds back every ending, some token must remain to be chosen."""
+    if not params.min_tokens:
+        return
     ending = {*params.stop_token_ids}
-    if params.min_tokens and params.allowed_token_ids and ending >= {*params.allowed_token_ids}:
+    if not params.ignore_eos:
+        ending |= limits.eos_token_ids
+    allowed = params.allowed_token_ids or range(limits.vocab_size)
+    if len(ending) >= len(allowed) and ending.issuperset(allowed):
         yield Violation(
-            "sampling.allowed_token_ids",
-            "all of them in stop_token_ids",
-            "at least one other while min_tokens is set",
+            "sampling.min_tokens",
+            f"{params.min_tokens} while all tokens that may be chosen end the generation",
+            "0, or at least one token in allowed_token_ids that is no stop and no end-of-sequence",
         )
 
 
 def _float_violations(params: SamplingParams) -> Iterator[Violation]:
+    if 0 < params.temperature < MIN_TEMPERATURE:
+        yield Violation(
+            "sampling.temperature",
+            f"{params.temperature:g}",
+            f"0 (greedy), or {MIN_TEMPERATURE:g} to 100",
+        )
     for name, low, high, low_open in (
         ("temperature", 0.0, 100.0, False),
         ("top_p", 0.0, 1.0, True),
         ("min_p", 0.0, 1.0, False),
-        ("repetition_penalty", 0.0, 100.0, True),
+        ("repetition_penalty", 0.01, 100.0, False),
         ("presence_penalty", -2.0, 2.0, False),
         ("frequency_penalty", -2.0, 2.0, False),
     ):

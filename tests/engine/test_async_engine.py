@@ -40,22 +40,25 @@ LONG = EngineRequest([1, 2, 3], greedy(300))
 class GatedEngine(Engine):
     """An engine whose every step waits for a permit.
 
+    Args:
+        permits: how many steps have theirs from the beginning.
+        fail_after: the step after so many raises.
+
     Attributes:
         at_gate: set while a step waits for its permit, or has got it.
         outputs_per_step: how many sequences each finished step had something new for.
-        error: raised by the next step that gets a permit.
         thread: where the last step was taken.
     """
 
-    def __init__(self, permits: int = 0, **config: Any) -> None:
+    def __init__(self, permits: int = 0, *, fail_after: int | None = None, **config: Any) -> None:
         super().__init__(
             tiny_model(), EngineConfig(**{"num_blocks": 256, "block_size": 4, **config})
         )
         self.at_gate = threading.Event()
         self.outputs_per_step: list[int] = []
-        self.error: Exception | None = None
         self.thread = threading.current_thread()
         self._permits = threading.Semaphore(permits)
+        self._fail_after = fail_after
 
     def permit(self, steps: int = FREE) -> None:
         self._permits.release(steps)
@@ -71,8 +74,8 @@ class GatedEngine(Engine):
         self.thread = threading.current_thread()
         self.at_gate.set()
         assert self._permits.acquire(timeout=PATIENCE), "no permit was given"
-        if self.error is not None:
-            raise self.error
+        if len(self.outputs_per_step) == self._fail_after:
+            raise RuntimeError("out of memory")
         outputs = super().step()
         self.outputs_per_step.append(len(outputs))
         return outputs
@@ -368,12 +371,13 @@ async def test_a_full_queue_refuses_only_what_it_cannot_hold() -> None:
 
 
 async def test_a_failed_step_ends_every_stream_and_the_engine() -> None:
-    gated = GatedEngine(permits=1, max_num_seqs=1)
+    gated = GatedEngine(permits=1, fail_after=2, max_num_seqs=1)
     async with running(gated) as engine:
         decoding = engine.run(LONG)
         await anext(decoding)
         waiting = await started(engine, LONG)
-        gated.error = RuntimeError("out of memory")
+        gated.permit(1)
+        await anext(decoding)
         unseen = await started(engine, LONG)
         gated.permit()
         with pytest.raises(EngineDeadError):
@@ -388,16 +392,14 @@ async def test_a_failed_step_ends_every_stream_and_the_engine() -> None:
 
 
 async def test_tokens_made_before_the_failure_are_read_first() -> None:
-    gated = GatedEngine(permits=1)
+    gated = GatedEngine(permits=FREE, fail_after=4)
     async with running(gated) as engine:
         stream = engine.run(LONG)
-        assert len((await anext(stream)).token_ids) == 1
-        gated.permit(1)
-        gated.error = RuntimeError("out of memory")
-        gated.permit(1)
+        tokens = (await anext(stream)).token_ids
         await gated.thread_has_ended()
-        received = [await anext(stream) for _ in range(len(gated.outputs_per_step) - 1)]
-        assert all(len(output.token_ids) == 1 for output in received)
+        while len(tokens) < 4:
+            tokens += (await anext(stream)).token_ids
+        assert tokens == alone(LONG).token_ids[:4]
         with pytest.raises(EngineDeadError):
             await anext(stream)
 
@@ -409,8 +411,7 @@ async def test_a_request_that_arrives_while_the_engine_dies_is_not_left_waiting(
     loop = asyncio.get_running_loop()
     call_soon_threadsafe = loop.call_soon_threadsafe
     dying, may_die = threading.Event(), threading.Event()
-    gated = GatedEngine()
-    gated.error = RuntimeError("out of memory")
+    gated = GatedEngine(fail_after=0)
 
     def hold(callback: Callable[..., object], *args: Any, **options: Any) -> asyncio.Handle:
         handle = call_soon_threadsafe(callback, *args, **options)

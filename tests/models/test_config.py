@@ -31,7 +31,8 @@ def test_head_config_names_the_wrong_field(
 
 
 @pytest.mark.parametrize(
-    ("num_kv_heads", "kind", "group"), [(12, "mha", 1), (4, "gqa", 3), (1, "mqa", 12)]
+    ("num_kv_heads", "kind", "group"),
+    [(12, "mha", 1), (4, "gqa", 3), (2, "gqa", 6), (1, "mqa", 12)],
 )
 def test_number_of_kv_heads_decides_the_kind(num_kv_heads: int, kind: str, group: int) -> None:
     heads = HeadConfig(num_heads=12, num_kv_heads=num_kv_heads, head_dim=64)

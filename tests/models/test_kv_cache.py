@@ -98,7 +98,7 @@ def test_metadata_describes_decodes_and_chunks() -> None:
     ]
     assert metadata.slot_mapping.dtype == torch.int64
     assert metadata.num_decodes == 2
-    assert metadata.decode_block_tables.tolist() == [[7, 2], [4, 0]], "padded with block 0"
+    assert metadata.decode_block_tables.tolist() == [[7, 2], [4, 4]], "padded with its own block"
     assert metadata.decode_mask.shape == (2, 1, 1, 8)
     assert metadata.decode_mask[:, 0, 0].tolist() == [
         [True] * 5 + [False] * 3,
@@ -116,7 +116,7 @@ def test_decode_tables_are_as_wide_as_the_longest_sequence_and_no_wider() -> Non
         block_size=4,
         device=CPU,
     )
-    assert metadata.decode_block_tables.tolist() == [[1, 2], [5, 0]]
+    assert metadata.decode_block_tables.tolist() == [[1, 2], [5, 5]]
     assert metadata.decode_mask.sum(dim=-1).flatten().tolist() == [8, 3]
 
 

@@ -1,4 +1,4 @@
-"""Sampling against transformers' processors and against loops over float64 numbers."""
+"""Draws and edits against the inverted distribution function, NumPy and transformers."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,14 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import RepetitionPenaltyLogitsProcessor
 
 from models.sampler import SamplingRow, filtered_probabilities, sample
 from tests.models.numpy_oracle import Array
@@ -31,63 +24,6 @@ from tests.models.sampling import (
     temperatures,
     token_ids,
 )
-
-# --- filters, against transformers -------------------------------------------------------------
-
-
-def their_probabilities(logits: Tensor, row: SamplingRow) -> Tensor:
-    chain = LogitsProcessorList([TemperatureLogitsWarper(row.temperature)])
-    if row.top_k:
-        chain.append(TopKLogitsWarper(row.top_k))
-    if row.top_p < 1.0:
-        chain.append(TopPLogitsWarper(row.top_p))
-    if row.min_p:
-        chain.append(MinPLogitsWarper(row.min_p))
-    processed: Tensor = chain(torch.zeros(len(logits), 1, dtype=torch.int64), logits)
-    return processed.softmax(dim=-1)
-
-
-@settings(max_examples=300)
-@given(rows=st.lists(filters(), min_size=1, max_size=4), seed=seeds)
-def test_filters_equal_the_processor_chain_of_transformers(
-    rows: list[SamplingRow], seed: int
-) -> None:
-    logits = logits_of(seed, len(rows))
-    probabilities = filtered_probabilities(logits.clone(), rows)
-    assert probabilities.dtype == torch.float32
-    for ours, row, own_logits in zip(probabilities, rows, logits, strict=True):
-        expected = their_probabilities(own_logits[None], row)[0]
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
-        assert torch.equal(ours > 1e-6, expected > 1e-6)
-
-
-def test_each_filter_alone_keeps_what_its_definition_says() -> None:
-    probabilities = torch.tensor([[0.4, 0.1, 0.3, 0.05, 0.15]])
-
-    def kept(**options: float) -> list[int]:
-        row = SamplingRow(**options)  # type: ignore[arg-type]
-        return filtered_probabilities(probabilities.log(), [row])[0].nonzero().flatten().tolist()
-
-    assert kept() == [0, 1, 2, 3, 4]
-    assert kept(top_k=2) == [0, 2]
-    assert kept(top_k=5) == kept(top_k=9) == [0, 1, 2, 3, 4]
-    assert kept(top_p=0.6) == [0, 2]
-    assert kept(top_p=0.75) == [0, 2, 4], "the smallest set that reaches it"
-    assert kept(top_p=1e-9) == [0], "the most likely token always stays"
-    assert kept(min_p=0.3) == [0, 2, 4], "less likely than 0.3 * 0.4 goes"
-    assert kept(min_p=1.0) == [0]
-    # top_k comes first: of 0.4 and 0.3 alone, the first has 57 %.
-    assert kept(top_k=2, top_p=0.55) == [0]
-    # Temperature comes first: at 0.25 the first token has 75 %.
-    assert kept(top_p=0.7, temperature=0.25) == [0]
-
-
-def test_equally_likely_tokens_share_top_k_as_in_transformers() -> None:
-    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
-    ours = filtered_probabilities(logits.clone(), [SamplingRow(top_k=2)])
-    assert torch.equal(ours > 0, torch.tensor([[True, True, True, False]]))
-    torch.testing.assert_close(ours, their_probabilities(logits, SamplingRow(top_k=2)))
-
 
 # --- the draw ----------------------------------------------------------------------------------
 
@@ -135,6 +71,25 @@ def test_the_drawn_token_is_where_the_distribution_passes_the_uniform_number(
     assert below - 1e-12 <= uniform <= float(cumulative[token.token_id]) + 1e-12
 
 
+@settings(max_examples=50)
+@given(seed=seeds, vocab=st.sampled_from([2, VOCAB, 1000]), temperature=temperatures)
+def test_neighbouring_uniform_numbers_fall_on_the_right_side_of_a_boundary(
+    seed: int, vocab: int, temperature: float
+) -> None:
+    row = SamplingRow(temperature=temperature)
+    logits = logits_of(seed, vocab=vocab)
+    probabilities = filtered_probabilities(logits, [row])[0].double()
+    token_id = seed % (vocab - 1)
+    boundary = float(probabilities[: token_id + 1].sum() / probabilities.sum())
+    # Wider than float64 rounds, far narrower than float32.
+    sides = [replace(row, uniform=boundary + side) for side in (-1e-12, 1e-12)]
+    first, second = (token.token_id for token in sample(logits.repeat(2, 1), sides))
+    assert first is not None
+    assert second is not None
+    if 1e-11 < boundary < 1 - 1e-11:
+        assert first <= token_id < second
+
+
 @settings(max_examples=100)
 @given(row=filters(), seed=seeds, vocab=st.sampled_from([1, 2, 5, VOCAB, 1000]))
 @pytest.mark.parametrize("uniform", [0.0, 5e-324, JUST_BELOW_ONE])
@@ -163,7 +118,8 @@ def test_the_same_row_gives_the_same_token(row: SamplingRow, seed: int) -> None:
     "options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"logit_bias": {4: 1.0}}]
 )
 def test_tiny_temperatures_are_greedy(temperature: float, options: dict[str, object]) -> None:
-    logits = logits_of(5, num_rows=3)
+    # Rows of very different height: each is scaled from its own maximum.
+    logits = logits_of(5, num_rows=3) + torch.tensor([[0.0], [1000.0], [-50.0]])
     greedy = SamplingRow(temperature=0, **options)  # type: ignore[arg-type]
     warm = [replace(greedy, temperature=temperature, uniform=u) for u in (0.0, 0.5, JUST_BELOW_ONE)]
     assert sample(logits.clone(), warm) == sample(logits.clone(), [greedy] * 3)

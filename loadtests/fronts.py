@@ -1,0 +1,297 @@
+"""What a front costs: the same requests to the engine alone, a grpc.aio server, and Ray Serve.
+
+    python -m loadtests.fronts --clients 32 --rounds 3
+
+All three are measured in one run, round by round, on the same checkpoint of random weights; the
+client shares the machine with the servers. Also reports the time to ready and the idle memory of
+each server, with the bundled demo model. Writes JSON and a table to `loadtests/results`.
+"""
+
+import asyncio
+import json
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from models.checkpoints.writer import save_model
+from models.config import HeadConfig, ModelConfig
+from models.transformer import random_model
+from service.client import AsyncClient
+
+RESULTS = Path(__file__).parent / "results"
+_CLI = [sys.executable, "-c", "from service.cli import app; app()"]
+Front = Literal["standalone", "ray"]
+_FRONTS: tuple[Front, ...] = ("standalone", "ray")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests that start together: `clients` streams of `prompt` and `output` tokens."""
+
+    clients: int
+    prompt: int
+    output: int
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class FrontRun:
+    tokens_per_s: float
+    first_token_ms: float
+
+
+def main(
+    clients: Annotated[int, typer.Option(min=1)] = 32,
+    prompt: Annotated[int, typer.Option(min=1)] = 128,
+    output: Annotated[int, typer.Option(min=2)] = 128,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    kv_heads: Annotated[int, typer.Option(min=1)] = 12,
+    layers: Annotated[int, typer.Option(min=1)] = 12,
+    name: Annotated[str, typer.Option(help="Name of the result files.")] = "fronts",
+) -> None:
+    """Measure engine, standalone and Ray Serve in one run."""
+    load = Load(clients, prompt, output, rounds)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "random"
+        _write_checkpoint(path, layers, kv_heads, max_len=prompt + output)
+        result = _measure(path, load)
+    result["idle"] = {front: _idle(front) for front in _FRONTS}
+    command = f"python -m loadtests.fronts {' '.join(sys.argv[1:])}".strip()
+    document = {"date": date.today().isoformat(), "command": command, **result}
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    table = _markdown(document)
+    (RESULTS / f"{name}.md").write_text(table)
+    print(table)
+
+
+def _measure(path: Path, load: Load) -> dict[str, Any]:
+    engine_runs: list[dict[str, Any]] = []
+    front_runs: dict[Front, list[FrontRun]] = {front: [] for front in _FRONTS}
+    with ExitStack() as stack:
+        targets: dict[Front, str] = {}
+        progress = stack.enter_context(Progress(console=Console(stderr=True)))
+        task = progress.add_task("starting", total=load.rounds * 3 + 2)
+        for front in _FRONTS:
+            targets[front] = stack.enter_context(_serve(front, str(path), load)).target
+            asyncio.run(_run_load(targets[front], load))  # warm-up
+            progress.advance(task)
+        for _ in range(load.rounds):
+            progress.update(task, description="engine")
+            engine_runs.append(_bench_engine(path, load))
+            progress.advance(task)
+            for front in _FRONTS:
+                progress.update(task, description=front)
+                front_runs[front].append(asyncio.run(_run_load(targets[front], load)))
+                progress.advance(task)
+    engine_rates = [run["runs"][0]["total_tokens_per_s"] for run in engine_runs]
+    rows = {"engine": {"tokens_per_s": engine_rates}}
+    for front, runs in front_runs.items():
+        rows[front] = {
+            "tokens_per_s": [round(run.tokens_per_s, 1) for run in runs],
+            "first_token_ms_p50": [round(run.first_token_ms, 1) for run in runs],
+        }
+    engine = statistics.median(engine_rates)
+    for row in rows.values():
+        row["share_of_engine"] = [round(statistics.median(row["tokens_per_s"]) / engine, 3)]
+    return {
+        "machine": engine_runs[0]["machine"],
+        "load": asdict(load),
+        "model": engine_runs[0]["runs"][0]["heads"],
+        "parameters": engine_runs[0]["runs"][0]["parameters"],
+        "dtype": engine_runs[0]["runs"][0]["dtype"],
+        "rows": rows,
+    }
+
+
+async def _run_load(target: str, load: Load) -> FrontRun:
+    rng = random.Random(0)  # noqa: S311, a workload is no secret
+    async with AsyncClient(target) as client:
+        vocab_size = (await client.get_model()).vocab_size
+        prompts = [
+            [rng.randrange(vocab_size) for _ in range(load.prompt)] for _ in range(load.clients)
+        ]
+        started = time.perf_counter()
+
+        async def one(prompt: list[int]) -> float:
+            first: float | None = None
+            stream = client.generate(prompt, max_tokens=load.output, temperature=0, ignore_eos=True)
+            async for _ in stream:
+                first = first or time.perf_counter() - started
+            assert len(stream.token_ids) == load.output, "a stream is not whole"
+            return first or 0.0
+
+        first_tokens = await asyncio.gather(*map(one, prompts))
+        seconds = time.perf_counter() - started
+    return FrontRun(
+        tokens_per_s=load.clients * load.output / seconds,
+        first_token_ms=1000 * statistics.median(first_tokens),
+    )
+
+
+def _bench_engine(path: Path, load: Load) -> dict[str, Any]:
+    arguments = {
+        "--model": str(path),
+        "--clients": load.clients,
+        "--prompt": load.prompt,
+        "--output": load.output,
+        "--repeats": 1,
+    }
+    flat = [str(part) for pair in arguments.items() for part in pair]
+    answer = subprocess.run([*_CLI, "bench", *flat], capture_output=True, text=True, check=True)
+    return json.loads(answer.stdout)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class _Server:
+    target: str
+    process: psutil.Process
+    seconds_to_ready: float
+
+
+@contextmanager
+def _serve(front: Front, model: str, load: Load | None) -> Iterator[_Server]:
+    """A server in a process of its own; ended by the signal that a person would send."""
+    port, http_port = _free_ports(2)
+    arguments = ["--model", model, "--runtime", front, "--port", str(port)]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as settings:
+        if load is not None:
+            limits = {
+                "max_num_seqs": load.clients,
+                "max_num_batched_tokens": max(512, load.clients),
+            }
+            json.dump({"engine": limits}, settings)  # JSON is YAML
+            settings.flush()
+            arguments += ["--config", settings.name]
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*_CLI, "serve", *arguments, "--http-port", str(http_port)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("ready"):
+                    break
+            else:
+                raise RuntimeError(f"the {front} server ended before it was ready")
+            seconds = time.perf_counter() - started
+            yield _Server(f"127.0.0.1:{port}", psutil.Process(process.pid), seconds)
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=60)
+
+
+def _idle(front: Front) -> dict[str, float]:
+    """Time to ready and memory with the demo model, before any request."""
+    with _serve(front, "demo", None) as server:
+        family = [server.process, *server.process.children(recursive=True)]
+        memory = {process: process.memory_info().rss / 2**20 for process in family}
+        replicas = [
+            size for process, size in memory.items() if "ServeReplica" in "".join(process.cmdline())
+        ]
+        return {
+            "seconds_to_ready": round(server.seconds_to_ready, 1),
+            "replica_mib": round(replicas[0] if replicas else memory[server.process], 0),
+            "all_processes_mib": round(sum(memory.values()), 0),
+        }
+
+
+def _write_checkpoint(path: Path, layers: int, kv_heads: int, max_len: int) -> None:
+    """A 110 M parameter Llama checkpoint of random weights, with a tokenizer of bytes."""
+    config = ModelConfig(
+        family="llama",
+        vocab_size=32_000,
+        hidden_size=768,
+        intermediate_size=2048,
+        layers=(HeadConfig(num_heads=12, num_kv_heads=kv_heads, head_dim=64),) * layers,
+        max_position_embeddings=max_len,
+        norm="rms_norm",
+        norm_eps=1e-5,
+        activation="silu",
+        gated_mlp=True,
+        rope_theta=10_000.0,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    save_model(random_model(config, seed=0, dtype=torch.bfloat16), path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def _markdown(document: dict[str, Any]) -> str:
+    load, machine = document["load"], document["machine"]
+    lines = [
+        f"# Fronts, {document['date']}",
+        "",
+        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"Python {machine['python']}; {document['parameters'] / 1e6:.0f} M parameters, "
+        f"`{document['model']}`, {document['dtype']}; {load['clients']} clients, "
+        f"{load['prompt']} prompt + {load['output']} output tokens, {load['rounds']} interleaved "
+        f"rounds; client and servers share the machine.",
+        "",
+        f"`{document['command']}`",
+        "",
+        "| | tokens/s (median) | range | of the engine | first token p50, ms |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in document["rows"].items():
+        rates = row["tokens_per_s"]
+        first = row.get("first_token_ms_p50")
+        lines.append(
+            f"| {name} | {statistics.median(rates):.0f} | {min(rates):.0f} to {max(rates):.0f} | "
+            f"{row['share_of_engine'][0]:.2f} | {statistics.median(first):.0f} |"
+            if first
+            else f"| {name} | {statistics.median(rates):.0f} | {min(rates):.0f} to "
+            f"{max(rates):.0f} | 1.00 | |"
+        )
+    lines += [
+        "",
+        "Idle, with the demo model:",
+        "",
+        "| | ready after, s | one replica, MiB | all processes, MiB |",
+        "|---|---|---|---|",
+    ]
+    for name, idle in document["idle"].items():
+        lines.append(
+            f"| {name} | {idle['seconds_to_ready']} | {idle['replica_mib']:.0f} | "
+            f"{idle['all_processes_mib']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+if __name__ == "__main__":
+    typer.run(main)
