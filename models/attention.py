@@ -63,7 +63,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend without a cache; `hidden` is `[batch * tokens, hidden]`, rows of equal length."""
         query, key, value = (
-            part.unflatten(0, (batch, -1)) for part in self.project(hidden, rotation)
+            part.unflatten(0, (batch, -1)).transpose(1, 2)
+            for part in self.project(hidden, rotation)
         )
         attended = causal_attention(query, key, value, self.heads.softmax_scale)
-        return self.output(attended.flatten(0, 1).flatten(-2))  # type: ignore[no-any-return]
+        return self.output(attended.transpose(1, 2).flatten(0, 1).flatten(-2))  # type: ignore[no-any-return]

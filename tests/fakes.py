@@ -68,13 +68,14 @@ class FakeModelRunner:
     token is a digest of all slots that the block table leads to. A block that is lost, shared or
     freed by mistake changes what follows, as it does with a real model.
 
-    Args:
-        scripts: output tokens by sequence id, instead of digests; None is a row of logits that
-            is not finite.
+    Attributes:
+        scripts: output tokens by sequence id, instead of digests; None is a failure.
+        failing: ids of sequences whose numbers are not finite from now on.
     """
 
     def __init__(self, block_size: int) -> None:
         self.scripts: dict[int, SequenceOf[int | None]] = {}
+        self.failing: set[int] = set()
         self._block_size = block_size
         self._slots: dict[int, int] = {}
 
@@ -90,6 +91,8 @@ class FakeModelRunner:
             content = _digest(contents[-1] if contents else 0, seq.token_ids[position])
             self._slots[self._slot(seq, position)] = content
             contents.append(content)
+        if seq.seq_id in self.failing:
+            return StepResult(failed=True)
         if seq.params is None:
             targets = range(start + 1, min(end + 1, seq.num_tokens))
             return StepResult(
@@ -98,7 +101,8 @@ class FakeModelRunner:
         if not item.samples:
             return StepResult()
         if seq.seq_id in self.scripts:
-            return StepResult(self.scripts[seq.seq_id][seq.num_output_tokens])
+            token_id = self.scripts[seq.seq_id][seq.num_output_tokens]
+            return StepResult(token_id, failed=token_id is None)
         return StepResult(_next_token(contents))
 
     def _slot(self, seq: Sequence, position: int) -> int:

@@ -16,27 +16,27 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     """Causal attention without a cache; the last query sees all keys.
 
     Args:
-        query: `[batch, queries, heads, head_dim]`.
-        key, value: `[batch, keys, kv_heads, head_dim]`, `keys >= queries`.
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, kv_heads, keys, head_dim]`, `keys >= queries`.
 
     Returns:
-        `[batch, queries, heads, head_dim]`.
+        `[batch, heads, queries, head_dim]`.
     """
-    num_queries, num_keys = query.shape[1], key.shape[1]
+    num_queries, num_keys = query.shape[2], key.shape[2]
     mask = None
     if num_queries not in (1, num_keys):
         # torch aligns is_causal to the top left; with a cached prefix the bottom right is meant.
         visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
         mask = visible.tril(num_keys - num_queries)
     return scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query,
+        key,
+        value,
         attn_mask=mask,
         is_causal=num_queries == num_keys and num_queries > 1,
         scale=scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    ).transpose(1, 2)
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def decode_attention(
@@ -46,14 +46,14 @@ def decode_attention(
 
     Args:
         query: `[seqs, heads, head_dim]`.
-        key, value: `[seqs, keys, kv_heads, head_dim]`.
+        key, value: `[seqs, kv_heads, keys, head_dim]`.
         mask: bool `[seqs, 1, 1, keys]`.
     """
     num_seqs, num_heads, head_dim = query.shape
-    grouped = query.view(num_seqs, key.shape[2], -1, head_dim)
-    return scaled_dot_product_attention(
-        grouped, key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, scale=scale
-    ).reshape(num_seqs, num_heads, head_dim)
+    grouped = query.view(num_seqs, key.shape[1], -1, head_dim)
+    return scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale).reshape(
+        num_seqs, num_heads, head_dim
+    )
 
 
 def paged_attention(
@@ -69,9 +69,9 @@ def paged_attention(
     for span in metadata.prefills:
         key, value = cache.gather(span.block_table)
         output[span.start : span.end] = causal_attention(
-            query[None, span.start : span.end],
-            key[None, : span.seq_len],
-            value[None, : span.seq_len],
+            query[None, span.start : span.end].transpose(1, 2),
+            key[None, :, : span.seq_len],
+            value[None, :, : span.seq_len],
             scale,
-        )[0]
+        )[0].transpose(0, 1)
     return output

@@ -28,13 +28,17 @@ def paged_attention(
     output = torch.empty_like(query)
     decode_lens = metadata.decode_mask.sum(dim=-1).flatten().tolist()
     for row, seq_len in enumerate(decode_lens):
-        key, value = cache.gather(metadata.decode_block_tables[row])
-        output[row] = reference_attention(
-            query[row : row + 1], key[:seq_len], value[:seq_len], scale
-        )[0]
+        key, value = _read(cache, metadata.decode_block_tables[row], seq_len)
+        output[row] = reference_attention(query[row : row + 1], key, value, scale)[0]
     for span in metadata.prefills:
-        key, value = cache.gather(span.block_table)
+        key, value = _read(cache, span.block_table, span.seq_len)
         output[span.start : span.end] = reference_attention(
-            query[span.start : span.end], key[: span.seq_len], value[: span.seq_len], scale
+            query[span.start : span.end], key, value, scale
         )
     return output
+
+
+def _read(cache: LayerCache, block_table: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sequence, each `[seq_len, kv_heads, head_dim]`."""
+    key, value = cache.gather(block_table)
+    return key.transpose(0, 1)[:seq_len], value.transpose(0, 1)[:seq_len]

@@ -503,6 +503,11 @@ async def test_an_idle_engine_is_drained_at_once() -> None:
         assert await engine.drain(PATIENCE)
 
 
+async def test_draining_an_idle_engine_takes_no_time() -> None:
+    async with running(tiny_engine()) as engine:
+        assert await engine.drain(0.0)
+
+
 async def test_shutdown_ends_the_thread_and_every_stream() -> None:
     gated = GatedEngine()
     async with running(gated) as engine:

@@ -323,6 +323,9 @@ def test_an_abort_ends_a_request_once(model: Transformer) -> None:
 
 # Weights that are not numbers harm only who reads them.
 
+# Nobody reads the broken embedding because of a token of its own output.
+SOUND = greedy(logit_bias={BROKEN: -100.0})
+
 
 @pytest.fixture(scope="module", params=["dense", "reference"])
 def broken_model(request: pytest.FixtureRequest) -> Transformer:
@@ -339,8 +342,8 @@ def test_a_request_whose_logits_are_not_numbers_ends_with_an_error(
 
 def test_its_batch_mates_are_not_changed(model: Transformer, broken_model: Transformer) -> None:
     mates = [[1, 2, 3], [4, 5], [6] * 30]
-    expected = tiny_engine(model).generate(mates, greedy())
-    broken, *outputs = tiny_engine(broken_model).generate([[BROKEN, 7], *mates], greedy())
+    expected = tiny_engine(model).generate(mates, SOUND)
+    broken, *outputs = tiny_engine(broken_model).generate([[BROKEN, 7], *mates], SOUND)
     assert broken.finish_reason is FinishReason.ERROR
     assert outputs == expected
 
@@ -348,10 +351,61 @@ def test_its_batch_mates_are_not_changed(model: Transformer, broken_model: Trans
 def test_whoever_gets_its_blocks_is_not_changed(
     model: Transformer, broken_model: Transformer
 ) -> None:
-    expected = tiny_engine(model).generate([[1, 2, 3]], greedy())
+    expected = tiny_engine(model).generate([[1, 2, 3]], SOUND)
     engine = tiny_engine(broken_model, num_blocks=4)
     assert engine.generate([[BROKEN] * 15], greedy(1))[0].finish_reason is FinishReason.ERROR
-    assert engine.generate([[1, 2, 3]], greedy()) == expected
+    assert engine.generate([[1, 2, 3]], SOUND) == expected
+
+
+def test_decoding_mates_are_not_changed_by_what_is_written_beside_them(
+    model: Transformer, broken_model: Transformer
+) -> None:
+    """Long and short mates decode while a broken prompt takes the first block of the pool."""
+    mates = [[6] * 30, [4, 5]]
+    expected = tiny_engine(model).generate(mates, SOUND)
+    engine = tiny_engine(broken_model)
+    engine.add(EngineRequest([1], greedy(1)))
+    ids = [engine.add(EngineRequest(mate, SOUND)) for mate in mates]
+    tokens: dict[int, list[int]] = {seq_id: [] for seq_id in ids}
+    while engine.has_unfinished:
+        for output in engine.step():
+            tokens.setdefault(output.seq_id, []).extend(output.token_ids)
+        if all(len(tokens[seq_id]) == 1 for seq_id in ids):
+            broken = engine.add(EngineRequest([BROKEN, 7, 8], greedy()))
+    assert tokens[broken] == []
+    assert [tokens[seq_id] for seq_id in ids] == [output.token_ids for output in expected]
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("num_blocks", [24, 256])
+def test_only_those_who_read_the_broken_embedding_fail(
+    model: Transformer,
+    broken_model: Transformer,
+    params: list[SamplingParams],
+    caching: bool,
+    num_blocks: int,
+) -> None:
+    """In a crowd with chunks and preemption, twice, so that blocks change their owners."""
+    params = [dataclasses.replace(each, logit_bias=SOUND.logit_bias) for each in params]
+    expected = tiny_engine(model).generate(PROMPTS, params)
+    rng = random.Random(0)
+    prompts = [list(prompt) for prompt in PROMPTS]
+    broken = set(range(0, 33, 3))
+    for index in broken:
+        prompts[index].insert(rng.randint(0, len(prompts[index])), BROKEN)
+    engine = tiny_engine(
+        broken_model,
+        num_blocks=num_blocks,
+        enable_prefix_caching=caching,
+        max_num_batched_tokens=16,
+        max_num_seqs=8,
+    )
+    for _ in range(2):
+        for index, output in enumerate(engine.generate(prompts, params)):
+            if index in broken:
+                assert (output.token_ids, output.finish_reason) == ([], FinishReason.ERROR)
+            else:
+                assert output == expected[index]
 
 
 def test_scores_that_are_not_numbers_are_an_error(broken_model: Transformer) -> None:
@@ -438,9 +492,9 @@ def test_whatever_validation_accepts_runs(model: Transformer, params: SamplingPa
 # generate()
 
 
-@pytest.mark.parametrize("limits", [{"max_waiting_requests": 2}, {"max_waiting_tokens": 45}])
+@pytest.mark.parametrize("limit", [{"max_waiting_requests": 2}, {"max_waiting_tokens": 45}])
 def test_more_prompts_than_the_queue_holds_are_fed_as_it_empties(
-    model: Transformer, limits: dict[str, int]
+    model: Transformer, limit: dict[str, int]
 ) -> None:
     expected = tiny_engine(model).generate(PROMPTS, GREEDY)
     waiting: list[int] = []
@@ -448,10 +502,11 @@ def test_more_prompts_than_the_queue_holds_are_fed_as_it_empties(
         model,
         on_step=lambda stats: waiting.append(stats.load.num_waiting),
         max_num_seqs=2,
-        **limits,
+        **limit,
     )
     assert engine.generate(PROMPTS, GREEDY) == expected
-    assert max(waiting) <= 45
+    # One token each at least.
+    assert 0 < max(waiting) <= max(limit.values())
 
 
 def test_no_prompts_give_no_outputs(model: Transformer) -> None:
@@ -526,7 +581,7 @@ def test_step_stats_add_up(model: Transformer) -> None:
     assert max(stats.load.num_running for stats in steps) > 20
     for stats in steps:
         assert stats.load.kv_blocks_total == 256
-        assert stats.load.num_running <= 4 * stats.load.kv_blocks_used + 1
+        assert stats.load.num_running <= stats.load.kv_blocks_used
     last = steps[-1].load
     assert (last.num_running, last.num_waiting, last.kv_blocks_used) == (0, 0, 0)
     assert engine.load == last
@@ -593,8 +648,8 @@ def test_a_checkpoint_becomes_an_engine_with_its_tokenizer(checkpoint: Path) -> 
     steps: list[StepStats] = []
     engine = Engine.from_checkpoint(checkpoint, on_step=steps.append)
     assert engine.max_model_len == 128
-    # No token is a letter here that the model likes best; the stop is never met.
-    (output,) = engine.generate([[1, 2, 3]], greedy(5, stop=("\0\0\0",)))
+    stop = "a stop longer than the output"
+    (output,) = engine.generate([[1, 2, 3]], greedy(5, stop=(stop,)))
     assert len(output.token_ids) == 5
     assert len(steps) == 5
 

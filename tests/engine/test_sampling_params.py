@@ -36,3 +36,10 @@ def test_two_requests_do_not_share_their_logit_bias() -> None:
 def test_settings_do_not_change_once_made() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("max_tokens", "expected"), [(None, 5), (1, 5), (4, 8)])
+def test_the_last_token_of_a_generation_needs_no_cache_slot(
+    max_tokens: int | None, expected: int
+) -> None:
+    assert SamplingParams(max_tokens=max_tokens).max_kv_tokens(5) == expected

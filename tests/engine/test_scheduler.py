@@ -317,6 +317,13 @@ def test_the_queue_refuses_more_tokens_than_it_holds() -> None:
     assert not loop.scheduler.has_room_for(5)
 
 
+def test_a_prompt_larger_than_the_queue_is_refused_even_when_it_is_empty() -> None:
+    loop = SchedulerLoop(max_waiting_tokens=10)
+    with pytest.raises(QueueFullError, match="at most 10 waiting tokens"):
+        loop.add([1] * 11, None)
+    loop.add([1] * 10, None)
+
+
 def test_a_refused_request_leaves_the_others_alone() -> None:
     loop = SchedulerLoop(max_waiting_requests=1)
     seq = loop.add([5], greedy(4))
@@ -396,6 +403,24 @@ def test_an_error_of_one_request_leaves_the_others_alone() -> None:
     assert loop.reason(broken) is FinishReason.ERROR
     assert tokens(loop, before) == continuation([1, 2], 6)
     assert tokens(loop, after) == continuation([5, 6], 6)
+
+
+@pytest.mark.parametrize("params", [greedy(3), None], ids=["generating", "scoring"])
+def test_a_failure_in_the_middle_of_a_prompt_frees_its_blocks_and_caches_nothing(
+    params: SamplingParams | None,
+) -> None:
+    loop = SchedulerLoop(max_num_batched_tokens=8, enable_prefix_caching=True)
+    broken = loop.add(range(1, 21), params)
+    loop.step()
+    loop.runner.failing.add(broken.seq_id)
+    assert loop.step() == {broken.seq_id: 8}
+    assert loop.reason(broken) is FinishReason.ERROR
+    assert loop.blocks.num_used_blocks == 0
+    assert loop.blocks.num_cached_blocks == 2, "those of the step before"
+    again = loop.add(range(1, 21), greedy(3))
+    loop.drain()
+    assert again.num_cached_tokens == 8
+    assert tokens(loop, again) == continuation(range(1, 21), 3)
 
 
 def test_a_stop_matcher_sees_every_token_and_ends_with_the_one_that_completes_a_stop() -> None:

@@ -42,21 +42,6 @@ def test_output_tokens_are_counted_apart_from_the_prompt() -> None:
     assert seq.num_uncomputed_tokens == 1
 
 
-@pytest.mark.parametrize(
-    ("params", "expected"),
-    [
-        (None, 5),
-        (SamplingParams(max_tokens=None), 5),
-        (SamplingParams(max_tokens=1), 5),
-        (SamplingParams(max_tokens=4), 8),
-    ],
-)
-def test_the_last_token_of_a_generation_needs_no_cache_slot(
-    params: SamplingParams | None, expected: int
-) -> None:
-    assert make(5, params).max_kv_tokens == expected
-
-
 def test_order_is_priority_then_deadline_then_arrival() -> None:
     expected = [
         make(seq_id=9, priority=2, deadline=50.0),

@@ -17,6 +17,7 @@ from service.engine.validation import (
     MAX_STOP_CHARS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKEN_IDS,
+    MIN_TEMPERATURE,
     ModelLimits,
     prompt_violations,
     validate_generation,
@@ -41,11 +42,11 @@ def violations(
 ALLOWED: dict[str, tuple[object, ...]] = {
     "max_tokens": (None, 1, ROOM),
     "min_tokens": (0, ROOM),
-    "temperature": (0.0, 0.01, 1, 100.0),
+    "temperature": (0.0, MIN_TEMPERATURE, 1, 100.0),
     "top_k": (0, 1, 5000),
     "top_p": (1e-6, 0.5, 1.0),
     "min_p": (0.0, 1.0),
-    "repetition_penalty": (0.1, 1.0, 100.0),
+    "repetition_penalty": (0.01, 1.0, 100.0),
     "presence_penalty": (-2.0, 0.0, 2.0),
     "frequency_penalty": (-2.0, 0.0, 2.0),
     "seed": (None, 0, MAX_SEED),
@@ -69,13 +70,17 @@ REFUSED: list[tuple[str, object, str, tuple[str, ...]]] = [
         ("temperature", value, "temperature", ("0 to 100",))
         for value in (-0.1, 100.1, NAN, INF, -INF)
     ],
+    *[
+        ("temperature", value, "temperature", ("0 (greedy)", "1e-05 to 100"))
+        for value in (MIN_TEMPERATURE * 0.99, 1e-46, 5e-324)
+    ],
     ("top_k", -1, "top_k", ("0 (off) to 5000",)),
     ("top_k", 5001, "top_k", ("0 (off) to 5000",)),
     *[("top_p", value, "top_p", ("above 0, at most 1",)) for value in (0.0, -0.1, 1.01, NAN, INF)],
     *[("min_p", value, "min_p", ("0 to 1",)) for value in (-0.1, 1.01, NAN, INF)],
     *[
-        ("repetition_penalty", value, "repetition_penalty", ("at most 100",))
-        for value in (0.0, -1.0, 100.1, NAN, INF)
+        ("repetition_penalty", value, "repetition_penalty", ("0.01 to 100",))
+        for value in (0.0, 0.0099, -1.0, 100.1, NAN, INF)
     ],
     *[
         (field, value, field, ("-2 to 2",))
@@ -198,12 +203,39 @@ def test_alternatives_cannot_be_more_than_the_vocabulary() -> None:
     assert violation.field == "sampling.logprobs"
 
 
-def test_something_must_remain_to_be_chosen_while_stops_are_held_back() -> None:
-    stuck = SamplingParams(allowed_token_ids=(1, 2), stop_token_ids=(1, 2, 3), min_tokens=1)
-    (violation,) = violations(stuck)
-    assert violation.field == "sampling.allowed_token_ids"
-    assert violations(replace(stuck, min_tokens=0)) == ()
-    assert violations(replace(stuck, allowed_token_ids=(1, 4))) == ()
+ENDING = ModelLimits(vocab_size=5000, max_model_len=100, eos_token_ids=frozenset({8, 9}))
+
+
+@pytest.mark.parametrize(
+    "stuck",
+    [
+        SamplingParams(min_tokens=1, allowed_token_ids=(1, 2), stop_token_ids=(1, 2, 3)),
+        SamplingParams(min_tokens=1, allowed_token_ids=(8,)),
+        SamplingParams(min_tokens=1, allowed_token_ids=(9, 1, 8), stop_token_ids=(1,)),
+    ],
+)
+def test_something_must_remain_to_be_chosen_while_endings_are_held_back(
+    stuck: SamplingParams,
+) -> None:
+    (violation,) = violations(stuck, limits=ENDING)
+    assert violation.field == "sampling.min_tokens"
+    assert "allowed_token_ids" in violation.allowed
+    assert violations(replace(stuck, min_tokens=0), limits=ENDING) == ()
+    more = replace(stuck, allowed_token_ids=(*stuck.allowed_token_ids, 4))
+    assert violations(more, limits=ENDING) == ()
+
+
+def test_an_ignored_end_of_sequence_may_be_all_that_is_allowed() -> None:
+    params = SamplingParams(min_tokens=1, allowed_token_ids=(8, 9), ignore_eos=True)
+    assert violations(params, limits=ENDING) == ()
+
+
+def test_a_vocabulary_of_endings_leaves_nothing_to_be_chosen() -> None:
+    limits = ModelLimits(vocab_size=3, max_model_len=100, eos_token_ids=frozenset({2}))
+    params = SamplingParams(min_tokens=1, stop_token_ids=(0, 1))
+    (violation,) = violations(params, [1], limits)
+    assert violation.field == "sampling.min_tokens"
+    assert violations(replace(params, stop_token_ids=(0,)), [1], limits) == ()
 
 
 def test_all_violations_are_reported_at_once() -> None:

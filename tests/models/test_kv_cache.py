@@ -65,8 +65,8 @@ def test_chunks_written_to_shuffled_blocks_are_read_back_in_order(
             computed[i] += counts[i]
     for table, both, length in zip(tables, stored, lengths, strict=True):
         key, value = layer.gather(torch.tensor(table))
-        assert torch.equal(key[:length], both[0])
-        assert torch.equal(value[:length], both[1])
+        assert torch.equal(key.transpose(0, 1)[:length], both[0])
+        assert torch.equal(value.transpose(0, 1)[:length], both[1])
 
 
 def test_gather_reads_a_rectangle_of_tables() -> None:
@@ -75,9 +75,9 @@ def test_gather_reads_a_rectangle_of_tables() -> None:
     layer.value.copy_(-layer.key)
     table = torch.tensor([[3, 0], [5, 1], [2, 2]])
     key, value = layer.gather(table)
-    assert key.shape == value.shape == (3, 8, 1, 2)
+    assert key.shape == value.shape == (3, 1, 8, 2)
     for row, blocks in enumerate(table.tolist()):
-        expected = torch.cat([layer.key[block] for block in blocks])
+        expected = torch.cat([layer.key[block] for block in blocks], dim=1)
         assert torch.equal(key[row], expected)
         assert torch.equal(value[row], -expected)
 
@@ -149,7 +149,7 @@ def test_allocated_bytes_equal_the_formula(dtype: str) -> None:
     config = tiny.llama(layers=MIXED, dtype=dtype)
     cache = make_cache(num_blocks=5, block_size=3, dtype=getattr(torch, dtype))
     assert cache.nbytes == 5 * 3 * config.kv_bytes_per_token()
-    assert [layer.key.shape[2:] for layer in cache.layers] == [(4, 8), (2, 6), (1, 2)]
+    assert [layer.key.shape[1:] for layer in cache.layers] == [(4, 3, 8), (2, 3, 6), (1, 3, 2)]
 
 
 def test_blocks_start_as_zeros() -> None:
