@@ -1,11 +1,10 @@
-"""The committed generated code is what the .proto files generate, and the contract's names exist."""
+"""The committed generated code is what the .proto files generate, and the contract's names are."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from google.protobuf.descriptor import Descriptor
 
 from protos.headroom.v1 import generation_pb2 as pb
 from protos.headroom.v1 import models_pb2
@@ -25,10 +24,11 @@ def test_generated_code_has_not_drifted(tmp_path: Path) -> None:
 
 
 def test_complete_request_has_the_fields_of_generate_request() -> None:
-    def fields(message: Descriptor) -> dict[str, tuple[int, int]]:
-        return {field.name: (field.number, field.type) for field in message.fields}
-
-    assert fields(pb.CompleteRequest.DESCRIPTOR) == fields(pb.GenerateRequest.DESCRIPTOR)
+    complete, generate = (
+        {field.name: (field.number, field.type) for field in message.DESCRIPTOR.fields}
+        for message in (pb.CompleteRequest, pb.GenerateRequest)
+    )
+    assert complete == generate
 
 
 def test_every_sampling_scalar_tells_unset_from_zero() -> None:

@@ -192,8 +192,8 @@ def test_attention_without_a_cache_equals_loops(
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """The fused form, with tokens before heads as the oracle has them."""
-    swapped = (part.transpose(1, 2) for part in (query, key, value))
-    return causal_attention(*swapped, scale).transpose(1, 2)
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    return causal_attention(query, key, value, scale).transpose(1, 2)
 
 
 def test_large_scores_do_not_overflow() -> None:

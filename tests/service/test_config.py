@@ -1,0 +1,59 @@
+"""Settings: where they come from, in which order, and what a wrong one says."""
+
+from pathlib import Path
+
+import pytest
+
+from service.config import DEMO_DIRECTORY, ServiceConfig, SettingsError, load_config
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "settings.yaml"
+    path.write_text("port: 1\nhost: file\nengine:\n  max_num_seqs: 1\n  block_size: 8\n")
+    return path
+
+
+def test_flags_win_over_environment_over_file_over_defaults(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADROOM_PORT", "2")
+    monkeypatch.setenv("HEADROOM_HOST", "environment")
+    monkeypatch.setenv("HEADROOM_ENGINE__MAX_NUM_SEQS", "2")
+    config = load_config(file, port=3, model=None)
+    assert (config.port, config.host, config.http_port) == (3, "environment", 8000)
+    assert (config.engine.max_num_seqs, config.engine.block_size) == (2, 8)
+    assert config.model_path == DEMO_DIRECTORY
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prot: 9000", "prot"),
+        ("engine: {max_num_seq: 3}", "max_num_seq"),
+        ("engine: {num_blocks: many}", "engine.num_blocks"),
+        ("engine: {block_size: 0}", "block_size is 0; allowed: 1 or more"),
+        ("engine: {kernel: magic}", "engine.kernel"),
+        ("runtime: docker", "runtime"),
+        ("application: 'a b'", "application"),
+        ("- a list", "cannot be read"),
+        ("port: [", "cannot be read"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=named.replace("(", r"\(")):
+        load_config(file)
+
+
+def test_settings_survive_the_way_to_a_replica(file: Path) -> None:
+    config = load_config(file)
+    assert ServiceConfig(**config.model_dump()).model_dump() == config.model_dump()
+
+
+def test_every_setting_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+    engine = type(ServiceConfig().engine).__dataclass_fields__
+    for name in [*ServiceConfig.model_fields, *engine]:
+        assert name in page, name
