@@ -65,6 +65,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     kv_heads: Annotated[int, typer.Option(min=1)] = 12,
     layers: Annotated[int, typer.Option(min=1)] = 12,
+    results: Annotated[Path, typer.Option(help="Where the result files go.")] = RESULTS,
     name: Annotated[str, typer.Option(help="Name of the result files.")] = "fronts",
 ) -> None:
     """Measure engine, standalone and Ray Serve in one run."""
@@ -76,10 +77,10 @@ def main(
     result["idle"] = {front: _idle(front) for front in _FRONTS}
     command = f"python -m loadtests.fronts {' '.join(sys.argv[1:])}".strip()
     document = {"date": date.today().isoformat(), "command": command, **result}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    results.mkdir(exist_ok=True)
+    (results / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     table = _markdown(document)
-    (RESULTS / f"{name}.md").write_text(table)
+    (results / f"{name}.md").write_text(table)
     print(table)
 
 

@@ -434,6 +434,37 @@ async def test_a_request_that_arrives_while_the_engine_dies_is_not_left_waiting(
             await asyncio.wait_for(late, 1.0)
 
 
+class UnluckyEngine(AsyncEngine):
+    """Something happens right after it has been found alive."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(lambda: engine, num_threads=1, stall_seconds=60.0)
+        self.then: Callable[[], None] = lambda: None
+
+    def check_alive(self) -> None:
+        super().check_alive()
+        self.then()
+
+
+async def test_a_request_that_is_queued_behind_the_death_is_not_left_waiting() -> None:
+    gated = GatedEngine(fail_after=0)
+    engine = UnluckyEngine(gated)
+    await engine.start()
+    known = await started(engine, LONG)
+    await gated.reach_gate()
+
+    def die() -> None:
+        gated.permit()
+        gated.thread.join(PATIENCE)
+
+    engine.then = die
+    with pytest.raises(EngineDeadError):
+        await asyncio.wait_for(collect(engine, LONG), 1.0)
+    with pytest.raises(EngineDeadError):
+        await known
+    await engine.shutdown()
+
+
 async def test_a_step_that_does_not_end_is_a_stall_until_it_ends() -> None:
     gated = GatedEngine()
     async with running(gated, stall_seconds=0.0) as engine:

@@ -413,6 +413,21 @@ def test_scores_that_are_not_numbers_are_an_error(broken_model: Transformer) -> 
     assert reason(output) is FinishReason.ERROR
 
 
+@pytest.mark.parametrize("params", [greedy(), SamplingParams(seed=1), None])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_head_that_is_no_number_is_an_error_too(
+    params: SamplingParams | None, value: float
+) -> None:
+    """Hidden states are finite here, the logits made of them are not."""
+    model = tiny_model()
+    assert model.lm_head is not None
+    with torch.no_grad():
+        model.lm_head.weight[9] = value
+    (output,) = finish_all(tiny_engine(model), [EngineRequest([1, 2, 3], params)])
+    assert reason(output) is FinishReason.ERROR
+    assert output.token_ids == ()
+
+
 # A request that passes validation cannot harm the engine.
 
 
@@ -442,10 +457,10 @@ def test_tiny_numbers_do_not_break_a_step(model: Transformer, params: SamplingPa
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_other_than_the_allowed_tokens_is_chosen_while_the_end_is_held_back(
+def test_while_endings_are_held_back_other_allowed_tokens_are_chosen(
     model: Transformer, temperature: float
 ) -> None:
-    params = SamplingParams(
+    nothing_left = SamplingParams(
         max_tokens=4,
         min_tokens=2,
         seed=1,
@@ -453,8 +468,12 @@ def test_no_other_than_the_allowed_tokens_is_chosen_while_the_end_is_held_back(
         allowed_token_ids=(EOS, 7),
         stop_token_ids=(7,),
     )
-    output = run_if_valid(model, params)
-    assert output is None or {*output.token_ids} <= {EOS, 7}
+    assert run_if_valid(model, nothing_left) is None
+    one_left = dataclasses.replace(nothing_left, allowed_token_ids=(EOS, 7, 5))
+    output = run_if_valid(model, one_left)
+    assert output is not None
+    assert output.token_ids[:2] == [5, 5]
+    assert {*output.token_ids} <= {EOS, 7, 5}
 
 
 @settings(max_examples=60, report_multiple_bugs=False)

@@ -1,0 +1,40 @@
+"""What Ray is told before it is imported."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.config import ServiceConfig
+from service.runtimes.ray_environment import ray_environment, set_ray_environment
+
+
+def test_haproxy_mode_and_limits_are_set(tmp_path: Path) -> None:
+    variables = ray_environment(ServiceConfig(max_message_bytes=5000), tmp_path)
+    assert variables["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert variables["RAY_SERVE_THROUGHPUT_OPTIMIZED"] == "1", "never one without the other"
+    assert variables["RAY_SERVE_GRPC_MAX_MESSAGE_SIZE"] == "5000"
+    assert variables["RAY_AUTH_MODE"] == "token"
+
+
+def test_two_servers_share_no_port_file_or_token(tmp_path: Path) -> None:
+    first, second = (
+        ray_environment(ServiceConfig(), tmp_path / name) for name in ("first", "second")
+    )
+    for name in first:
+        if name.endswith(("_PORT", "_LOC", "_PATH", "_BASE", "_FILE", "_TOKEN")):
+            assert first[name] != second[name], name
+    ports = [value for name, value in first.items() if name.endswith("_PORT")]
+    assert len(set(ports)) == len(ports) == 4
+
+
+def test_what_the_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ray_environment(ServiceConfig(), Path()):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_NBTHREAD", "4")
+    directory = set_ray_environment(ServiceConfig())
+    assert os.environ["RAY_SERVE_HAPROXY_NBTHREAD"] == "4"
+    assert os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"] == str(directory / "haproxy.cfg")
+    directory.rmdir()
+    for name in ray_environment(ServiceConfig(), Path()):
+        monkeypatch.delenv(name, raising=False)
