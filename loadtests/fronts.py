@@ -24,6 +24,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import grpc
 import psutil
 import torch
 import typer
@@ -34,6 +35,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from models.checkpoints.writer import save_model
 from models.config import HeadConfig, ModelConfig
 from models.transformer import random_model
+from protos.headroom.v1 import generation_pb2 as pb
+from protos.headroom.v1 import generation_pb2_grpc
 from service.client import AsyncClient
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,18 +130,26 @@ async def _run_load(target: str, load: Load) -> FrontRun:
     rng = random.Random(0)  # noqa: S311, a workload is no secret
     async with AsyncClient(target) as client:
         vocab_size = (await client.get_model()).vocab_size
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
         prompts = [
             [rng.randrange(vocab_size) for _ in range(load.prompt)] for _ in range(load.clients)
         ]
         started = time.perf_counter()
 
         async def one(prompt: list[int]) -> float:
+            request = pb.GenerateRequest(
+                token_ids=pb.TokenIds(ids=prompt),
+                sampling=pb.SamplingParams(max_tokens=load.output, temperature=0, ignore_eos=True),
+            )
             first: float | None = None
-            stream = client.generate(prompt, max_tokens=load.output, temperature=0, ignore_eos=True)
-            async for _ in stream:
+            num_tokens = 0
+            async for response in stub.Generate(request):
                 first = first or time.perf_counter() - started
-            assert len(stream.token_ids) == load.output, "a stream is not whole"
-            return first or 0.0
+                num_tokens += len(response.delta.token_ids)
+            assert num_tokens == load.output, "a stream is not whole"
+            assert first is not None, "a whole stream has a first token"
+            return first
 
         first_tokens = await asyncio.gather(*map(one, prompts))
         seconds = time.perf_counter() - started

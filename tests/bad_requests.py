@@ -59,7 +59,11 @@ BAD_REQUESTS: dict[str, tuple[pb.GenerateRequest, str, str]] = {
         "sampling.allowed_token_ids[1]",
         f"0 to {VOCAB_SIZE - 1}",
     ),
-    "bias id": (_sampling(logit_bias={VOCAB_SIZE: 1.0}), "sampling.logit_bias[0]", "0 to"),
+    "bias id": (
+        _sampling(logit_bias={VOCAB_SIZE: 1.0}),
+        f"sampling.logit_bias[{VOCAB_SIZE}]",
+        "token ids 0 to",
+    ),
     "bias value": (_sampling(logit_bias={7: NAN}), "sampling.logit_bias[7]", "-100 to 100"),
     "priority": (
         pb.GenerateRequest(token_ids=_PROMPT, priority=101),

@@ -191,6 +191,8 @@ class AsyncEngine:
             Whether all open requests ended by themselves in time.
         """
         self._draining = True
+        if self._idle.is_set():
+            return True
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
             return True
@@ -199,11 +201,14 @@ class AsyncEngine:
             return False
 
     async def shutdown(self) -> None:
-        """Stop the thread; open requests end with EngineDeadError."""
+        """Stop the thread; open requests end with EngineDeadError.
+
+        A stalled step is not waited for longer than `stall_seconds`: the thread is a daemon.
+        """
         self._draining = True
         self._commands.put(_Stop())
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, self._stall_seconds)
 
     # Everything below runs on the engine thread, except `_dispatch`.
 

@@ -17,7 +17,7 @@ class EngineConfig:
         max_num_batched_tokens: tokens per step over all sequences (prefill chunks and decodes).
         max_model_len: prompt and output tokens of one request; None is the model's own limit.
         max_waiting_requests, max_waiting_tokens: bounds of the queue; a request beyond either is
-            refused.
+            refused, except by an empty queue.
         max_bypass: how many later requests may overtake a waiting one, by priority, by deadline
             or because they are small enough to fit.
         enable_prefix_caching: reuse KV blocks of equal prompt beginnings.

@@ -212,16 +212,19 @@ class Engine:
             params: for all prompts, or one for each.
 
         Raises:
-            InvalidRequestError, NeverFitsError, QueueFullError: one of the requests can never be
-                served; nothing of the batch was run.
+            InvalidRequestError, NeverFitsError: one of the requests can never be served; nothing
+                of the batch was run.
+            RuntimeError: the engine has other requests.
         """
+        if self.has_unfinished:
+            raise RuntimeError("generate() needs an engine without other requests")
         each = params if isinstance(params, list) else [params] * len(prompts)
         requests = [
             EngineRequest(prompt, settings) for prompt, settings in zip(prompts, each, strict=True)
         ]
         for request in requests:
             self._validate(request)
-            self.scheduler.check_size(len(request.prompt_token_ids), request.params)
+            self.scheduler.check_fits(len(request.prompt_token_ids), request.params)
         collected: dict[int, list[SequenceOutput]] = {}
         pending = iter(requests)
         upcoming = next(pending, None)

@@ -1,5 +1,6 @@
 """A step plan to tensors, through the model, to sampled tokens."""
 
+import math
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -45,7 +46,10 @@ class ModelRunner:
                 last_rows.append(end - 1)
                 sampled.append(index)
             elif item.seq.params is None:
-                results[index] = StepResult(prompt_logprobs=self._score(item, hidden[start:end]))
+                scores = self._score(item, hidden[start:end])
+                results[index] = StepResult(
+                    prompt_logprobs=scores, failed=not all(map(math.isfinite, scores))
+                )
             start = end
         if sampled:
             logits = self.model.project_to_vocab(hidden[last_rows])

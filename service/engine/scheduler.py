@@ -112,35 +112,32 @@ class Scheduler:
         return sum(seq.num_tokens for seq in self.waiting)
 
     def has_room_for(self, num_tokens: int) -> bool:
-        """Whether the queue takes one more request of so many prompt tokens."""
-        return (
+        """Whether the queue takes one more request of so many tokens; an empty one always does."""
+        return not self.waiting or (
             len(self.waiting) < self._config.max_waiting_requests
             and self.num_waiting_tokens + num_tokens <= self._config.max_waiting_tokens
         )
 
-    def check_size(self, num_prompt_tokens: int, params: SamplingParams | None) -> None:
+    def check_fits(self, num_prompt_tokens: int, params: SamplingParams | None) -> None:
         """Refuse what could not be served even by an idle engine.
 
         Raises:
             NeverFitsError: it needs more blocks than there are.
-            QueueFullError: its prompt alone exceeds the queue's limit of tokens.
         """
         needed = params.max_kv_tokens(num_prompt_tokens) if params else num_prompt_tokens
         manager = self.block_manager
         if manager.blocks_for(needed) > manager.num_blocks:
             capacity = manager.num_blocks * manager.block_size
             raise NeverFitsError(num_tokens=needed, max_tokens=capacity)
-        if num_prompt_tokens > self._config.max_waiting_tokens:
-            raise QueueFullError(unit="tokens", limit=self._config.max_waiting_tokens)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence.
 
         Raises:
-            NeverFitsError: see `check_size`.
+            NeverFitsError: see `check_fits`.
             QueueFullError: the queue has reached a limit.
         """
-        self.check_size(seq.num_tokens, seq.params)
+        self.check_fits(seq.num_tokens, seq.params)
         if len(self.waiting) >= self._config.max_waiting_requests:
             raise QueueFullError(unit="requests", limit=self._config.max_waiting_requests)
         if not self.has_room_for(seq.num_tokens):

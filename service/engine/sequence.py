@@ -45,7 +45,8 @@ class Usage:
 class Timings:
     """Seconds of waiting, of prefill, until the first token, and in total.
 
-    What never happened is as long as the request lived.
+    A request that ended before it ran has only waited; one that ended before its first token has
+    `first_token` equal to `total`.
     """
 
     queue: float

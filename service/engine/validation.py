@@ -95,8 +95,14 @@ def sampling_violations(
         yield Violation(
             "sampling.logit_bias", f"{len(params.logit_bias)} entries", f"at most {MAX_LOGIT_BIAS}"
         )
-    yield from _token_violations("sampling.logit_bias", params.logit_bias, limits)
     for token_id, bias in params.logit_bias.items():
+        if not 0 <= token_id < limits.vocab_size:
+            yield Violation(
+                f"sampling.logit_bias[{token_id}]",
+                "set for an unknown token",
+                f"token ids 0 to {limits.vocab_size - 1}",
+            )
+            break
         if not -100 <= bias <= 100:  # also refuses NaN
             yield Violation(f"sampling.logit_bias[{token_id}]", str(bias), "-100 to 100")
             break

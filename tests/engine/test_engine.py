@@ -18,7 +18,7 @@ from models.transformer import Transformer
 from service.engine import SamplingParams
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine, EngineRequest, RequestOutput, StepStats
-from service.engine.errors import InvalidRequestError, NeverFitsError, QueueFullError
+from service.engine.errors import InvalidRequestError, NeverFitsError
 from service.engine.sequence import FinishReason
 from tests import checkpoints
 from tests.engine.tiny import (
@@ -577,10 +577,17 @@ def test_a_batch_with_one_wrong_request_runs_nothing_and_leaves_nothing(
     assert len(engine.generate([[1, 2]], greedy(2))[0].token_ids) == 2
 
 
-def test_a_prompt_larger_than_the_queue_is_refused_and_not_waited_for(model: Transformer) -> None:
+def test_a_prompt_larger_than_the_queue_is_served_when_nothing_waits(model: Transformer) -> None:
     engine = guarded_engine(model, max_waiting_tokens=10)
-    with pytest.raises((QueueFullError, InvalidRequestError, NeverFitsError)):
-        engine.generate([[1] * 11], greedy(2))
+    outputs = engine.generate([[1] * 11, [1] * 12], greedy(2))
+    assert [len(output.token_ids) for output in outputs] == [2, 2]
+
+
+def test_generate_needs_the_engine_for_itself(model: Transformer) -> None:
+    engine = guarded_engine(model)
+    engine.add(EngineRequest([1], greedy(2)))
+    with pytest.raises(RuntimeError, match="without other requests"):
+        engine.generate([[1]], greedy(2))
 
 
 # Facts and listeners

@@ -317,11 +317,11 @@ def test_the_queue_refuses_more_tokens_than_it_holds() -> None:
     assert not loop.scheduler.has_room_for(5)
 
 
-def test_a_prompt_larger_than_the_queue_is_refused_even_when_it_is_empty() -> None:
+def test_an_empty_queue_takes_a_prompt_of_any_length_and_then_no_other() -> None:
     loop = SchedulerLoop(max_waiting_tokens=10)
+    loop.add([1] * 11, None)
     with pytest.raises(QueueFullError, match="at most 10 waiting tokens"):
-        loop.add([1] * 11, None)
-    loop.add([1] * 10, None)
+        loop.add([1], None)
 
 
 def test_a_refused_request_leaves_the_others_alone() -> None:
