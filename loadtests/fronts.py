@@ -8,6 +8,7 @@ each server, with the bundled demo model. Writes JSON and a table to `loadtests/
 """
 
 import asyncio
+import itertools
 import json
 import random
 import signal
@@ -22,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Annotated, Any, Literal
 
 import grpc
@@ -249,8 +251,11 @@ def _write_checkpoint(path: Path, layers: int, kv_heads: int, max_len: int) -> N
         dtype="bfloat16",
     )
     save_model(random_model(config, seed=0, dtype=torch.bfloat16), path)
+    # Every id has a text, so that detokenization costs what it costs with a real model.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    words = ["".join(letters) for letters in itertools.product(ascii_lowercase, repeat=4)]
+    tokens = [*alphabet, *words][: config.vocab_size]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(path / "tokenizer.json"))

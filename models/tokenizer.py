@@ -10,6 +10,10 @@ from models.config import ModelConfig
 from models.errors import TokenizerError
 
 
+# UTF-8 has at most four bytes per character, and a token is at least one byte.
+_MAX_TOKENS_PER_CHARACTER = 4
+
+
 class Tokenizer:
     """The tokenizer of a checkpoint directory (its tokenizer.json)."""
 
@@ -60,12 +64,22 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def num_bytes(self, token_id: int) -> int:
+        """UTF-8 bytes that a token stands for on its own; a special token stands for none."""
+        text = self._backend.decode([token_id], skip_special_tokens=True)
+        if "\ufffd" not in text:
+            return len(text.encode())
+        # Part of a character: written as <0xE6>, or with one letter per byte.
+        token = self.token_of(token_id) or ""
+        return 1 if token.startswith("<0x") else len(token)
+
     def token_of(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it, None for an id without one."""
         return self._backend.id_to_token(token_id)
 
-    def decode_stream(self) -> "DecodeStream":
-        return DecodeStream(skip_special_tokens=True)
+    def decode_stream(self, context: Sequence[int] = ()) -> "DecodeStream":
+        """A decoder of what follows the tokens of `context`."""
+        return DecodeStream(ids=list(context), skip_special_tokens=True)
 
     def step(self, stream: "DecodeStream", token_id: int) -> str:
         """Text that `token_id` completes; empty while bytes of a character are missing."""
@@ -80,6 +94,7 @@ class IncrementalDetokenizer:
 
     Args:
         stop: strings that end the text.
+        prompt_token_ids: what the tokens continue; decides whether a first word has a space.
         min_tokens: text of the first so many tokens is not searched for stop strings.
 
     Attributes:
@@ -87,11 +102,18 @@ class IncrementalDetokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        prompt_token_ids: Sequence[int] = (),
     ) -> None:
         self.matched_stop: str | None = None
         self._tokenizer = tokenizer
-        self._stream = tokenizer.decode_stream()
+        self._context = _whole_ending(tokenizer, prompt_token_ids)
+        self._num_context_chars = len(tokenizer.decode(self._context))
+        self._stream = tokenizer.decode_stream(self._context)
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
         self._token_ids: list[int] = []
@@ -115,8 +137,7 @@ class IncrementalDetokenizer:
         """The rest, when no more tokens follow: an unfinished character becomes U+FFFD."""
         if self.matched_stop is not None:
             return ""
-        whole = self._tokenizer.decode(self._token_ids)
-        released = self._release(whole[self._num_decoded_chars :])
+        released = self._release(self._undecoded())
         rest, self._held = self._held, ""
         return released if self.matched_stop is not None else released + rest
 
@@ -129,7 +150,12 @@ class IncrementalDetokenizer:
             # stream gives up. What is out stays out; the rest is decoded anew.
             self._stream = self._tokenizer.decode_stream()
             self._tokenizer.step(self._stream, token_id)
-            return self._tokenizer.decode(self._token_ids)[self._num_decoded_chars :]
+            return self._undecoded()
+
+    def _undecoded(self) -> str:
+        """Text of all tokens beyond what has been decoded."""
+        whole = self._tokenizer.decode([*self._context, *self._token_ids])
+        return whole[self._num_context_chars + self._num_decoded_chars :]
 
     def _release(self, decoded: str) -> str:
         """Add decoded text to what is held back; return what no stop string can claim."""
@@ -144,6 +170,15 @@ class IncrementalDetokenizer:
         keep = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+def _whole_ending(tokenizer: Tokenizer, token_ids: Sequence[int]) -> list[int]:
+    """The last tokens of a prompt that are whole characters; none if it ends inside of one."""
+    for length in range(1, _MAX_TOKENS_PER_CHARACTER + 1):
+        ending = list(token_ids[-length:])
+        if "\ufffd" not in tokenizer.decode(ending):
+            return ending
+    return []
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -5,11 +5,12 @@ A decode step has to read every weight and every cached key and value once, so
 bandwidth-bound. Prefill is bound by arithmetic instead: about `2 · parameters` operations a token.
 """
 
+import itertools
 import platform
 import random
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,12 @@ def run_bench(
     device: str,
     kernel: KernelName,
     path: Path | None,
+    on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure each shape (or the checkpoint in `path`); repeats of the shapes are interleaved.
+
+    Args:
+        on_run: told how many runs of how many are done.
 
     Returns:
         A JSON document: machine, workload, and for each shape medians over the repeats.
@@ -94,13 +99,17 @@ def run_bench(
         if path is not None
         else [_random_engine(shape, workload, device, kernel) for shape in shapes]
     )
+    num_runs = len(engines) * (workload.repeats + 1)
+    done = itertools.count(1)
     for engine in engines:
         _measure(engine, workload)  # warm-up
+        on_run(next(done), num_runs)
     bandwidth = _copy_bandwidth(resolve_device(device))
     runs: list[list[_Run]] = [[] for _ in engines]
     for _ in range(workload.repeats):
         for engine, collected in zip(engines, runs, strict=True):
             collected.append(_measure(engine, workload))
+            on_run(next(done), num_runs)
     return {
         "bench": "engine",
         "machine": machine(resolve_device(device)),
@@ -169,6 +178,7 @@ def _summary(
     percentiles = statistics.quantiles(steps_ms, n=100)
     return {
         "heads": model.config.head_label,
+        "attention": "+".join(dict.fromkeys(heads.kind for heads in model.config.layers)),
         "parameters": model.num_parameters,
         "dtype": str(model.dtype).removeprefix("torch."),
         "kernel": model.kernel_name,

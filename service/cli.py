@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 from google.protobuf.json_format import MessageToDict
+from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from service.console import describe, err, fail, out, print_ready, require_free_port
@@ -79,13 +80,14 @@ def serve(
         fail(str(error), code=2)
     if settings.runtime == "standalone" and settings.replicas > 1:
         fail("replicas is more than 1; allowed: 1 with the standalone runtime", code=2)
+    from service.client import HeadroomError
     from service.replica import check_model
 
     try:
         check_model(settings)
-        ports = [settings.port] + ([settings.http_port] if settings.runtime == "ray" else [])
-        for number in ports:
-            require_free_port(settings.host, number)
+        require_free_port(settings.host, settings.port, "--port")
+        if settings.runtime == "ray":
+            require_free_port(settings.host, settings.http_port, "--http-port")
     except (ValueError, OSError) as error:
         fail(str(error))
 
@@ -104,7 +106,7 @@ def serve(
             from service.runtimes import ray_serve
 
             ray_serve.serve_until_stopped(settings, directory, announce)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, HeadroomError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted before the server was ready", code=130)
@@ -207,8 +209,8 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     kernel: Annotated[Literal["auto", "dense", "reference"], typer.Option()] = "auto",
     clients: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 32,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of each.")] = 128,
-    output: Annotated[int, typer.Option(min=2, help="Output tokens of each.")] = 128,
+    prompt: Annotated[int, typer.Option(min=2, help="Prompt tokens of each.")] = 128,
+    output: Annotated[int, typer.Option(min=4, help="Output tokens of each.")] = 128,
     repeats: Annotated[int, typer.Option(min=1, help="Measured runs, interleaved.")] = 3,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
@@ -225,10 +227,17 @@ def bench(
         for number in each_kv_heads
     ]
     workload = BenchWorkload(clients, prompt, output, repeats, seed)
+    path = Path(model) if model else None
     try:
-        result = run_bench(
-            shapes, workload, device=device, kernel=kernel, path=Path(model) if model else None
-        )
+        with Progress(console=err, disable=not err.is_terminal) as progress:
+            task = progress.add_task("measuring", total=None)
+
+            def show(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            result = run_bench(
+                shapes, workload, device=device, kernel=kernel, path=path, on_run=show
+            )
     except (ModelError, ValueError) as error:
         fail(str(error), code=2)
     print(json.dumps(result))
@@ -242,7 +251,6 @@ def train_demo(
 ) -> None:
     """Train the bundled demo model again, from the sources of the Python standard library."""
     import torch
-    from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
     from models.train.demo import make_demo
     from models.train.trainer import TrainConfig, TrainProgress

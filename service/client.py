@@ -7,6 +7,7 @@ with Client("127.0.0.1:9000") as client:
         print(text, end="")
 """
 
+import math
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
@@ -113,6 +114,8 @@ class TextStream:
                     yield text
         except grpc.RpcError as error:
             raise to_error(error) from error
+        finally:
+            self._call.cancel()  # whoever stops reading stops the generation
 
     def _take(self, response: pb.GenerateResponse) -> str:
         if response.HasField("finished"):
@@ -137,6 +140,8 @@ class AsyncTextStream(TextStream):
                     yield text
         except grpc.RpcError as error:
             raise to_error(error) from error
+        finally:
+            self._call.cancel()
 
 
 class _Calls:
@@ -348,6 +353,8 @@ def _generation_request(
         request.token_ids.ids.extend(prompt)
         request.token_ids.SetInParent()
     if options.timeout is not None:
+        if not math.isfinite(options.timeout):
+            raise ValueError(f"timeout is {options.timeout}; allowed: a finite number of seconds")
         duration = Duration()
         duration.FromNanoseconds(round(options.timeout * 1e9))
         request.timeout.CopyFrom(duration)

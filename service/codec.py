@@ -19,6 +19,7 @@ from service.engine.validation import (
     ModelLimits,
     prompt_violations,
     sampling_violations,
+    token_violations,
 )
 
 MAX_REQUEST_ID_CHARS = 128
@@ -101,9 +102,10 @@ class RequestDecoder:
     def token_ids(self, token_ids: Sequence[int]) -> Sequence[int]:
         """Check token ids that are to become text."""
         most = self._limits.max_model_len
-        violations = list(
-            prompt_violations(token_ids, self._limits, max_len=most, field="token_ids")
-        )
+        if len(token_ids) > most:
+            violations = [Violation("token_ids", f"{len(token_ids)} ids", f"at most {most}")]
+        else:
+            violations = list(token_violations("token_ids", token_ids, self._limits))
         if violations:
             raise InvalidRequestError(violations)
         return token_ids

@@ -4,10 +4,11 @@ This is the only place that reads files of settings or environment variables.
 """
 
 import dataclasses
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -49,7 +50,7 @@ class ServiceConfig(BaseSettings):
     model: str = "demo"
     application: str = Field("headroom", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     host: str = "127.0.0.1"
-    port: int = Field(9000, ge=0, le=65535)
+    port: int = Field(9000, ge=1, le=65535)
     http_port: int = Field(8000, ge=1, le=65535)
     runtime: Literal["ray", "standalone"] = "ray"
     replicas: int = Field(1, ge=1, le=64)
@@ -75,6 +76,12 @@ class ServiceConfig(BaseSettings):
                 )
         return value
 
+    @model_validator(mode="after")
+    def _two_ports(self) -> Self:
+        if self.runtime == "ray" and self.port == self.http_port:
+            raise ValueError(f"port and http_port are both {self.port}; allowed: two ports")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -87,6 +94,19 @@ class ServiceConfig(BaseSettings):
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
 
 
+def _check_environment() -> None:
+    """A misspelt variable must not go unnoticed."""
+    engine = [f"ENGINE__{field.name.upper()}" for field in dataclasses.fields(EngineConfig)]
+    known = {f"HEADROOM_{name}" for name in (*map(str.upper, ServiceConfig.model_fields), *engine)}
+    unknown = sorted(
+        name
+        for name in map(str.upper, os.environ)
+        if name.startswith("HEADROOM_") and name not in known
+    )
+    if unknown:
+        raise SettingsError(f"environment variable {unknown[0]} is no setting")
+
+
 def load_config(file: Path | None = None, **flags: Any) -> ServiceConfig:
     """Settings from flags (None is unset), environment, a YAML file and defaults.
 
@@ -95,6 +115,7 @@ def load_config(file: Path | None = None, **flags: Any) -> ServiceConfig:
     """
     if file is not None and not file.is_file():
         raise SettingsError(f"{file} is not a file")
+    _check_environment()
 
     class FileConfig(ServiceConfig):
         model_config = SettingsConfigDict(yaml_file=file, yaml_file_encoding="utf-8")
@@ -105,6 +126,8 @@ def load_config(file: Path | None = None, **flags: Any) -> ServiceConfig:
     except ValidationError as error:
         lines = [
             f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r}: {problem['msg']}"
+            if problem["loc"]
+            else problem["msg"]
             for problem in error.errors()
         ]
         raise SettingsError("\n".join(lines)) from error

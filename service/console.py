@@ -50,13 +50,13 @@ def print_ready(
     out.print(f"ready   grpc://{host}:{port} after {seconds:.1f} s; Ctrl-C drains and stops")
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Raise OSError, naming the address, if something listens there."""
+def require_free_port(host: str, port: int, name: str) -> None:
+    """Raise OSError, naming the address and its setting, if something listens there."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise OSError(f"cannot listen on {host}:{port}: {reason}") from error
+        raise OSError(f"cannot listen on {host}:{port} ({name}): {reason}") from error
 
 
 def fail(message: str, *, code: int = 1) -> NoReturn:

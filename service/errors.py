@@ -55,7 +55,7 @@ class RequestFailedError(ServiceError):
 
 class UnknownHealthServiceError(ServiceError):
     def __init__(self, service: str, known: list[str]) -> None:
-        super().__init__(f"service is {service!r}; allowed: {', '.join(map(repr, known))}")
+        super().__init__(f"service is {service[:64]!r}; allowed: {', '.join(map(repr, known))}")
 
 
 @dataclass(frozen=True, slots=True)

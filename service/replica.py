@@ -6,7 +6,7 @@ from models.tokenizer import Tokenizer
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine, max_model_len
-from service.engine.memory import load_configured_model, resolve_device
+from service.engine.memory import check_kv_cache_bytes, load_configured_model, resolve_device
 
 
 def check_model(config: ServiceConfig) -> ModelConfig:
@@ -19,6 +19,7 @@ def check_model(config: ServiceConfig) -> ModelConfig:
     model_config = check_checkpoint(config.model_path)
     Tokenizer.for_model(config.model_path, model_config)
     max_model_len(config.engine, model_config)
+    check_kv_cache_bytes(model_config, config.engine)
     resolve_device(config.engine.device)
     return model_config
 

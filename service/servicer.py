@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -15,7 +16,6 @@ from protos.headroom.v1 import models_pb2
 from service import codec
 from service.engine.async_engine import AsyncEngine
 from service.engine.errors import EngineDrainingError, EngineError
-from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import FinishReason, SequenceOutput
 from service.errors import (
     DeadlinePassedError,
@@ -53,9 +53,7 @@ class HeadroomServicer:
         self, request: pb.GenerateRequest, grpc_context: RpcContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         call = self._decoder.generation(request)
-        params = call.engine_request.params
-        assert params is not None, "a generation has sampling params"
-        detokenizer = self._detokenizer(params)
+        detokenizer = self._detokenizer(call)
         async with aclosing(self._run(call)) as outputs:
             async for output in outputs:
                 text = _new_text(detokenizer, output)
@@ -69,13 +67,11 @@ class HeadroomServicer:
         self, request: pb.CompleteRequest, grpc_context: RpcContext
     ) -> pb.CompleteResponse:
         call = self._decoder.generation(request)
-        params = call.engine_request.params
-        assert params is not None, "a generation has sampling params"
         output = SequenceOutput.merge([output async for output in self._run(call)])
         assert output.finish is not None, "a merged generation has ended"
         return pb.CompleteResponse(
             token_ids=output.token_ids,
-            text=_new_text(self._detokenizer(params), output),
+            text=_new_text(self._detokenizer(call), output),
             finished=codec.finished(output.finish),
             logprobs=map(codec.token_logprobs, output.logprobs),
         )
@@ -85,12 +81,12 @@ class HeadroomServicer:
         call = self._decoder.scoring(request)
         output = SequenceOutput.merge([output async for output in self._run(call)])
         token_ids = call.engine_request.prompt_token_ids
-        scored_text = self._tokenizer.decode(token_ids[1:])
+        text = request.text or self._tokenizer.decode(token_ids)
         return pb.ScoreResponse(
             token_ids=token_ids,
             logprobs=output.prompt_logprobs,
             total_logprob=sum(output.prompt_logprobs),
-            num_bytes=len(scored_text.encode()),
+            num_bytes=len(text.encode()) - self._tokenizer.num_bytes(token_ids[0]),
         )
 
     @unary(pb.TokenizeResponse)
@@ -177,6 +173,8 @@ class HeadroomServicer:
                     num_tokens += len(output.token_ids)
                     reason = output.finish.reason if output.finish else None
                     if reason is FinishReason.ERROR:
+                        if output.token_ids:
+                            yield dataclasses.replace(output, finish=None)
                         raise RequestFailedError
                     if reason is FinishReason.DEADLINE and num_tokens == 0:
                         raise DeadlinePassedError
@@ -194,8 +192,15 @@ class HeadroomServicer:
         finally:
             self._open_requests.remove(request_id)
 
-    def _detokenizer(self, params: SamplingParams) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self._tokenizer, params.stop, min_tokens=params.min_tokens)
+    def _detokenizer(self, call: codec.Call) -> IncrementalDetokenizer:
+        params = call.engine_request.params
+        assert params is not None, "a generation has sampling params"
+        return IncrementalDetokenizer(
+            self._tokenizer,
+            params.stop,
+            min_tokens=params.min_tokens,
+            prompt_token_ids=call.engine_request.prompt_token_ids,
+        )
 
 
 def _new_text(detokenizer: IncrementalDetokenizer, output: SequenceOutput) -> str:

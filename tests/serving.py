@@ -15,6 +15,7 @@ from service.engine.async_engine import AsyncEngine
 from service.replica import start_engine
 from service.runtimes.standalone import create_server
 from service.servicer import HeadroomServicer
+from tests.integration.processes import free_ports
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class RunningServer:
 async def running_server(model: Path, **engine: Any) -> AsyncIterator[RunningServer]:
     config = ServiceConfig(
         model=str(model),
-        port=0,
+        port=free_ports(1)[0],
         engine=EngineConfig(num_threads=1, **engine),
         max_message_bytes=2**20,
     )

@@ -198,6 +198,8 @@ class AsyncEngine:
             return True
         except TimeoutError:
             self._commands.put(_AbortAll())
+            with contextlib.suppress(TimeoutError):  # their last messages are on the way
+                await asyncio.wait_for(self._idle.wait(), self._stall_seconds)
             return False
 
     async def shutdown(self) -> None:

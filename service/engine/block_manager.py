@@ -30,6 +30,7 @@ class BlockManager:
         self._references = [0] * num_blocks
         self._block_of_hash: dict[bytes, int] = {}
         self._hash_of_block: dict[int, bytes] = {}
+        self._num_cached = 0
 
     @property
     def num_free_blocks(self) -> int:
@@ -43,7 +44,7 @@ class BlockManager:
     @property
     def num_cached_blocks(self) -> int:
         """Free blocks whose content can be found again."""
-        return sum(1 for block in self._hash_of_block if self._references[block] == 0)
+        return self._num_cached
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -65,6 +66,7 @@ class BlockManager:
         num_revived = sum(1 for block in prefix if self._references[block] == 0)
         if num_new + num_revived + reserve > len(self._free):
             return False
+        self._num_cached -= num_revived
         for block in prefix:
             self._references[block] += 1
             self._free.pop(block, None)
@@ -100,7 +102,9 @@ class BlockManager:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
-                if block not in self._hash_of_block:
+                if block in self._hash_of_block:
+                    self._num_cached += 1
+                else:
                     self._free.move_to_end(block, last=False)
         seq.block_table.clear()
 
@@ -114,6 +118,8 @@ class BlockManager:
         for block, references in enumerate(self._references):
             assert references == counted[block], f"block {block}: {references} references"
             assert (references == 0) == (block in self._free), f"block {block} free and used"
+        cached = sum(1 for block in self._hash_of_block if self._references[block] == 0)
+        assert self._num_cached == cached, f"{self._num_cached} cached blocks counted"
         assert all(0 <= block < self.num_blocks for block in counted), "a block outside the pool"
         if not self._caching:
             assert not self._hash_of_block, "blocks are cached although caching is off"
@@ -127,6 +133,7 @@ class BlockManager:
         digest = self._hash_of_block.pop(block, None)
         if digest is not None:
             del self._block_of_hash[digest]
+            self._num_cached -= 1
         self._references[block] = 1
         return block
 

@@ -180,7 +180,7 @@ class Engine:
             priority=request.priority,
             deadline=None if request.timeout is None else now + request.timeout,
             cache_namespace=request.cache_namespace,
-            match_stop=self._stop_matcher(params) if params and params.stop else None,
+            match_stop=self._stop_matcher(request, params) if params and params.stop else None,
         )
         self.scheduler.add(seq)
         return seq.seq_id
@@ -252,10 +252,15 @@ class Engine:
         if violations:
             raise InvalidRequestError(violations)
 
-    def _stop_matcher(self, params: SamplingParams) -> Callable[[int], str | None]:
+    def _stop_matcher(
+        self, request: EngineRequest, params: SamplingParams
+    ) -> Callable[[int], str | None]:
         assert self._tokenizer is not None, "a validated request with stop strings"
         detokenizer = IncrementalDetokenizer(
-            self._tokenizer, params.stop, min_tokens=params.min_tokens
+            self._tokenizer,
+            params.stop,
+            min_tokens=params.min_tokens,
+            prompt_token_ids=request.prompt_token_ids,
         )
 
         def match(token_id: int) -> str | None:

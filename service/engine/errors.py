@@ -12,6 +12,10 @@ EngineError
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# What travels with an error has to fit into the metadata of a response.
+_MAX_VIOLATIONS = 20
+_MAX_SHOWN = 6
+
 
 class EngineError(Exception):
     """Base of everything the engine raises on purpose."""
@@ -33,8 +37,11 @@ class InvalidRequestError(EngineError, ValueError):
     """Fields of a request are wrong."""
 
     def __init__(self, violations: Sequence[Violation]) -> None:
-        self.violations = tuple(violations)
-        super().__init__("; ".join(str(violation) for violation in violations))
+        self.violations = tuple(violations[:_MAX_VIOLATIONS])
+        shown = [str(violation) for violation in violations[:_MAX_SHOWN]]
+        if len(violations) > _MAX_SHOWN:
+            shown.append(f"and {len(violations) - _MAX_SHOWN} more")
+        super().__init__("; ".join(shown))
 
 
 class NeverFitsError(EngineError):
@@ -66,7 +73,7 @@ class EngineDeadError(EngineError):
     """The engine thread has ended with an error."""
 
     def __init__(self) -> None:
-        super().__init__("the engine has failed and is being replaced")
+        super().__init__("the engine has failed; a new one has to be started")
 
 
 class EngineStalledError(EngineError):

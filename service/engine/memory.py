@@ -1,12 +1,12 @@
 """From a configuration to a loaded model, and from memory to a number of KV blocks."""
 
-import os
+import contextlib
 from pathlib import Path
 
 import torch
 
 from models.checkpoints.loader import load_model
-from models.config import ITEMSIZE
+from models.config import ModelConfig
 from models.transformer import Transformer
 from service.engine.config import EngineConfig
 
@@ -47,10 +47,15 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def block_bytes(model: Transformer, block_size: int) -> int:
-    """Bytes of one KV block over all layers."""
-    width = model.config.kv_bytes_per_token("float32") // ITEMSIZE["float32"]
-    return width * model.dtype.itemsize * block_size
+def check_kv_cache_bytes(model_config: ModelConfig, config: EngineConfig) -> None:
+    """Raise ValueError if the configured memory does not hold a single block."""
+    dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+    needed = model_config.kv_bytes_per_token(dtype) * config.block_size
+    if config.kv_cache_bytes is not None and config.kv_cache_bytes < needed:
+        raise ValueError(
+            f"kv_cache_bytes is {config.kv_cache_bytes}; one block of {config.block_size} tokens "
+            f"takes {needed} bytes"
+        )
 
 
 def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int) -> int:
@@ -61,21 +66,32 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
     """
     if config.num_blocks is not None:
         return config.num_blocks
-    per_block = block_bytes(model, config.block_size)
+    model_config = model.config.replace(dtype=str(model.dtype).removeprefix("torch."))
+    check_kv_cache_bytes(model_config, config)
+    per_block = model_config.kv_bytes_per_token() * config.block_size
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // per_block
     else:
         num_blocks = min(useful, _memory_share(model.device) // per_block)
     if num_blocks < 1:
-        raise ValueError(
-            f"kv_cache_bytes is {config.kv_cache_bytes}; one block of {config.block_size} tokens "
-            f"takes {per_block} bytes"
-        )
+        raise ValueError(f"the free memory holds no KV block of {per_block} bytes")
     return num_blocks
 
 
 def _memory_share(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
-    return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _CPU_SHARE)
+    return int(_available_memory() * _CPU_SHARE)
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping, within the limit of a container."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+        available = min(available, max(limit - used, 0))
+    return available

@@ -58,7 +58,8 @@ def prompt_violations(
             f"{len(token_ids)} tokens long",
             f"1 to {max_len} tokens (the model's context is {limits.max_model_len})",
         )
-    yield from _token_violations(f"{field}.token_ids", token_ids, limits)
+    else:
+        yield from token_violations(f"{field}.token_ids", token_ids, limits)
 
 
 def sampling_violations(
@@ -88,7 +89,7 @@ def sampling_violations(
         yield Violation("sampling.seed", str(params.seed), f"0 to {MAX_SEED}")
     yield from _float_violations(params)
     yield from _stop_violations(params, limits)
-    yield from _token_violations(
+    yield from token_violations(
         "sampling.allowed_token_ids", params.allowed_token_ids, limits, unique=True
     )
     if len(params.logit_bias) > MAX_LOGIT_BIAS:
@@ -165,10 +166,10 @@ def _stop_violations(params: SamplingParams, limits: ModelLimits) -> Iterator[Vi
             f"{len(params.stop_token_ids)} ids",
             f"at most {MAX_STOP_TOKEN_IDS}",
         )
-    yield from _token_violations("sampling.stop_token_ids", params.stop_token_ids, limits)
+    yield from token_violations("sampling.stop_token_ids", params.stop_token_ids, limits)
 
 
-def _token_violations(
+def token_violations(
     field: str, token_ids: Iterable[int], limits: ModelLimits, *, unique: bool = False
 ) -> Iterator[Violation]:
     """Name the first id outside of the vocabulary; one is enough to find the mistake."""

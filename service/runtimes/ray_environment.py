@@ -14,6 +14,8 @@ from service.config import ServiceConfig
 
 # HAProxy takes an ended replica out of its list within this time; until then it is reachable.
 DEREGISTER_SECONDS = 2
+# Serve's HAProxy ingress. One without the other is another ingress altogether.
+_REQUIRED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
 
 def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
@@ -24,9 +26,7 @@ def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
     """
     stats_port, metrics_port, http_port, grpc_port = _free_ports(4)
     return {
-        # Serve's HAProxy ingress; the two belong together.
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        **dict.fromkeys(_REQUIRED, "1"),
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
@@ -50,7 +50,10 @@ def set_ray_environment(config: ServiceConfig) -> Path:
     """Set the variables, except those that are set already; returns HAProxy's directory."""
     directory = Path(tempfile.mkdtemp(prefix="headroom-"))
     for name, value in ray_environment(config, directory).items():
-        os.environ.setdefault(name, value)
+        if name in _REQUIRED:
+            os.environ[name] = value
+        else:
+            os.environ.setdefault(name, value)
     return directory
 
 

@@ -5,22 +5,26 @@ replica, so a token crosses no process on its way out. Import this module only a
 of `ray_environment` are set.
 """
 
+import contextlib
 import logging
 import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
 from service.config import ServiceConfig
+from service.engine.memory import resolve_device
 from service.replica import start_engine
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from service.servicer import HeadroomServicer
@@ -34,6 +38,8 @@ SERVICER_FUNCTIONS = [
 _OTHER_CALLS = 64
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _WATCH_SECONDS = 5.0
+_STOP_MARGIN_SECONDS = 10.0
+_POLL_SECONDS = 0.1
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -50,16 +56,18 @@ class HeadroomReplica(HeadroomServicer):
         self._engine.check_health()
 
     async def __del__(self) -> None:
-        await self._engine.shutdown()
+        if hasattr(self, "_engine"):  # it started
+            await self._engine.shutdown()
 
 
 def build_app(config: ServiceConfig) -> Application:
     """The application of a configuration; Serve's typed application builder."""
-    on_gpu = config.engine.device.startswith("cuda")
+    on_gpu = _device(config) == "cuda"
     max_open = config.engine.max_num_seqs + config.engine.max_waiting_requests + _OTHER_CALLS
     settings = config.model_dump()
     # A replica finds its model from wherever it runs.
     settings["model"] = str(config.model_path.resolve())
+    settings["engine"]["device"] = _device(config)
     settings["engine"]["num_threads"] = config.engine.num_threads or _threads_per_replica(config)
     return (
         serve.deployment(HeadroomReplica)
@@ -88,6 +96,7 @@ def start(config: ServiceConfig) -> Path:
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     context = ray.init(
+        address="local",  # never a cluster that somebody else has started
         # Replicas share the cores by threads; a rolling update needs room for one more.
         num_cpus=2 * config.replicas + 1,
         include_dashboard=False,
@@ -111,8 +120,17 @@ def deploy(config: ServiceConfig) -> None:
     serve.run(build_app(config), name=config.application, route_prefix="/")
 
 
-def stop() -> None:
+def stop(config: ServiceConfig) -> None:
     """Drain the replicas and end every process of the local cluster."""
+    if not ray.is_initialized():
+        return
+    # Shutting Serve down at once would end HAProxy, and with it every open stream. Without the
+    # application no new requests arrive, and its replicas end when their streams have.
+    with contextlib.suppress(Exception):  # the cluster may have failed before Serve ran
+        serve.delete(config.application, _blocking=False)
+        deadline = time.monotonic() + config.drain_seconds + _STOP_MARGIN_SECONDS
+        while config.application in serve.status().applications and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
     serve.shutdown()
     ray.shutdown()
 
@@ -127,6 +145,7 @@ def serve_until_stopped(
         on_ready: called with the folder of log files once the application is deployed.
     """
     stopped = threading.Event()
+    check_devices(config)
     try:
         logs = start(config)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -134,8 +153,30 @@ def serve_until_stopped(
         on_ready(logs)
         stopped.wait()
     finally:
-        stop()
+        stop(config)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def check_devices(config: ServiceConfig) -> None:
+    """Refuse what the replicas' devices cannot be.
+
+    Raises:
+        ValueError: a single GPU is named, or there are more replicas than GPUs.
+    """
+    if config.engine.device.startswith("cuda:"):
+        raise ValueError(
+            f"engine.device is {config.engine.device!r}; allowed with Ray: auto, cpu, cuda: Ray "
+            "gives each replica a GPU of its own"
+        )
+    if _device(config) == "cuda" and config.replicas > torch.cuda.device_count():
+        raise ValueError(
+            f"replicas is {config.replicas}; allowed: at most {torch.cuda.device_count()}, one per "
+            "GPU of this machine"
+        )
+
+
+def _device(config: ServiceConfig) -> str:
+    return resolve_device(config.engine.device).type
 
 
 def _threads_per_replica(config: ServiceConfig) -> int:

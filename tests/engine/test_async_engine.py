@@ -516,9 +516,10 @@ async def test_what_is_not_finished_in_time_is_cancelled_with_what_it_has() -> N
         gated.permit(1)
         first = await anext(stream)
         waiting = await started(engine, LONG)
-        assert not await engine.drain(0.0)
+        draining = asyncio.create_task(engine.drain(0.0))
         gated.permit()
         rest = SequenceOutput.merge([output async for output in stream])
+        assert not await draining
         assert reason(rest) is FinishReason.CANCELLED
         tokens = (*first.token_ids, *rest.token_ids)
         assert tokens == alone(LONG).token_ids[: len(tokens)]

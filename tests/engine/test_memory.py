@@ -10,9 +10,9 @@ from models.config import HeadConfig
 from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.transformer import random_model
+from service.engine import memory
 from service.engine.config import EngineConfig
 from service.engine.memory import (
-    block_bytes,
     load_configured_model,
     num_blocks_for,
     resolve_device,
@@ -67,7 +67,11 @@ def test_a_planned_block_is_as_large_as_an_allocated_one(
     cache = KVCache(
         model.config, num_blocks=3, block_size=block_size, dtype=dtype, device=model.device
     )
-    assert block_bytes(model, block_size) * 3 == cache.nbytes
+    config = EngineConfig(block_size=block_size, kv_cache_bytes=cache.nbytes)
+    assert num_blocks_for(model, config, 100) == 3
+    too_little = EngineConfig(block_size=block_size, kv_cache_bytes=cache.nbytes // 3 - 1)
+    with pytest.raises(ValueError, match=f"takes {cache.nbytes // 3} bytes"):
+        num_blocks_for(model, too_little, 100)
 
 
 def test_a_configured_number_of_blocks_is_taken_as_it_is() -> None:
@@ -88,8 +92,7 @@ def test_memory_for_less_than_a_block_is_refused() -> None:
 
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    answers = {"SC_AVPHYS_PAGES": num_bytes, "SC_PAGE_SIZE": 1}
-    monkeypatch.setattr(os, "sysconf", lambda name: answers[name])
+    monkeypatch.setattr(memory, "_available_memory", lambda: num_bytes)
 
 
 @pytest.mark.parametrize(("max_model_len", "blocks_each"), [(100, 7), (96, 6), (1, 1)])
@@ -109,7 +112,7 @@ def test_blocks_take_a_part_of_the_free_memory_only(monkeypatch: pytest.MonkeyPa
 
 def test_no_free_memory_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     free_memory(monkeypatch, 0)
-    with pytest.raises(ValueError, match="one block of 16 tokens"):
+    with pytest.raises(ValueError, match="holds no KV block of"):
         num_blocks_for(tiny_model(), EngineConfig(), 100)
 
 
@@ -126,3 +129,9 @@ def test_a_checkpoint_is_loaded_as_configured(tmp_path: Path, kernel: KernelName
 def test_the_type_of_a_checkpoint_is_kept_unless_another_is_configured(tmp_path: Path) -> None:
     path = checkpoints.save(checkpoints.llama().to(torch.float16), tmp_path)
     assert load_configured_model(path, EngineConfig(device="cpu")).dtype is torch.float16
+
+
+def test_free_memory_is_what_can_be_had_and_not_more_than_there_is() -> None:
+    available = memory._available_memory()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < available <= total

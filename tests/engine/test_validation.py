@@ -280,8 +280,9 @@ def test_all_violations_are_reported_at_once() -> None:
             "sampling.top_p",
         ]
     )
-    for field in fields:
+    for field in fields[:6]:
         assert field in str(raised.value)
+    assert str(raised.value).endswith(f"; and {len(fields) - 6} more"), "it has to fit a header"
 
 
 def test_ten_thousand_bad_stop_strings_do_not_make_ten_thousand_violations() -> None:

@@ -26,7 +26,7 @@ def main() -> None:
             ray_serve.deploy(ServiceConfig(**{**settings, **json.loads(line)}))
             print("deployed", flush=True)
     finally:
-        ray_serve.stop()
+        ray_serve.stop(config)
     print("stopped", flush=True)
 
 

@@ -170,12 +170,25 @@ async def test_an_unknown_application_is_not_found(server: RayServer) -> None:
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
 
 
-async def test_cancel_and_client_deadline_reach_the_engine(client: AsyncClient) -> None:
+async def test_cancel_and_client_deadline_reach_the_engine(
+    server: RayServer, client: AsyncClient
+) -> None:
     for _ in range(5):
         stream = client.generate([1], max_tokens=4000, temperature=0, ignore_eos=True)
         async for _ in stream:
             break
         stream.cancel()
+    await _until_idle(client)
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1]),
+        sampling=pb.SamplingParams(max_tokens=4000, temperature=0, ignore_eos=True),
+    )
+    async with grpc.aio.insecure_channel(server.target) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for _ in stub.Generate(request, timeout=0.1):
+                pass
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await _until_idle(client)
 
 
@@ -252,7 +265,7 @@ async def test_a_killed_replica_ends_only_its_own_streams(
     await _until_idle(client)
 
 
-def test_no_listener_of_ours_leaves_the_loopback(server: RayServer) -> None:
+def test_the_ingress_listens_on_the_loopback_only(server: RayServer) -> None:
     port = int(server.target.split(":")[1])
     assert _listening_addresses(port) == {"127.0.0.1"}
     assert os.environ.get("RAY_ADDRESS") is None

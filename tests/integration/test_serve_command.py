@@ -59,19 +59,20 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
             socket.create_server(("127.0.0.1", number)).close()
 
 
-def test_a_stop_signal_lets_an_open_stream_finish(model_path: Path) -> None:
-    port = free_ports(1)[0]
-    arguments = ["--runtime", "standalone", "--port", str(port), "--model", str(model_path)]
-    with Process(*_CLI, "serve", *arguments) as server:
+@pytest.mark.parametrize("runtime", ["standalone", pytest.param("ray", marks=pytest.mark.ray)])
+def test_a_stop_signal_lets_an_open_stream_finish(model_path: Path, runtime: str) -> None:
+    port, http_port = free_ports(2)
+    arguments = ["--runtime", runtime, "--port", str(port), "--http-port", str(http_port)]
+    with Process(*_CLI, "serve", "--model", str(model_path), *arguments) as server:
         server.wait_for(lambda line: line.startswith("ready"))
         with Client(f"127.0.0.1:{port}") as client:
-            stream = client.generate([1], max_tokens=2000, temperature=0, ignore_eos=True)
+            stream = client.generate([1], max_tokens=4000, temperature=0, ignore_eos=True)
             texts = iter(stream)
             next(texts)
             server.signal(signal.SIGTERM)
             for _ in texts:
                 pass
-        assert len(stream.token_ids) == 2000
+        assert len(stream.token_ids) == 4000
         assert server.wait() == 0, server.output
 
 
@@ -83,7 +84,10 @@ def test_a_taken_port_is_named(model_path: Path, runtime: str) -> None:
             "serve", "--runtime", runtime, "--model", str(model_path), "--port", str(port)
         )
     assert answer.returncode == 1
-    assert answer.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"
+    assert (
+        answer.stderr
+        == f"error: cannot listen on 127.0.0.1:{port} (--port): Address already in use\n"
+    )
 
 
 def _copy(model_path: Path, target: Path) -> Path:
@@ -156,6 +160,7 @@ def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -
         (["--config", str(file)], "max_num_seq"),
         (["--config", str(tmp_path / "none.yaml")], "is not a file"),
         (["--port", "70000"], "port is 70000"),
+        (["--port", "8000"], "port and http_port are both 8000"),
         (["--replicas", "0"], "replicas is 0"),
         (["--runtime", "standalone", "--replicas", "2"], "replicas is more than 1"),
         (["--runtime", "docker"], "docker"),

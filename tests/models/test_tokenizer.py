@@ -12,6 +12,7 @@ from models.tokenizer import IncrementalDetokenizer, Tokenizer
 from tests import checkpoints
 from tests.models import tiny
 from tests.models.text_tokenizers import (
+    ALPHABET,
     BYTE_FALLBACK,
     MAKERS,
     REPLACEMENT,
@@ -191,3 +192,19 @@ def test_special_tokens_are_added_unless_refused() -> None:
     assert llama().token_of(100_000) is None
     assert llama().decode([1, *llama().encode("a")[1:]]) == "a"
     assert llama().decode([1], skip_special_tokens=False) == "<s>"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@given(prompt=st.text(ALPHABET, min_size=1, max_size=8), text=st.text(ALPHABET, max_size=12))
+@example(prompt="hello", text=" ab a")
+def test_text_continues_its_prompt_with_the_space_between_them(
+    name: str, prompt: str, text: str
+) -> None:
+    tokenizer = MAKERS[name]()
+    before = tokenizer.encode(prompt)
+    after = tokenizer.encode(prompt + text)
+    if after[: len(before)] != before:
+        return  # the text changes how the prompt is cut into tokens
+    detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids=before)
+    streamed = detokenizer.push(after[len(before) :]) + detokenizer.flush()
+    assert tokenizer.decode(before) + streamed == tokenizer.decode(after)

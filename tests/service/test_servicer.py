@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from models import load_model
 from protos.headroom.v1 import generation_pb2 as pb
-from protos.headroom.v1 import models_pb2
+from protos.headroom.v1 import generation_pb2_grpc, models_pb2
 from service.client import to_error
 from service.engine import Engine, EngineConfig, SamplingParams
 from service.engine.sequence import SequenceOutput
@@ -320,8 +320,37 @@ class _GatedSteps:
         return self._step()
 
 
+async def test_timeout_in_prefill_is_a_status(model_path: Path) -> None:
+    async with running_server(model_path, max_num_seqs=1, max_num_batched_tokens=1) as server:
+        request = _request([1] * 126, max_tokens=1)
+        request.timeout.CopyFrom(Duration(nanos=5_000_000))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await _collect(server.generation.Generate(request))
+        assert to_error(caught.value).reason == "DEADLINE"
+        await server.until_idle()
+
+
+async def test_detokenize_and_tokenize_name_what_is_wrong(server: RunningServer) -> None:
+    for call, field in (
+        (server.generation.Detokenize(pb.DetokenizeRequest(token_ids=[1, 9999])), "token_ids[1]"),
+        (server.generation.Detokenize(pb.DetokenizeRequest(token_ids=[1] * 129)), "token_ids"),
+        (server.generation.Tokenize(pb.TokenizeRequest(text="x" * 9999)), "text"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert list(to_error(caught.value).violations) == [field]
+    empty = await server.generation.Detokenize(pb.DetokenizeRequest())
+    assert empty.text == ""
+
+
+async def test_score_counts_the_bytes_of_scored_tokens_only(server: RunningServer) -> None:
+    # Without <bos> the first byte of the first character is not scored.
+    answer = await server.generation.Score(pb.ScoreRequest(text="日本"))
+    assert (len(answer.token_ids), answer.num_bytes) == (6, 5)
+
+
 @pytest.mark.parametrize("stage", ["queued", "prefill", "decode", "last token"])
-@pytest.mark.parametrize("how", ["cancel", "client deadline"])
+@pytest.mark.parametrize("how", ["cancel", "client deadline", "disconnect"])
 async def test_a_client_that_leaves_frees_its_blocks_within_a_step(
     model_path: Path, stage: str, how: str
 ) -> None:
@@ -339,7 +368,8 @@ async def _leave(server: RunningServer, steps: _GatedSteps, stage: str, how: str
         steps.allow(1)
         await other.read()
     num_prompt, max_tokens = {"prefill": (120, 1), "last token": (1, 1)}.get(stage, (1, 120))
-    call = server.generation.Generate(
+    channel = grpc.aio.insecure_channel(server.target)
+    call = generation_pb2_grpc.GenerationServiceStub(channel).Generate(
         _request([1] * num_prompt, max_tokens=max_tokens),
         timeout=1.0 if how == "client deadline" else None,
     )
@@ -359,6 +389,8 @@ async def _leave(server: RunningServer, steps: _GatedSteps, stage: str, how: str
             await call.read()
     if how == "cancel":
         call.cancel()
+    elif how == "disconnect":
+        await channel.close(None)
     else:
         with contextlib.suppress(grpc.aio.AioRpcError):
             while await call.read() is not _EOF:
@@ -370,6 +402,7 @@ async def _leave(server: RunningServer, steps: _GatedSteps, stage: str, how: str
     steps.allow(1)
     await server.until_idle()
     assert steps.num_taken - taken <= 1
+    await channel.close(None)
 
 
 async def test_64_streams_of_different_lengths_all_finish(server: RunningServer) -> None:
