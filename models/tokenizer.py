@@ -9,7 +9,6 @@ from tokenizers.decoders import DecodeStream
 from models.config import ModelConfig
 from models.errors import TokenizerError
 
-
 # UTF-8 has at most four bytes per character, and a token is at least one byte.
 _MAX_TOKENS_PER_CHARACTER = 4
 
