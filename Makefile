@@ -26,8 +26,8 @@ lint: install node_modules/.installed  ## format, style, types, layers, protos
 	$(BIN)/lint-imports
 	npx buf lint
 
-node_modules/.installed: package-lock.json
-	npm ci --no-audit --no-fund
+node_modules/.installed: package.json
+	npm install --no-audit --no-fund --no-package-lock --silent
 	touch $@
 
 format: install
