@@ -12,7 +12,6 @@ import itertools
 import json
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -35,11 +34,12 @@ from rich.progress import Progress
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from models.checkpoints.writer import save_model
-from models.config import HeadConfig, ModelConfig
 from models.transformer import random_model
 from protos.headroom.v1 import generation_pb2 as pb
 from protos.headroom.v1 import generation_pb2_grpc
+from service.bench import BenchShape
 from service.client import AsyncClient
+from service.runtimes.ray_environment import free_ports
 
 RESULTS = Path(__file__).parent / "results"
 _CLI = [sys.executable, "-c", "from service.cli import app; app()"]
@@ -184,7 +184,7 @@ class _Server:
 @contextmanager
 def _serve(front: Front, model: str, load: Load | None) -> Iterator[_Server]:
     """A server in a process of its own; ended by the signal that a person would send."""
-    port, http_port = _free_ports(2)
+    port, http_port = free_ports(2)
     arguments = ["--model", model, "--runtime", front, "--port", str(port)]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as settings:
         if load is not None:
@@ -232,24 +232,10 @@ def _idle(front: Front) -> dict[str, float]:
 
 def _write_checkpoint(path: Path, layers: int, kv_heads: int, max_len: int) -> None:
     """A 110 M parameter Llama checkpoint of random weights, with a tokenizer of bytes."""
-    config = ModelConfig(
-        family="llama",
-        vocab_size=32_000,
-        hidden_size=768,
-        intermediate_size=2048,
-        layers=(HeadConfig(num_heads=12, num_kv_heads=kv_heads, head_dim=64),) * layers,
-        max_position_embeddings=max_len,
-        norm="rms_norm",
-        norm_eps=1e-5,
-        activation="silu",
-        gated_mlp=True,
-        rope_theta=10_000.0,
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        tie_word_embeddings=True,
-        dtype="bfloat16",
-    )
+    config = BenchShape(
+        layers=layers, hidden=768, intermediate=2048, heads=12, kv_heads=kv_heads, head_dim=64,
+        vocab=32_000, dtype="bfloat16",
+    ).model_config(max_len)  # fmt: skip
     save_model(random_model(config, seed=0, dtype=torch.bfloat16), path)
     # Every id has a text, so that detokenization costs what it costs with a real model.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -300,14 +286,6 @@ def _markdown(document: dict[str, Any]) -> str:
             f"{idle['all_processes_mib']:.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
 
 
 if __name__ == "__main__":

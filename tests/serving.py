@@ -13,9 +13,9 @@ from service.config import ServiceConfig
 from service.engine import EngineConfig
 from service.engine.async_engine import AsyncEngine
 from service.replica import start_engine
+from service.runtimes.ray_environment import free_ports
 from service.runtimes.standalone import create_server
 from service.servicer import HeadroomServicer
-from tests.integration.processes import free_ports
 
 
 @dataclass(frozen=True, slots=True)

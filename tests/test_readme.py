@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.processes import Process, free_ports
+from service.runtimes.ray_environment import free_ports
+from tests.integration.processes import Process
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/tutorial.md")

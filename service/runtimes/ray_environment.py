@@ -24,7 +24,7 @@ def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
     Args:
         directory: where HAProxy keeps its files; one per server, so that several can run.
     """
-    stats_port, metrics_port, http_port, grpc_port = _free_ports(4)
+    stats_port, metrics_port, http_port, grpc_port = free_ports(4)
     return {
         **dict.fromkeys(_REQUIRED, "1"),
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
@@ -57,7 +57,8 @@ def set_ray_environment(config: ServiceConfig) -> Path:
     return directory
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that were free a moment ago."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports: list[int] = [opened.getsockname()[1] for opened in sockets]
     for opened in sockets:

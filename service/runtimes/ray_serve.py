@@ -5,7 +5,6 @@ replica, so a token crosses no process on its way out. Import this module only a
 of `ray_environment` are set.
 """
 
-import contextlib
 import logging
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import structlog
 import torch
 from ray import serve
 from ray.serve import Application
@@ -28,6 +28,8 @@ from service.engine.memory import resolve_device
 from service.replica import start_engine
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from service.servicer import HeadroomServicer
+
+log = structlog.get_logger()
 
 SERVICER_FUNCTIONS = [
     "protos.headroom.v1.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
@@ -126,11 +128,13 @@ def stop(config: ServiceConfig) -> None:
         return
     # Shutting Serve down at once would end HAProxy, and with it every open stream. Without the
     # application no new requests arrive, and its replicas end when their streams have.
-    with contextlib.suppress(Exception):  # the cluster may have failed before Serve ran
+    try:
         serve.delete(config.application, _blocking=False)
         deadline = time.monotonic() + config.drain_seconds + _STOP_MARGIN_SECONDS
         while config.application in serve.status().applications and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
+    except Exception:  # Serve may never have run; the cluster has to end all the same
+        log.exception("replicas were not drained")
     serve.shutdown()
     ray.shutdown()
 

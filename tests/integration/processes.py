@@ -1,6 +1,5 @@
 """Servers in processes of their own: start, wait for a line, stop, and see that all is gone."""
 
-import socket
 import subprocess
 import sys
 import threading
@@ -103,12 +102,3 @@ class Process:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import random
 import subprocess
 import sys
@@ -18,9 +17,10 @@ from protos.headroom.v1 import generation_pb2 as pb
 from protos.headroom.v1 import generation_pb2_grpc
 from service.client import AsyncClient, AsyncTextStream, HeadroomError, ReplicaLostError, to_error
 from service.engine import Engine, EngineConfig, SamplingParams
+from service.runtimes.ray_environment import free_ports
 from tests.bad_requests import BAD_REQUESTS
 from tests.checkpoints import VOCAB_SIZE
-from tests.integration.processes import Process, free_ports
+from tests.integration.processes import Process
 from tests.serving import running_server
 
 pytestmark = pytest.mark.ray
@@ -268,4 +268,3 @@ async def test_a_killed_replica_ends_only_its_own_streams(
 def test_the_ingress_listens_on_the_loopback_only(server: RayServer) -> None:
     port = int(server.target.split(":")[1])
     assert _listening_addresses(port) == {"127.0.0.1"}
-    assert os.environ.get("RAY_ADDRESS") is None

@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from service.client import Client
-from tests.integration.processes import Process, free_ports
+from service.runtimes.ray_environment import free_ports
+from tests.integration.processes import Process
 
 _CLI = ("-c", "from service.cli import app; app()")
 
