@@ -1,16 +1,46 @@
-"""One attention module for multi-head, grouped-query and multi-query: `num_kv_heads` decides."""
+"""One attention module for every head configuration: `HeadConfig` decides."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
-from models.config import HeadConfig, ModelConfig
+from models.config import HeadConfig, ModelConfig, QKNorm
 from models.kernels import KernelName, get_kernel
-from models.kernels.dense import causal_attention
-from models.kv_cache import AttentionMetadata, LayerCache
+from models.kernels.dense import attend
+from models.kv_cache import AttentionMetadata, CachePart
+from models.kv_layout import query_heads
+from models.layers import rms_norm
 from models.rope import apply_rope
+from models.scoring import Scoring
+
+
+class HeadNorm(nn.Module):
+    """The norm of queries or of keys `[tokens, heads, head_dim]`; see `QKNorm`."""
+
+    def __init__(self, config: QKNorm, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        shapes = {
+            "head": (head_dim,),
+            "each_head": (num_heads, head_dim),
+            "all_heads": (num_heads * head_dim,),
+        }
+        self.weight = nn.Parameter(torch.ones(shapes[config.scope]))
+        self.config = config
+
+    def forward(self, x: Tensor) -> Tensor:
+        config = self.config
+        if config.scope == "all_heads":
+            flat = x.flatten(-2)
+            return rms_norm(flat, self.weight, config.eps, unit_offset=config.unit_offset).view_as(
+                x
+            )
+        if config.norm == "rms_norm":
+            return rms_norm(x, self.weight, config.eps, unit_offset=config.unit_offset)
+        return layer_norm(x, x.shape[-1:], eps=config.eps) * self.weight
 
 
 class Attention(nn.Module):
-    """Project, rotate, remember, attend, project.
+    """Project, normalise, rotate, remember, attend, project.
 
     Query, key and value projection are one matrix, in this order of rows: one product instead
     of three.
@@ -25,7 +55,28 @@ class Attention(nn.Module):
             config.hidden_size, self.query_width + 2 * self.kv_width, bias=config.qkv_bias
         )
         self.output = nn.Linear(self.query_width, config.hidden_size, bias=config.output_bias)
+        self.query_norm, self.key_norm = (
+            None if heads.qk_norm is None else HeadNorm(heads.qk_norm, num_heads, heads.head_dim)
+            for num_heads in (heads.num_heads, heads.num_kv_heads)
+        )
+        self.sinks = nn.Parameter(torch.zeros(heads.num_heads)) if heads.learned_sinks else None
         self._paged_attention = get_kernel(kernel)
+
+    @property
+    def scoring(self) -> Scoring:
+        heads = self.heads
+        scale: float | Tensor = heads.softmax_scale
+        if heads.temperature is not None:
+            scale = scale * torch.tensor(heads.temperature, device=self.qkv.weight.device)
+        return Scoring(
+            scale=scale,
+            causal=heads.causal,
+            window=heads.window,
+            sink_tokens=heads.sink_tokens,
+            softcap=heads.softcap,
+            alibi=heads.alibi,
+            sinks=self.sinks,
+        )
 
     def project(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None
@@ -35,27 +86,47 @@ class Attention(nn.Module):
         Args:
             rotation: cosines and sines of the tokens' positions (see `models.rope`).
         """
-        query, key, value = self.qkv(hidden).split(
+        heads = self.heads
+        projected = self.qkv(hidden)
+        if heads.clip_qkv is not None:
+            projected = projected.clamp(-heads.clip_qkv, heads.clip_qkv)
+        query, key, value = projected.split(
             (self.query_width, self.kv_width, self.kv_width), dim=-1
         )
-        query = query.unflatten(-1, (self.heads.num_heads, self.heads.head_dim))
-        key = key.unflatten(-1, (self.heads.num_kv_heads, self.heads.head_dim))
-        value = value.unflatten(-1, (self.heads.num_kv_heads, self.heads.head_dim))
-        if rotation is not None:
-            query, key = apply_rope(query, *rotation), apply_rope(key, *rotation)
+        query = query.unflatten(-1, (heads.num_heads, heads.head_dim))
+        key = key.unflatten(-1, (heads.num_kv_heads, heads.head_dim))
+        value = value.unflatten(-1, (heads.num_kv_heads, heads.head_dim))
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if heads.rope is not None and rotation is not None:
+            interleaved = heads.rope.interleaved
+            query = apply_rope(query, *rotation, interleaved=interleaved)
+            key = apply_rope(key, *rotation, interleaved=interleaved)
         return query, key, value
 
     def forward(
         self,
         hidden: Tensor,
         rotation: tuple[Tensor, Tensor] | None,
-        cache: LayerCache,
+        cache: tuple[CachePart, ...],
         metadata: AttentionMetadata,
     ) -> Tensor:
         """Attend with the paged cache; `hidden` is packed `[tokens, hidden]`."""
         query, key, value = self.project(hidden, rotation)
-        cache.write(key, value, metadata.slot_mapping)
-        attended = self._paged_attention(query, cache, metadata, self.heads.softmax_scale)
+        scoring = self.scoring
+        if len(cache) == 1:  # the usual case: all heads remember the same
+            group = metadata.groups[cache[0].part.group]
+            cache[0].write(key, value, group.slot_mapping)
+            attended = self._paged_attention(query, cache[0], group, scoring)
+            return self.output(attended.flatten(-2))  # type: ignore[no-any-return]
+        attended = torch.empty_like(query)
+        for part in cache:
+            group = metadata.groups[part.part.group]
+            kv_heads, heads = list(part.part.kv_heads), query_heads(self.heads, part.part)
+            part.write(key[:, kv_heads], value[:, kv_heads], group.slot_mapping)
+            attended[:, heads] = self._paged_attention(
+                query[:, heads], part, group, scoring.of_heads(heads)
+            )
         return self.output(attended.flatten(-2))  # type: ignore[no-any-return]
 
     def forward_dense(
@@ -66,5 +137,17 @@ class Attention(nn.Module):
             part.unflatten(0, (batch, -1)).transpose(1, 2)
             for part in self.project(hidden, rotation)
         )
-        attended = causal_attention(query, key, value, self.heads.softmax_scale)
+        scoring, length = self.scoring, query.shape[2]
+        if scoring.is_plain(length):
+            attended = attend(query, key, value, scoring, is_causal=length > 1)
+        else:
+            positions = torch.arange(length, device=hidden.device)[None]
+            attended = attend(
+                query,
+                key,
+                value,
+                scoring,
+                visible=scoring.visible(positions, positions),
+                bias=scoring.bias(positions),
+            )
         return self.output(attended.transpose(1, 2).flatten(0, 1).flatten(-2))  # type: ignore[no-any-return]

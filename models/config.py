@@ -5,12 +5,45 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from models.errors import ConfigError
+from models.positions import Alibi, RopeConfig
 
 Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu"]
 AttentionKind: TypeAlias = Literal["mha", "gqa", "mqa"]
 DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
+NormKind: TypeAlias = Literal["rms_norm", "layer_norm"]
+Residual: TypeAlias = Literal["pre_norm", "post_norm", "sandwich_norm", "output_norm"]
 
 ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """Normalisation of queries and keys before they are rotated (Henry et al. 2020).
+
+    Attributes:
+        scope: what one norm spans: a head with weights that all heads share (`head`, Qwen3), a
+            head with weights of its own (`each_head`, StableLM, Cohere), or all heads together
+            (`all_heads`, OLMo2).
+        unit_offset: multiply by `1 + weight` (Gemma).
+    """
+
+    norm: NormKind
+    scope: Literal["head", "each_head", "all_heads"]
+    eps: float
+    unit_offset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """Which past tokens a key/value head has to remember.
+
+    Attributes:
+        window: the newest so many, the current one included; None is all.
+        sink_tokens: the first so many in any case.
+    """
+
+    window: int | None = None
+    sink_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +57,35 @@ class HeadConfig:
             multi-query, between is grouped-query attention (Ainslie et al. 2023).
         head_dim: width of one head.
         scale: factor on the scores before the softmax; None means `head_dim ** -0.5`.
+        window: a query sees so many keys, its own included; one number for all heads, or one for
+            each query head; None is all.
+        sink_tokens: the first tokens of a sequence, seen from outside of the window too
+            (Xiao et al. 2023).
+        learned_sinks: each query head has a learned logit that takes part in the softmax and
+            contributes no value (gpt-oss).
+        softcap: scores become `softcap * tanh(scores / softcap)` before the mask (Gemma 2).
+        temperature: a further factor on the scores of each query head.
+        rope: how queries and keys are rotated; None leaves them as they are.
+        alibi: linear position bias of each query head (Press et al. 2022).
+        qk_norm: normalisation of queries and keys; None is none.
+        clip_qkv: queries, keys and values are clamped to plus or minus this (MPT).
+        causal: a query sees no later key.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     scale: float | None = None
+    window: int | tuple[int | None, ...] | None = None
+    sink_tokens: int = 0
+    learned_sinks: bool = False
+    softcap: float | None = None
+    temperature: tuple[float, ...] | None = None
+    rope: RopeConfig | None = None
+    alibi: Alibi | None = None
+    qk_norm: QKNorm | None = None
+    clip_qkv: float | None = None
+    causal: bool = True
 
     def __post_init__(self) -> None:
         for field in ("num_heads", "num_kv_heads", "head_dim"):
@@ -39,6 +95,33 @@ class HeadConfig:
             raise ConfigError(
                 "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads={self.num_heads}"
             )
+        if isinstance(self.window, tuple) and len(self.window) != self.num_heads:
+            raise ConfigError(
+                "window", f"{len(self.window)} windows", f"one for each of {self.num_heads} heads"
+            )
+        for window in self.windows:
+            if window is not None and window < 1:
+                raise ConfigError("window", window, "1 or more")
+        if self.sink_tokens < 0:
+            raise ConfigError("sink_tokens", self.sink_tokens, "0 or more")
+        for field in ("softcap", "clip_qkv"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ConfigError(field, value, "more than 0")
+        if self.temperature is not None and len(self.temperature) != self.num_heads:
+            raise ConfigError(
+                "temperature",
+                f"{len(self.temperature)} numbers",
+                f"one for each of {self.num_heads} heads",
+            )
+        if self.alibi is not None and len(self.alibi.slopes) != self.num_heads:
+            raise ConfigError(
+                "alibi",
+                f"{len(self.alibi.slopes)} slopes",
+                f"one for each of {self.num_heads} heads",
+            )
+        if self.rope is not None and not 0 < self.rope.rotary_dim <= self.head_dim:
+            raise ConfigError("rotary_dim", self.rope.rotary_dim, f"1 to head_dim={self.head_dim}")
 
     @property
     def num_queries_per_kv(self) -> int:
@@ -55,19 +138,67 @@ class HeadConfig:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each query head."""
+        if isinstance(self.window, tuple):
+            return self.window
+        return (self.window,) * self.num_heads
+
+    @property
+    def retentions(self) -> dict[Retention, tuple[int, ...]]:
+        """The key/value heads by what they have to remember: the longest window of their group."""
+        groups: dict[Retention, tuple[int, ...]] = {}
+        size = self.num_queries_per_kv
+        for kv_head in range(self.num_kv_heads):
+            windows = self.windows[kv_head * size : (kv_head + 1) * size]
+            finite = [window for window in windows if window is not None]
+            retention = (
+                Retention(max(finite), self.sink_tokens) if len(finite) == size else Retention()
+            )
+            groups[retention] = (*groups.get(retention, ()), kv_head)
+        return groups
+
+    @property
     def label(self) -> str:
-        """Short name used in logs, metrics and reports, for example `h12kv4d64`."""
-        return f"h{self.num_heads}kv{self.num_kv_heads}d{self.head_dim}"
+        """Short name used in logs, metrics and reports, for example `h12kv4d64` or, with a window
+        of 512 tokens, `h12kv4d64w512`."""
+        base = f"h{self.num_heads}kv{self.num_kv_heads}d{self.head_dim}"
+        if self.window is None:
+            return base
+        windows = dict.fromkeys("all" if w is None else str(w) for w in self.windows)
+        return f"{base}w{'/'.join(windows)}"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A decoder-only transformer with pre-norm blocks.
+    """A transformer: a causal decoder, or an encoder when its heads are not causal.
 
     Attributes:
         layers: the head configuration of each layer; layers may differ.
-        rope_theta: base of the rotary embedding; None means learned positions.
+        max_position_embeddings: tokens of the longest sequence.
+        norm, norm_eps: every norm of the model, except that of queries and keys.
+        norm_bias: whether layer norms add a bias.
+        norm_unit_offset: norms multiply by `1 + weight` (Gemma).
+        residual: where a layer normalises, for a sub-layer `f`: `pre_norm` is `x + f(norm(x))`,
+            `post_norm` is `norm(x + f(x))` (BERT), `sandwich_norm` is `x + norm(f(norm(x)))`
+            (Gemma 2), `output_norm` is `x + norm(f(x))` (OLMo2).
+        parallel: attention and feed-forward block read the same input and are added together.
+        shared_norm: in parallel layers, both read the output of one norm.
+        final_norm: whether a norm follows the last layer.
         gated_mlp: `down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`.
+        num_experts, num_experts_per_token: mixture of experts (gpt-oss); 0 is one plain block.
+        swiglu_limit: the clamp of gpt-oss' gated activation.
+        learned_positions: rows of a position table that are added to the embeddings; 0 is none.
+        position_offset: the row of the first position (2 in OPT).
+        num_token_types: rows of a token type table, of which row 0 is added (BERT).
+        embedding_size: width of the token embeddings; None is `hidden_size`, another width is
+            projected (OPT).
+        embedding_norm: embeddings are normalised (BLOOM, BERT).
+        embedding_scale: factor on the token embeddings.
+        residual_scale: factor on what each sub-layer adds (Granite).
+        logit_scale: factor on the logits (Cohere, Granite).
+        logit_softcap: logits become `c * tanh(logits / c)` (Gemma 2).
+        lm_head_bias: whether the projection to the vocabulary adds a bias (GPT-J).
         eos_token_ids: any of these ends a generation.
     """
 
@@ -77,15 +208,33 @@ class ModelConfig:
     intermediate_size: int
     layers: tuple[HeadConfig, ...]
     max_position_embeddings: int
-    norm: Literal["rms_norm", "layer_norm"]
+    norm: NormKind
     norm_eps: float
     activation: Activation
     gated_mlp: bool
-    rope_theta: float | None
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
+    norm_bias: bool = True
+    norm_unit_offset: bool = False
+    residual: Residual = "pre_norm"
+    parallel: bool = False
+    shared_norm: bool = False
+    final_norm: bool = True
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    swiglu_limit: float | None = None
+    learned_positions: int = 0
+    position_offset: int = 0
+    num_token_types: int = 0
+    embedding_size: int | None = None
+    embedding_norm: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    lm_head_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: DTypeName = "float32"
     name: str = "model"
@@ -96,12 +245,14 @@ class ModelConfig:
                 raise ConfigError(field, getattr(self, field), "1 or more")
         if not self.layers:
             raise ConfigError("layers", self.layers, "at least one layer")
-        if self.rope_theta is not None:
-            for heads in self.layers:
-                if heads.head_dim % 2:
-                    raise ConfigError(
-                        "head_dim", heads.head_dim, "an even number with rotary positions"
-                    )
+        if len({heads.causal for heads in self.layers}) > 1:
+            raise ConfigError("causal", "different", "the same in every layer")
+        if self.learned_positions:
+            longest = self.learned_positions - self.position_offset
+            if self.max_position_embeddings > longest:
+                raise ConfigError(
+                    "max_position_embeddings", self.max_position_embeddings, f"at most {longest}"
+                )
         for token_id in self.eos_token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ConfigError("eos_token_id", token_id, f"0 to {self.vocab_size - 1}")
@@ -111,12 +262,33 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def is_causal(self) -> bool:
+        """True for a decoder, which can generate; False for an encoder, which can embed."""
+        return self.layers[0].causal
+
+    @property
     def head_label(self) -> str:
         """`h12kv4d64` when all layers agree, else the distinct ones joined by `+`."""
         return "+".join(dict.fromkeys(heads.label for heads in self.layers))
 
+    @property
+    def rope_depends_on_length(self) -> bool:
+        """Whether equal tokens at equal positions can have different keys in different requests."""
+        return any(heads.rope is not None and heads.rope.depends_on_length for heads in self.layers)
+
+    @property
+    def rope_switch_length(self) -> int | None:
+        """Sequences longer than this are rotated differently from their first token on."""
+        lengths = [
+            heads.rope.switch_length
+            for heads in self.layers
+            if heads.rope is not None and heads.rope.switch_length is not None
+        ]
+        return min(lengths, default=None)
+
     def kv_bytes_per_token(self, dtype: DTypeName | None = None) -> int:
-        """Bytes of key/value cache that one token takes over all layers."""
+        """Bytes of key/value cache that one token takes over all layers, before it leaves the
+        window of any head."""
         width = sum(2 * heads.num_kv_heads * heads.head_dim for heads in self.layers)
         return width * ITEMSIZE[dtype or self.dtype]
 

@@ -1,28 +1,115 @@
-"""Rotary position embedding (Su et al. 2021), in the half-split layout of Llama checkpoints."""
+"""Rotary position embedding (Su et al. 2021), in all the forms that checkpoints use."""
+
+import math
 
 import torch
 from torch import Tensor
 
+from models.positions import (
+    DynamicNtkScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    RopeConfig,
+    YarnScaling,
+)
 
-def rope_table(head_dim: int, max_positions: int, theta: float) -> Tensor:
-    """Cosines and sines of every position.
+
+def rotation(config: RopeConfig, positions: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that rotate tokens at their positions.
+
+    Args:
+        positions: int64 `[tokens]`.
+        lengths: int64 `[tokens]`, the length of the sequence in the eyes of each token; only
+            scalings that depend on it look at it.
 
     Returns:
-        float32 `[2, max_positions, head_dim // 2]`: cosines, then sines. Computed in float32 as
-        the reference implementations do, so that a lookup equals their on-the-fly values.
+        Two float32 `[tokens, 1, rotary_dim // 2]`. Computed in float32, as the reference
+        implementations do.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / (theta**exponents)
-    angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
-    return torch.stack((angles.cos(), angles.sin()))
+    angles = positions[:, None].float() * frequencies(config, lengths)
+    factor = _attention_factor(config)
+    return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + head_dim / 2).
+def frequencies(config: RopeConfig, lengths: Tensor) -> Tensor:
+    """Radians per position, float32 `[rotary_dim // 2]`, or `[tokens, rotary_dim // 2]` where they
+    depend on the length."""
+    dim, device = config.rotary_dim, lengths.device
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+    plain = 1.0 / config.theta**exponents
+    match config.scaling:
+        case None:
+            return plain
+        case LinearScaling(factor):
+            return plain / factor
+        case DynamicNtkScaling(factor, original_length):
+            stretch = lengths.clamp_min(original_length).float() * factor / original_length
+            base = config.theta * (stretch - (factor - 1)) ** (dim / (dim - 2))
+            return 1.0 / base[:, None] ** exponents
+        case Llama3Scaling() as scaling:
+            return _llama3(plain, scaling)
+        case YarnScaling() as scaling:
+            return _yarn(plain, scaling, config)
+        case LongRopeScaling() as scaling:
+            short, long = (
+                1.0 / (torch.tensor(factors, device=device) * config.theta**exponents)
+                for factors in (scaling.short_factor, scaling.long_factor)
+            )
+            return torch.where(lengths[:, None] > scaling.original_length, long, short)
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate the first dimensions of each head in pairs; the others stay.
 
     Args:
         x: `[tokens, heads, head_dim]`.
-        cos, sin: `[tokens, 1, head_dim // 2]`, in the dtype of `x`.
+        cos, sin: `[tokens, 1, rotary_dim // 2]`, in the dtype of `x`.
+        interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    rotary_dim = 2 * cos.shape[-1]
+    rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
+    if interleaved:
+        first, second = rotated[..., ::2], rotated[..., 1::2]
+    else:
+        first, second = rotated.chunk(2, dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
+    return torch.cat((joined, rest), dim=-1) if rest.shape[-1] else joined
+
+
+def _attention_factor(config: RopeConfig) -> float:
+    scaling = config.scaling
+    if isinstance(scaling, YarnScaling | LongRopeScaling):
+        return scaling.attention_factor
+    return 1.0
+
+
+def _llama3(plain: Tensor, scaling: Llama3Scaling) -> Tensor:
+    wavelengths = 2 * math.pi / plain
+    turns = scaling.original_length / wavelengths
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - smooth) * plain / scaling.factor + smooth * plain
+    stretched = torch.where(turns < scaling.low_freq_factor, plain / scaling.factor, blended)
+    return torch.where(turns > scaling.high_freq_factor, plain, stretched)
+
+
+def _yarn(plain: Tensor, scaling: YarnScaling, config: RopeConfig) -> Tensor:
+    dim = config.rotary_dim
+
+    def dimension_of(turns: float) -> float:
+        """Where a pair makes so many turns within the original length."""
+        wavelength = scaling.original_length / (turns * 2 * math.pi)
+        return dim * math.log(wavelength) / (2 * math.log(config.theta))
+
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # as the reference implementation avoids the division by zero
+    pairs = torch.arange(dim // 2, dtype=torch.float32, device=plain.device)
+    interpolated = ((pairs - low) / (high - low)).clamp(0, 1)
+    return plain / scaling.factor * interpolated + plain * (1 - interpolated)

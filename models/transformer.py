@@ -1,6 +1,6 @@
-"""The decoder: embed, L pre-norm layers, norm, project to the vocabulary."""
+"""The model: embed, run the layers, project to the vocabulary."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
@@ -8,24 +8,64 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from models.attention import Attention
-from models.config import HeadConfig, ModelConfig
+from models.config import HeadConfig, ModelConfig, Residual
 from models.kernels import KernelName, resolve_kernel
 from models.kv_cache import AttentionMetadata, KVCache
-from models.layers import MLP, make_norm
-from models.rope import rope_table
+from models.layers import MLP, MixtureOfExperts, make_norm
+from models.positions import RopeConfig
+from models.rope import rotation
+
+Rotations = dict[RopeConfig | None, tuple[Tensor, Tensor]]
 
 
 class DecoderLayer(nn.Module):
+    """Attention and feed-forward block with their norms and residual connections."""
+
     def __init__(self, config: ModelConfig, heads: HeadConfig, kernel: KernelName) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, heads, kernel)
-        self.mlp_norm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp_norm = None if config.shared_norm else make_norm(config)
+        self.mlp = MixtureOfExperts(config) if config.num_experts else MLP(config)
+        sandwich = config.residual == "sandwich_norm"
+        self.attention_output_norm = make_norm(config) if sandwich else None
+        self.mlp_output_norm = make_norm(config) if sandwich else None
+        self.residual: Residual = config.residual
+        self.residual_scale = config.residual_scale
+        self.parallel = config.parallel
+
+    def forward(self, hidden: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """`[tokens, hidden]` to the same; `attend` runs this layer's attention."""
+        if self.parallel:
+            normed = self.attention_norm(hidden)
+            mlp_input = normed if self.mlp_norm is None else self.mlp_norm(hidden)
+            added: Tensor = attend(normed) + self.mlp(mlp_input)
+            return hidden + added * self.residual_scale
+        hidden = self._add(hidden, attend, self.attention_norm, self.attention_output_norm)
+        return self._add(hidden, self.mlp, self.mlp_norm, self.mlp_output_norm)
+
+    def _add(
+        self,
+        hidden: Tensor,
+        block: Callable[[Tensor], Tensor],
+        norm: nn.Module | None,
+        output_norm: nn.Module | None,
+    ) -> Tensor:
+        assert norm is not None, "only parallel layers share a norm"
+        match self.residual:
+            case "pre_norm":
+                return hidden + block(norm(hidden)) * self.residual_scale
+            case "post_norm":
+                return norm(hidden + block(hidden))  # type: ignore[no-any-return]
+            case "output_norm":
+                return hidden + norm(block(hidden))
+            case "sandwich_norm":
+                assert output_norm is not None, "a sandwich has two norms"
+                return hidden + output_norm(block(norm(hidden)))
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer over packed tokens.
+    """A transformer over packed tokens: a decoder, or an encoder if its heads are not causal.
 
     Args:
         config: the model's shape.
@@ -36,20 +76,33 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.kernel_name = resolve_kernel(kernel)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding_size = config.embedding_size or config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
+        projected = embedding_size != config.hidden_size
+        self.embed_projection = (
+            nn.Linear(embedding_size, config.hidden_size, bias=False) if projected else None
+        )
         self.embed_positions = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size)
-            if config.rope_theta is None
+            nn.Embedding(config.learned_positions, config.hidden_size)
+            if config.learned_positions
             else None
         )
+        self.embed_token_types = (
+            nn.Embedding(config.num_token_types, config.hidden_size)
+            if config.num_token_types
+            else None
+        )
+        self.embed_norm = make_norm(config) if config.embedding_norm else None
         self.layers = nn.ModuleList(DecoderLayer(config, heads, kernel) for heads in config.layers)
-        self.final_norm = make_norm(config)
+        self.final_norm = make_norm(config) if config.final_norm else None
+        self.output_projection = (
+            nn.Linear(config.hidden_size, embedding_size, bias=False) if projected else None
+        )
         self.lm_head = (
             None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            if config.tie_word_embeddings or not config.is_causal
+            else nn.Linear(embedding_size, config.vocab_size, bias=config.lm_head_bias)
         )
-        self._rope_tables: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
     @property
     def device(self) -> torch.device:
@@ -69,71 +122,95 @@ class Transformer(nn.Module):
         positions: Tensor,
         kv_cache: KVCache,
         metadata: AttentionMetadata,
+        lengths: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states `[tokens, hidden]` after the final norm; writes the cache.
+        """Hidden states `[tokens, hidden]` after the last layer and norm; writes the cache.
 
         Args:
             input_ids, positions: int64 `[tokens]`, packed as `metadata` describes.
+            lengths: int64 `[tokens]`, the length of the sequence in the eyes of each token;
+                needed only if `config.rope_depends_on_length`.
         """
-        hidden, rotations = self._embed(input_ids, positions)
+        hidden = self._embed(input_ids, positions)
+        rotations = self._rotations(positions, lengths)
         for layer, cache in zip(self._decoder_layers, kv_cache.layers, strict=True):
-            normed = layer.attention_norm(hidden)
-            hidden = hidden + layer.attention(
-                normed, rotations.get(layer.attention.heads.head_dim), cache, metadata
+            attention = layer.attention
+            hidden = layer(
+                hidden,
+                lambda x, attention=attention, cache=cache: attention(
+                    x, rotations.get(attention.heads.rope), cache, metadata
+                ),
             )
-            hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
-        return self.final_norm(hidden)  # type: ignore[no-any-return]
+        return self._finish(hidden)
 
     def forward_dense(self, input_ids: Tensor) -> Tensor:
         """Hidden states `[batch, tokens, hidden]` of `[batch, tokens]`, without a cache."""
         batch, num_tokens = input_ids.shape
         positions = torch.arange(num_tokens, device=input_ids.device).repeat(batch)
-        hidden, rotations = self._embed(input_ids.flatten(), positions)
+        hidden = self._embed(input_ids.flatten(), positions)
+        rotations = self._rotations(positions, torch.full_like(positions, num_tokens))
         for layer in self._decoder_layers:
-            normed = layer.attention_norm(hidden)
-            hidden = hidden + layer.attention.forward_dense(
-                normed, rotations.get(layer.attention.heads.head_dim), batch
+            attention = layer.attention
+            hidden = layer(
+                hidden,
+                lambda x, attention=attention: attention.forward_dense(
+                    x, rotations.get(attention.heads.rope), batch
+                ),
             )
-            hidden = hidden + layer.mlp(layer.mlp_norm(hidden))
-        return self.final_norm(hidden).unflatten(0, (batch, num_tokens))  # type: ignore[no-any-return]
-
-    @property
-    def _decoder_layers(self) -> Iterable[DecoderLayer]:
-        return cast(Iterable[DecoderLayer], self.layers)
+        return self._finish(hidden).unflatten(0, (batch, num_tokens))
 
     def project_to_vocab(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` in float32 of hidden states `[..., hidden]`."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return linear(hidden, head.weight).float()
+        bias = getattr(head, "bias", None)
+        if self.output_projection is not None:
+            hidden = self.output_projection(hidden)
+        logits = linear(hidden, head.weight, bias).float()
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * (logits / self.config.logit_softcap).tanh()
+        return logits
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits `[batch, tokens, vocab]`, float32, of int64 `[batch, tokens]`; uses no cache."""
         return self.project_to_vocab(self.forward_dense(input_ids))
 
-    def _embed(
-        self, input_ids: Tensor, positions: Tensor
-    ) -> tuple[Tensor, dict[int, tuple[Tensor, Tensor]]]:
-        """Embeddings `[tokens, hidden]`, and the rotation of each head width in use."""
-        hidden = self.embed_tokens(input_ids)
-        if self.embed_positions is not None:
-            return hidden + self.embed_positions(positions), {}
-        return hidden, {
-            head_dim: self.rotation(head_dim, positions)
-            for head_dim in {heads.head_dim for heads in self.config.layers}
-        }
+    @property
+    def _decoder_layers(self) -> Iterable[DecoderLayer]:
+        return cast(Iterable[DecoderLayer], self.layers)
 
-    def rotation(self, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[tokens, 1, head_dim // 2]` of `[tokens]` positions."""
-        assert self.config.rope_theta is not None, "this model has learned positions"
-        key = (head_dim, self.device, self.dtype)
-        if key not in self._rope_tables:
-            table = rope_table(
-                head_dim, self.config.max_position_embeddings, self.config.rope_theta
-            )
-            self._rope_tables[key] = table.to(self.device, self.dtype)
-        cos, sin = self._rope_tables[key][:, positions, None]
-        return cos, sin
+    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings `[tokens, hidden]`."""
+        hidden: Tensor = self.embed_tokens(input_ids)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the model's type first, as the reference implementations do.
+            hidden = hidden * torch.tensor(self.config.embedding_scale).to(hidden)
+        if self.embed_projection is not None:
+            hidden = self.embed_projection(hidden)
+        if self.embed_positions is not None:
+            hidden = hidden + self.embed_positions(positions + self.config.position_offset)
+        if self.embed_token_types is not None:
+            hidden = hidden + self.embed_token_types.weight[0]
+        return hidden if self.embed_norm is None else self.embed_norm(hidden)
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        return hidden if self.final_norm is None else self.final_norm(hidden)
+
+    def _rotations(self, positions: Tensor, lengths: Tensor | None) -> Rotations:
+        """Cosines and sines of the tokens for each rotary setting in use."""
+        configs = {heads.rope for heads in self.config.layers if heads.rope is not None}
+        return {config: self.rotation(config, positions, lengths) for config in configs}
+
+    def rotation(
+        self, config: RopeConfig, positions: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[tokens, 1, rotary_dim // 2]` of `[tokens]` positions, in the
+        model's type; `lengths` as in `forward`."""
+        assert not config.depends_on_length or lengths is not None, "lengths are needed"
+        cos, sin = rotation(config, positions, positions if lengths is None else lengths)
+        return cos.to(self.dtype), sin.to(self.dtype)
 
 
 def random_model(
@@ -156,7 +233,7 @@ def random_model(
             if name.endswith("bias"):
                 parameter.zero_()
             elif "norm" in name:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if config.norm_unit_offset else 1.0)
             else:
                 std = parameter.shape[-1] ** -0.5
                 if name.endswith(("output.weight", "down.weight")):

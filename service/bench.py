@@ -19,6 +19,7 @@ import torch
 
 from models.config import DTypeName, HeadConfig, ModelConfig
 from models.kernels import KernelName
+from models.positions import RopeConfig
 from models.transformer import random_model
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine, EngineRequest, StepStats
@@ -42,18 +43,19 @@ class BenchShape:
     dtype: DTypeName
 
     def model_config(self, max_position_embeddings: int) -> ModelConfig:
+        rope = RopeConfig(theta=10_000.0, rotary_dim=self.head_dim)
+        heads = HeadConfig(self.heads, self.kv_heads, self.head_dim, rope=rope)
         return ModelConfig(
             family="llama",
             vocab_size=self.vocab,
             hidden_size=self.hidden,
             intermediate_size=self.intermediate,
-            layers=(HeadConfig(self.heads, self.kv_heads, self.head_dim),) * self.layers,
+            layers=(heads,) * self.layers,
             max_position_embeddings=max_position_embeddings,
             norm="rms_norm",
             norm_eps=1e-5,
             activation="silu",
             gated_mlp=True,
-            rope_theta=10_000.0,
             qkv_bias=False,
             output_bias=False,
             mlp_bias=False,

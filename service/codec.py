@@ -249,7 +249,7 @@ def model_description(engine: Engine) -> models_pb2.GetModelResponse:
         kv_bytes_per_token=engine.kv_bytes_per_token,
         backend=model.kernel_name,
         kv_block_size=engine.config.block_size,
-        kv_blocks_total=engine.kv_cache.num_blocks,
+        kv_blocks_total=engine.kv_cache.num_pages,
         max_num_seqs=engine.config.max_num_seqs,
         max_num_batched_tokens=engine.config.max_num_batched_tokens,
         eos_token_ids=config.eos_token_ids,

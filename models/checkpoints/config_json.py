@@ -35,8 +35,9 @@ def read_json(path: Path) -> dict[str, Any]:
 class ConfigFields:
     """The fields of a config.json, each checked for its type when it is read."""
 
-    def __init__(self, fields: dict[str, Any]) -> None:
+    def __init__(self, fields: dict[str, Any], prefix: str = "") -> None:
         self._fields = fields
+        self._prefix = prefix
 
     def __contains__(self, name: str) -> bool:
         return self._fields.get(name) is not None
@@ -44,7 +45,7 @@ class ConfigFields:
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(name, value, "an integer")
+            raise ConfigError(self._prefix + name, value, "an integer")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -54,19 +55,19 @@ class ConfigFields:
             or not isinstance(value, int | float)
             or not abs(value) <= sys.float_info.max
         ):
-            raise ConfigError(name, value, "a finite number")
+            raise ConfigError(self._prefix + name, value, "a finite number")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise ConfigError(name, value, "true or false")
+            raise ConfigError(self._prefix + name, value, "true or false")
         return value
 
     def choice(self, name: str, allowed: dict[str, T], default: str) -> T:
         value = self._get(name, default)
         if not isinstance(value, str) or value not in allowed:
-            raise ConfigError(name, value, ", ".join(allowed))
+            raise ConfigError(self._prefix + name, value, ", ".join(allowed))
         return allowed[value]
 
     def refuse_unless(self, name: str, *supported: object) -> None:
@@ -74,7 +75,9 @@ class ConfigFields:
         value = self._fields.get(name)
         if value is not None and value not in supported:
             raise ConfigError(
-                name, value, " or ".join(repr(option) for option in (*supported, "absent"))
+                self._prefix + name,
+                value,
+                " or ".join(repr(option) for option in (*supported, "absent")),
             )
 
     def token_ids(self, name: str) -> tuple[int, ...]:
@@ -83,7 +86,7 @@ class ConfigFields:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
-                raise ConfigError(name, value, "a token id or a list of token ids")
+                raise ConfigError(self._prefix + name, value, "a token id or a list of token ids")
         return tuple(ids)
 
     def dtype(self) -> DTypeName:
@@ -92,36 +95,34 @@ class ConfigFields:
         for known in get_args(DTypeName):
             if value == known:
                 return known  # type: ignore[no-any-return]
-        raise ConfigError(name, value, ", ".join(get_args(DTypeName)))
+        raise ConfigError(self._prefix + name, value, ", ".join(get_args(DTypeName)))
 
-    def rope_theta(self, default: float) -> float:
-        """Base of a plain rotary embedding, from either dialect.
+    def nested(self, name: str) -> "ConfigFields":
+        """The fields of an object; none if it is absent."""
+        value = self._fields.get(name) or {}
+        if not isinstance(value, dict):
+            raise ConfigError(self._prefix + name, value, "an object")
+        return ConfigFields(value, prefix=f"{self._prefix}{name}.")
 
-        Raises:
-            ConfigError: the rotary embedding is scaled, which is not supported.
-        """
-        parameters = self._fields.get("rope_parameters") or {}
-        scaling = self._fields.get("rope_scaling") or {}
-        for name, settings in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-            if not isinstance(settings, dict):
-                raise ConfigError(name, settings, "an object")
-            kind = settings.get("rope_type", settings.get("type", "default"))
-            if kind != "default":
-                raise ConfigError(f"{name}.rope_type", kind, "'default'")
-        for name in ("partial_rotary_factor", "rotary_pct"):
-            self.refuse_unless(name, 1, 1.0)
-            if parameters.get(name) not in (None, 1, 1.0):
-                raise ConfigError(f"rope_parameters.{name}", parameters[name], "1.0 or absent")
-        source = ConfigFields(parameters) if "rope_theta" in parameters else self
-        theta = source.number("rope_theta", default)
-        if theta <= 0:
-            raise ConfigError("rope_theta", theta, "more than 0")
-        return theta
+    def numbers(self, name: str) -> tuple[float, ...]:
+        value = self._get(name, None)
+        if not isinstance(value, list):
+            raise ConfigError(self._prefix + name, value, "a list of numbers")
+        return tuple(ConfigFields({name: number}, self._prefix).number(name) for number in value)
+
+    def strings(self, name: str) -> tuple[str, ...] | None:
+        """A list of strings, or None if it is absent."""
+        value = self._fields.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError(self._prefix + name, value, "a list of strings")
+        return tuple(value)
 
     def _get(self, name: str, default: object) -> object:
         value = self._fields.get(name)
         if value is None:
             if default is None:
-                raise ConfigError(name, None, "a value; the field is missing")
+                raise ConfigError(self._prefix + name, None, "a value; the field is missing")
             return default
         return value

@@ -8,7 +8,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.checkpoints.config_json import ConfigFields, read_json
-from models.checkpoints.families import FAMILIES, Family, Piece
+from models.checkpoints.families import FAMILIES
+from models.checkpoints.families.family import Family
+from models.checkpoints.names import Piece, find_pieces
 from models.config import ModelConfig
 from models.errors import CheckpointError, ConfigError
 from models.kernels import KernelName
@@ -79,14 +81,14 @@ def load_model(
     def read(piece: Piece) -> Tensor:
         place = stored[piece.name]
         tensor: Tensor = handles[place.file].get_tensor(place.name)
-        return tensor.T if piece.transposed else tensor
+        return piece.to_ours(tensor)
 
     with torch.device("meta"):
         model = Transformer(config, kernel=kernel)
     state: dict[str, Tensor] = {}
-    for name, pieces in FAMILIES[config.family].tensors(config):
-        parts = [read(piece) for piece in pieces]
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, pieces in find_pieces(config, FAMILIES[config.family].names(config)).items():
+        joined = torch.cat([read(piece) for piece in pieces]).view(shapes[name])
         state[name] = joined.to(device=device or "cpu", dtype=dtype).contiguous()
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
@@ -150,7 +152,8 @@ def _find_tensors(directory: Path, config: ModelConfig) -> dict[str, _Stored]:
     """
     family = FAMILIES[config.family]
     stored = _read_headers(_weight_files(directory), family, config)
-    expected = {piece.name: piece for _, pieces in family.tensors(config) for piece in pieces}
+    pieces = find_pieces(config, family.names(config)).values()
+    expected = {piece.name: piece for parts in pieces for piece in parts}
     problems = [f"missing {name}" for name in expected if name not in stored]
     for name, place in stored.items():
         if name not in expected:

@@ -1,13 +1,16 @@
 """A model to a Hugging Face directory that this project and transformers load alike."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from models.checkpoints.config_json import ConfigFields
 from models.checkpoints.families import FAMILIES
-from models.config import ModelConfig
+from models.checkpoints.names import find_pieces
+from models.config import HeadConfig, ModelConfig
 from models.errors import ConfigError
 from models.transformer import Transformer
 
@@ -21,9 +24,9 @@ def save_model(model: Transformer, path: str | Path) -> None:
         ConfigError: the format cannot say what the configuration says; nothing was written.
     """
     directory = Path(path)
-    fields = _llama_fields(model.config)
+    dtype = str(model.dtype).removeprefix("torch.")
+    fields = _llama_fields(model.config.replace(dtype=dtype))
     directory.mkdir(parents=True, exist_ok=True)
-    fields["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     save_file(_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
 
@@ -32,31 +35,25 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Our parameters under the names, and cut into the pieces, that the family uses."""
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
-    for name, pieces in FAMILIES[model.config.family].tensors(model.config):
+    names = FAMILIES[model.config.family].names(model.config)
+    for name, pieces in find_pieces(model.config, names).items():
         parts = parameters[name].detach().split([piece.shape[0] for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
-            tensors[piece.name] = part.contiguous()
+            tensors[piece.name] = piece.to_theirs(part).contiguous()
     return tensors
 
 
 def _llama_fields(config: ModelConfig) -> dict[str, object]:
+    """The config.json that reads as `config`.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if config.family != "llama":
         raise ConfigError("family", config.family, "llama")
-    if len(set(config.layers)) != 1:
-        raise ConfigError("layers", config.head_label, "the same heads in every layer")
     heads = config.layers[0]
-    for field, value, allowed in (
-        ("scale", heads.scale, None),
-        ("norm", config.norm, "rms_norm"),
-        ("gated_mlp", config.gated_mlp, True),
-        ("output_bias", config.output_bias, config.qkv_bias),
-    ):
-        if value != allowed:
-            raise ConfigError(field, value, repr(allowed))
-    if config.rope_theta is None:
-        raise ConfigError("rope_theta", None, "a number")
     eos = config.eos_token_ids
-    return {
+    fields: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -68,11 +65,24 @@ def _llama_fields(config: ModelConfig) -> dict[str, object]:
         "head_dim": heads.head_dim,
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        "rope_theta": heads.rope.theta if heads.rope is not None else None,
         "hidden_act": _ACTIVATION_NAMES.get(config.activation, config.activation),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
         "tie_word_embeddings": config.tie_word_embeddings,
         "bos_token_id": None,
         "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+        "torch_dtype": config.dtype,
     }
+    read_back = FAMILIES["llama"].parse(ConfigFields(fields))
+    for theirs, ours in zip(read_back.layers, config.layers, strict=True):
+        _check_equal(theirs, ours)
+    _check_equal(read_back.replace(layers=config.layers, name=config.name), config)
+    return fields
+
+
+def _check_equal(read_back: ModelConfig | HeadConfig, wanted: ModelConfig | HeadConfig) -> None:
+    for field in dataclasses.fields(wanted):
+        value, allowed = getattr(wanted, field.name), getattr(read_back, field.name)
+        if value != allowed:
+            raise ConfigError(field.name, value, f"{allowed!r}, which is all the format can say")

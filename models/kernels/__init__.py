@@ -10,16 +10,20 @@ from torch import Tensor
 
 from models.errors import ConfigError
 from models.kernels import dense, reference
-from models.kv_cache import AttentionMetadata, LayerCache
+from models.kv_cache import CachePart, GroupMetadata
+from models.scoring import Scoring
 
 KernelName: TypeAlias = Literal["auto", "dense", "reference"]
 
 
 class PagedAttention(Protocol):
-    """Queries `[tokens, heads, head_dim]` to outputs of the same shape."""
+    """Queries `[tokens, heads, head_dim]` to outputs of the same shape.
+
+    The heads are those that read `cache`, and `metadata` describes the group it belongs to.
+    """
 
     def __call__(
-        self, query: Tensor, cache: LayerCache, metadata: AttentionMetadata, scale: float
+        self, query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
     ) -> Tensor: ...
 
 

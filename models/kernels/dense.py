@@ -7,71 +7,125 @@ head. Prefill chunks are one call per sequence.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from models.kv_cache import AttentionMetadata, LayerCache
+from models.kernels.reference import weigh
+from models.kv_cache import CachePart, GroupMetadata
+from models.scoring import Scoring
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention without a cache; the last query sees all keys.
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scoring: Scoring,
+    *,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """The output of `reference.attend`, computed without the weights where torch can.
 
     Args:
-        query: `[batch, heads, queries, head_dim]`.
-        key, value: `[batch, kv_heads, keys, head_dim]`, `keys >= queries`.
+        is_causal: query i sees keys 0 to i; `visible` must then be None.
 
     Returns:
-        `[batch, heads, queries, head_dim]`.
+        `[batch, heads, queries, value_dim]`.
     """
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    mask = None
-    if num_queries not in (1, num_keys):
-        # torch aligns is_causal to the top left; with a cached prefix the bottom right is meant.
-        visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        mask = visible.tril(num_keys - num_queries)
-    return scaled_dot_product_attention(
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if scoring.softcap is not None or (bias is not None and half):
+        # A bias that grows with the position needs more digits than torch would keep here.
+        return _attend_by_scores(query, key, value, scoring, visible, bias, is_causal=is_causal)
+    if isinstance(scoring.scale, Tensor):
+        query, scale = query * scoring.head_scale(query, dims=2), 1.0
+    else:
+        scale = scoring.scale
+    if scoring.sinks is not None and is_causal:
+        is_causal, visible = False, _causal(query.shape[2], query.device)
+    mask = _mask(visible, bias, query.dtype)
+    if scoring.sinks is not None:
+        key, value, mask = _with_sink(query, key, value, mask, scoring.sinks)
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    folded = query.shape[2] == 1 and num_heads != num_kv_heads
+    if folded:
+        query = query.unflatten(1, (num_kv_heads, -1)).squeeze(3)
+        if mask is not None and mask.shape[1] != 1:
+            mask = mask.unflatten(1, (num_kv_heads, -1)).squeeze(3)
+    output = scaled_dot_product_attention(
         query,
         key,
         value,
         attn_mask=mask,
-        is_causal=num_queries == num_keys and num_queries > 1,
+        is_causal=is_causal,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=not folded and num_heads != num_kv_heads,
     )
-
-
-def decode_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
-) -> Tensor:
-    """One query per sequence.
-
-    Args:
-        query: `[seqs, heads, head_dim]`.
-        key, value: `[seqs, kv_heads, keys, head_dim]`.
-        mask: bool `[seqs, 1, 1, keys]`.
-    """
-    num_seqs, num_heads, head_dim = query.shape
-    grouped = query.view(num_seqs, key.shape[1], -1, head_dim)
-    return scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale).reshape(
-        num_seqs, num_heads, head_dim
-    )
+    return output.flatten(1, 2)[:, :, None] if folded else output
 
 
 def paged_attention(
-    query: Tensor, cache: LayerCache, metadata: AttentionMetadata, scale: float
+    query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
-    output = torch.empty_like(query)
-    num_decodes = metadata.num_decodes
-    if num_decodes:
-        key, value = cache.gather(metadata.decode_block_tables)
-        output[:num_decodes] = decode_attention(
-            query[:num_decodes], key, value, metadata.decode_mask, scale
-        )
-    for span in metadata.prefills:
-        key, value = cache.gather(span.block_table)
-        output[span.start : span.end] = causal_attention(
-            query[None, span.start : span.end].transpose(1, 2),
-            key[None, :, : span.seq_len],
-            value[None, :, : span.seq_len],
-            scale,
-        )[0].transpose(0, 1)
-    return output
+    outputs: list[Tensor] = []
+    for batch in metadata.batches:
+        key, value = cache.gather(batch.block_tables)
+        if batch.whole_length is not None and scoring.is_plain(batch.whole_length):
+            length = batch.whole_length
+            output = attend(
+                batch.unpack(query),
+                key[:, :, :length],
+                value[:, :, :length],
+                scoring,
+                is_causal=length > 1,
+            )
+        else:
+            visible, bias = batch.mask(scoring)
+            output = attend(batch.unpack(query), key, value, scoring, visible=visible, bias=bias)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_by_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scoring: Scoring,
+    visible: Tensor | None,
+    bias: Tensor | None,
+    *,
+    is_causal: bool,
+) -> Tensor:
+    """For what scaled_dot_product_attention cannot say; one product for each key/value head."""
+    if is_causal:
+        visible = _causal(query.shape[2], query.device)
+    batch, num_heads, num_queries, _ = query.shape
+    grouped = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+    scores = (grouped @ key.transpose(-1, -2)).view(batch, num_heads, num_queries, -1)
+    weights, _ = weigh(scores, scoring, visible=visible, bias=bias)
+    read = weights.to(value.dtype).view(*grouped.shape[:3], -1) @ value
+    return read.view(batch, num_heads, num_queries, -1)
+
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+
+
+def _mask(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if bias is None:
+        return visible
+    bias = bias.to(dtype)
+    return bias if visible is None else bias.masked_fill(~visible, float("-inf"))
+
+
+def _with_sink(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A key of zeros behind the others, whose score is the sink's logit and whose value is 0."""
+    if mask is None:
+        mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+    elif mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+    sink = sinks.to(query.dtype).view(-1, 1, 1)
+    shape = (mask.shape[0], query.shape[1], query.shape[2])
+    mask = torch.cat((mask.expand(*shape, -1), sink.expand(*shape, 1)), dim=-1)
+    return pad(key, (0, 0, 0, 1)), pad(value, (0, 0, 0, 1)), mask

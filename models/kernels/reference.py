@@ -1,44 +1,94 @@
-"""Attention as it is defined, one sequence after the other. Slow, and the meaning of all others."""
+"""Attention as it is defined. Slow, and the meaning of all others."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.kv_cache import AttentionMetadata, LayerCache
+from models.kv_cache import CachePart, GroupMetadata
+from models.scoring import Scoring
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal softmax(Q Kᵀ · scale) V (Vaswani et al. 2017); the last query sees all keys.
+class Attended(NamedTuple):
+    """What queries read, and how they looked.
+
+    Attributes:
+        output: `[batch, heads, queries, value_dim]`.
+        weights: `[batch, heads, queries, keys]`, rows sum to 1, or to less where a sink takes
+            part; all 0 for a query that sees nothing.
+        lse: `[batch, heads, queries]`, logarithm of the sum of the exponentiated scores, the
+            sink's not included; -inf for a query that sees nothing.
+    """
+
+    output: Tensor
+    weights: Tensor
+    lse: Tensor
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scoring: Scoring,
+    *,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Attended:
+    """softmax(Q Kᵀ · scale) V (Vaswani et al. 2017) with everything that `scoring` adds.
 
     Args:
-        query: `[queries, heads, head_dim]`.
-        key, value: `[keys, kv_heads, head_dim]`, `keys >= queries`.
+        query: `[batch, heads, queries, head_dim]`.
+        key, value: `[batch, kv_heads, keys, head_dim or value_dim]`; query head `h` reads
+            key/value head `h // (heads / kv_heads)`.
+        visible: bool, broadcastable to `[batch, heads, queries, keys]`; None lets all see all.
+        bias: added to the scaled scores, broadcastable likewise.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
-    num_queries, num_keys = scores.shape[-2:]
-    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-    scores = scores.masked_fill(~visible.tril(num_keys - num_queries), float("-inf"))
-    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value)
+    scores = query @ key.transpose(-1, -2)
+    weights, lse = weigh(scores, scoring, visible=visible, bias=bias)
+    return Attended(weights.to(value.dtype) @ value, weights, lse)
+
+
+def weigh(
+    scores: Tensor,
+    scoring: Scoring,
+    *,
+    visible: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weights and log-sum-exp of raw scores `[batch, heads, queries, keys]`, at least float32."""
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores * scoring.head_scale(scores, dims=2)
+    if scoring.softcap is not None:
+        scores = scoring.softcap * (scores / scoring.softcap).tanh()
+    if bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    if scoring.sinks is None:
+        weights = scores.softmax(dim=-1)
+    else:
+        sinks = scoring.sinks.to(scores).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+    blind = lse == float("-inf")  # the softmax of nothing is not a number
+    return weights.masked_fill(blind[..., None], 0.0), lse
 
 
 def paged_attention(
-    query: Tensor, cache: LayerCache, metadata: AttentionMetadata, scale: float
+    query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
-    output = torch.empty_like(query)
-    decode_lens = metadata.decode_mask.sum(dim=-1).flatten().tolist()
-    for row, seq_len in enumerate(decode_lens):
-        key, value = _read(cache, metadata.decode_block_tables[row], seq_len)
-        output[row] = reference_attention(query[row : row + 1], key, value, scale)[0]
-    for span in metadata.prefills:
-        key, value = _read(cache, span.block_table, span.seq_len)
-        output[span.start : span.end] = reference_attention(
-            query[span.start : span.end], key, value, scale
+    outputs: list[Tensor] = []
+    for batch in metadata.batches:
+        key, value = cache.gather(batch.block_tables)
+        attended = attend(
+            batch.unpack(query),
+            key,
+            value,
+            scoring,
+            visible=scoring.visible(batch.query_positions, batch.key_positions),
+            bias=scoring.bias(batch.key_positions),
         )
-    return output
-
-
-def _read(cache: LayerCache, block_table: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence, each `[seq_len, kv_heads, head_dim]`."""
-    key, value = cache.gather(block_table)
-    return key.transpose(0, 1)[:seq_len], value.transpose(0, 1)[:seq_len]
+        outputs.append(attended.output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.checkpoints.writer import save_model
 from models.config import HeadConfig, ModelConfig
+from models.positions import RopeConfig
 from models.train.corpus import Corpus, standard_library, train_tokenizer
 from models.train.trainer import (
     TrainConfig,
@@ -49,13 +50,12 @@ def demo_config(vocab_size: int = 2048) -> ModelConfig:
         vocab_size=vocab_size,
         hidden_size=192,
         intermediate_size=512,
-        layers=(HeadConfig(num_heads=6, num_kv_heads=2, head_dim=32),) * 6,
+        layers=(HeadConfig(6, 2, 32, rope=RopeConfig(theta=10_000.0, rotary_dim=32)),) * 6,
         max_position_embeddings=1024,
         norm="rms_norm",
         norm_eps=1e-5,
         activation="silu",
         gated_mlp=True,
-        rope_theta=10_000.0,
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,

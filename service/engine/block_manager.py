@@ -1,86 +1,142 @@
 """Which KV block belongs to whom: integers only, no tensors.
 
-A block is *used* (referenced by one or more sequences), or *free*. A free block may still hold
-the keys and values of a known token prefix; then it is *cached* and the last to be reused.
+Heads that must remember the same stretch of the past form a group with blocks of its own (see
+`models.kv_layout`). The pool hands out *pages*; a page belongs to one group at a time, which cuts
+it into its blocks. With one group a page is a block.
+
+A block is *used* (referenced by one or more sequences) or not; a page without used blocks is
+*free*. A block that is not used may still hold the keys and values of a known token prefix; then
+it is *cached*, and the last to be reused.
 """
 
+import bisect
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from service.engine.sequence import Sequence
+from service.engine.sequence import RELEASED, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class BlockGroup:
+    """What the heads of a group remember, and how many of their blocks a page holds.
+
+    Attributes:
+        window: the newest so many tokens; None is all.
+        sink_tokens: the first so many tokens in any case.
+    """
+
+    window: int | None = None
+    sink_tokens: int = 0
+    blocks_per_page: int = 1
 
 
 class BlockManager:
-    """A pool of equal blocks.
+    """A pool of equal pages.
 
     Args:
-        num_blocks: size of the pool.
+        num_pages: size of the pool.
         block_size: tokens per block.
         enable_prefix_caching: find blocks again by the tokens they were computed from.
+        groups: the groups of heads; by default one that remembers everything.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
-        self.num_blocks = num_blocks
+    def __init__(
+        self,
+        num_pages: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool,
+        groups: tuple[BlockGroup, ...] = (BlockGroup(),),
+    ) -> None:
+        self.num_pages = num_pages
         self.block_size = block_size
+        self.groups = groups
         self._caching = enable_prefix_caching
-        # Taken from the front; blocks without content go there, cached ones to the back.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._references = [0] * num_blocks
-        self._block_of_hash: dict[bytes, int] = {}
-        self._hash_of_block: dict[int, bytes] = {}
-        self._num_cached = 0
+        # Taken from the front; pages without cached blocks go there, the others to the back.
+        self._free_pages: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+        self._cached_pages: set[int] = set()
+        self._owner: list[int | None] = [None] * num_pages
+        self._pools = [_GroupPool(group, num_pages) for group in groups]
 
     @property
-    def num_free_blocks(self) -> int:
-        """Blocks that can be handed out, cached ones included."""
-        return len(self._free)
+    def num_free_pages(self) -> int:
+        """Pages that can be handed out, those with cached blocks included."""
+        return len(self._free_pages)
 
     @property
-    def num_used_blocks(self) -> int:
-        return self.num_blocks - len(self._free)
+    def num_used_pages(self) -> int:
+        return self.num_pages - len(self._free_pages)
 
     @property
-    def num_cached_blocks(self) -> int:
-        """Free blocks whose content can be found again."""
-        return self._num_cached
+    def num_cached_pages(self) -> int:
+        """Free pages with content that can be found again."""
+        return len(self._cached_pages)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def admit(self, seq: Sequence, *, reserve: int) -> bool:
-        """Give a sequence without blocks all blocks for its tokens, reusing cached ones.
-
-        Sets `num_computed_tokens` to what the cache supplied.
+    def pages_for(self, num_tokens: int, max_new_tokens: int) -> int:
+        """Pages that one sequence takes at most while it grows to so many tokens.
 
         Args:
-            reserve: free blocks that must remain for sequences that already run.
+            max_new_tokens: tokens of one step.
+        """
+        return sum(
+            -(-self._blocks_at_once(group, num_tokens, max_new_tokens) // group.blocks_per_page)
+            for group in self.groups
+        )
+
+    def max_tokens(self, at_most: int, max_new_tokens: int) -> int:
+        """The longest sequence, up to `at_most`, that the whole pool holds."""
+        lengths = range(1, at_most + 1)
+        return bisect.bisect_right(
+            lengths, self.num_pages, key=lambda length: self.pages_for(length, max_new_tokens)
+        )
+
+    def admit(self, seq: Sequence, *, max_new_tokens: int, reserve: int) -> bool:
+        """Give a sequence without blocks those for all its tokens, reusing cached ones.
+
+        Groups with a window get blocks for the first step only. Sets `num_computed_tokens` to
+        what the cache supplied.
+
+        Args:
+            max_new_tokens: tokens of the first step.
+            reserve: blocks of each group that must remain for sequences that already run.
 
         Returns:
             False, and nothing changed, if there are not enough blocks.
         """
-        assert not seq.block_table, "only a sequence without blocks is admitted"
+        assert not seq.block_tables, "only a sequence without blocks is admitted"
         prefix = self._cached_prefix(seq)
-        num_new = self.blocks_for(seq.num_tokens) - len(prefix)
-        num_revived = sum(1 for block in prefix if self._references[block] == 0)
-        if num_new + num_revived + reserve > len(self._free):
+        num_cached = len(prefix[0])
+        computed = num_cached * self.block_size
+        first_step = min(seq.num_tokens, computed + max_new_tokens)
+        missing = [
+            self._blocks_for(seq.num_tokens if group.window is None else first_step) - num_cached
+            for group in self.groups
+        ]
+        if not self._has_room(missing, prefix, reserve):
             return False
-        self._num_cached -= num_revived
-        for block in prefix:
-            self._references[block] += 1
-            self._free.pop(block, None)
-        seq.block_table.extend(prefix)
-        seq.block_table.extend(self._take() for _ in range(num_new))
-        seq.num_computed_tokens = len(prefix) * self.block_size
+        for index, blocks in enumerate(prefix):
+            for block in blocks:
+                if block != RELEASED:
+                    self._reference(index, block)
+        seq.block_tables.extend(prefix)
+        self._extend(seq, missing)
+        seq.num_computed_tokens = computed
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
-        """Make the block table reach `num_tokens`; False, and nothing changed, if it cannot."""
-        missing = self.blocks_for(num_tokens) - len(seq.block_table)
-        if missing > len(self._free):
+        """Make the block tables reach `num_tokens`, after giving back what left the windows.
+
+        Returns:
+            False if there are not enough blocks; then the tables are as long as before.
+        """
+        self._release(seq)
+        missing = [self._blocks_for(num_tokens) - len(table) for table in seq.block_tables]
+        if not self._has_room(missing, [[] for _ in missing], 0):
             return False
-        seq.block_table.extend(self._take() for _ in range(missing))
+        self._extend(seq, missing)
         return True
 
     def remember(self, seq: Sequence, num_new_tokens: int) -> None:
@@ -90,23 +146,17 @@ class BlockManager:
         first = (seq.num_computed_tokens - num_new_tokens) // self.block_size
         num_full = seq.num_computed_tokens // self.block_size
         self._extend_hashes(seq, num_full)
-        for index in range(first, num_full):
-            block, digest = seq.block_table[index], seq.block_hashes[index]
-            if block not in self._hash_of_block and digest not in self._block_of_hash:
-                self._hash_of_block[block] = digest
-                self._block_of_hash[digest] = block
+        for pool, table in zip(self._pools, seq.block_tables, strict=True):
+            for index in range(first, num_full):
+                pool.remember(table[index], seq.block_hashes[index])
 
     def free(self, seq: Sequence) -> None:
         """Give back all blocks; the tail first, because beginnings are shared most."""
-        for block in reversed(seq.block_table):
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free[block] = None
-                if block in self._hash_of_block:
-                    self._num_cached += 1
-                else:
-                    self._free.move_to_end(block, last=False)
-        seq.block_table.clear()
+        for index, table in enumerate(seq.block_tables):
+            for block in reversed(table):
+                if block != RELEASED:
+                    self._dereference(index, block)
+        seq.block_tables.clear()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Compare every count with the block tables of the sequences that hold blocks.
@@ -114,44 +164,168 @@ class BlockManager:
         Raises:
             AssertionError: a block is lost, counted twice, or shared by mistake.
         """
-        counted = Counter(block for seq in sequences for block in seq.block_table)
-        for block, references in enumerate(self._references):
-            assert references == counted[block], f"block {block}: {references} references"
-            assert (references == 0) == (block in self._free), f"block {block} free and used"
-        cached = sum(1 for block in self._hash_of_block if self._references[block] == 0)
-        assert self._num_cached == cached, f"{self._num_cached} cached blocks counted"
-        assert all(0 <= block < self.num_blocks for block in counted), "a block outside the pool"
+        counted: Counter[tuple[int, int]] = Counter()
+        for seq in sequences:
+            for index, table in enumerate(seq.block_tables):
+                counted.update((index, block) for block in table if block != RELEASED)
+        for index, pool in enumerate(self._pools):
+            pool.check_integrity({b: n for (i, b), n in counted.items() if i == index})
+            assert not any(
+                pool.holds_cached(page) != (page in self._cached_pages)
+                for page in self._free_pages
+                if self._owner[page] == index
+            )
+            for block in pool.references:
+                assert self._owner[pool.page_of(block)] == index, f"block {block} of a lost page"
+        used = {(i, self._pools[i].page_of(block)) for i, block in counted}
+        for page in range(self.num_pages):
+            is_used = any((index, page) in used for index in range(len(self.groups)))
+            assert is_used != (page in self._free_pages), f"page {page} free and used"
         if not self._caching:
-            assert not self._hash_of_block, "blocks are cached although caching is off"
             assert all(count == 1 for count in counted.values()), "a block has two owners"
-        assert {digest: block for block, digest in self._hash_of_block.items()} == (
-            self._block_of_hash
-        ), "the two directions of the prefix cache differ"
+            assert not any(pool.block_of_hash for pool in self._pools), "cached without caching"
 
-    def _take(self) -> int:
-        block, _ = self._free.popitem(last=False)
-        digest = self._hash_of_block.pop(block, None)
-        if digest is not None:
-            del self._block_of_hash[digest]
-            self._num_cached -= 1
-        self._references[block] = 1
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _blocks_at_once(self, group: BlockGroup, num_tokens: int, max_new_tokens: int) -> int:
+        """Most blocks that a sequence holds at one time while it grows to so many tokens."""
+        every = self._blocks_for(num_tokens)
+        if group.window is None:
+            return every
+        # The window and the new tokens can both begin and end within a block.
+        recent = self._blocks_for(group.window - 1 + max_new_tokens) + 1
+        return min(every, recent + self._blocks_for(group.sink_tokens))
+
+    def _extend(self, seq: Sequence, missing: list[int]) -> None:
+        for index, num_missing in enumerate(missing):
+            seq.block_tables[index].extend(self._take(index) for _ in range(num_missing))
+
+    def _has_room(self, missing: list[int], prefix: list[list[int]], reserve: int) -> bool:
+        """Whether so many blocks of each group can be taken beside the cached ones of a prefix."""
+        pages = 0
+        revived: set[int] = set()
+        for pool, num_missing, blocks in zip(self._pools, missing, prefix, strict=True):
+            spare = set(pool.spare)
+            for block in blocks:
+                if block == RELEASED:
+                    continue
+                page = pool.page_of(block)
+                spare.discard(block)
+                if page in self._free_pages and page not in revived:
+                    revived.add(page)
+                    spare.update(pool.blocks_of(page))
+                    spare.discard(block)
+            wanted = max(num_missing, 0) + reserve - len(spare)
+            pages += -(-max(wanted, 0) // pool.group.blocks_per_page)
+        return pages + len(revived) <= len(self._free_pages)
+
+    def _take(self, index: int) -> int:
+        """A block for new content: an empty one of a page in use, else of a free page, and only
+        then one that is cached beside used ones."""
+        pool = self._pools[index]
+        block = pool.take_spare(cached=False)
+        if block is None and self._free_pages:
+            page = next(iter(self._free_pages))
+            self._remove_free(page)
+            owner = self._owner[page]
+            if owner is not None:
+                self._pools[owner].drop_page(page)
+            self._owner[page] = index
+            pool.add_page(page)
+            block = pool.take_spare(cached=False)
+        if block is None:
+            block = pool.take_spare(cached=True)
+        assert block is not None, "blocks are taken only where there is room"
+        pool.references[block] = 1
         return block
 
-    def _cached_prefix(self, seq: Sequence) -> list[int]:
-        """Cached blocks that the sequence begins with; its last token is never among them,
-        because that one has to be computed to get logits. Scoring needs the logits of every
-        token and reuses none."""
+    def _reference(self, index: int, block: int) -> None:
+        """Use a block that others use or that is cached."""
+        pool = self._pools[index]
+        page = pool.page_of(block)
+        if page in self._free_pages:
+            self._remove_free(page)
+            pool.add_page(page)
+        pool.spare.pop(block, None)
+        pool.references[block] = pool.references.get(block, 0) + 1
+
+    def _dereference(self, index: int, block: int) -> None:
+        pool = self._pools[index]
+        pool.references[block] -= 1
+        if pool.references[block]:
+            return
+        del pool.references[block]
+        pool.add_spare(block)
+        page = pool.page_of(block)
+        if all(other not in pool.references for other in pool.blocks_of(page)):
+            for other in pool.blocks_of(page):
+                del pool.spare[other]
+            self._add_free(page, cached=pool.holds_cached(page))
+
+    def _add_free(self, page: int, *, cached: bool) -> None:
+        self._free_pages[page] = None
+        if cached:
+            self._cached_pages.add(page)
+        else:
+            self._free_pages.move_to_end(page, last=False)
+
+    def _remove_free(self, page: int) -> None:
+        del self._free_pages[page]
+        self._cached_pages.discard(page)
+
+    def _release(self, seq: Sequence) -> None:
+        """Give back the blocks that have left the window of their group."""
+        for index, group in enumerate(self.groups):
+            if group.window is None:
+                continue
+            table = seq.block_tables[index]
+            first_needed = max(seq.num_computed_tokens - group.window + 1, 0) // self.block_size
+            for at in reversed(range(self._blocks_for(group.sink_tokens), first_needed)):
+                if table[at] == RELEASED:
+                    break
+                self._dereference(index, table[at])
+                table[at] = RELEASED
+
+    def _cached_prefix(self, seq: Sequence) -> list[list[int]]:
+        """Cached blocks of each group that the sequence begins with, equally many for all.
+
+        Blocks that have left the window are not needed and stand as `RELEASED`. The sequence's
+        last token is never among the cached ones, because it has to be computed to get logits.
+        Scoring needs the logits of every token and reuses none.
+        """
+        empty: list[list[int]] = [[] for _ in self.groups]
         if not self._caching or seq.params is None:
-            return []
+            return empty
         num_full = (seq.num_tokens - 1) // self.block_size
         self._extend_hashes(seq, num_full)
-        prefix: list[int] = []
-        for digest in seq.block_hashes[:num_full]:
-            block = self._block_of_hash.get(digest)
+        for length in range(num_full, 0, -1):
+            prefix = [
+                self._cached_blocks(index, seq.block_hashes[:length])
+                for index in range(len(self.groups))
+            ]
+            if all(blocks is not None for blocks in prefix):
+                return [blocks for blocks in prefix if blocks is not None]
+        return empty
+
+    def _cached_blocks(self, index: int, hashes: list[bytes]) -> list[int] | None:
+        """The blocks that a group needs after so many cached ones; None if one is missing."""
+        group, pool = self.groups[index], self._pools[index]
+        first_needed, num_sinks = 0, 0
+        if group.window is not None:
+            computed = len(hashes) * self.block_size
+            first_needed = max(computed - group.window + 1, 0) // self.block_size
+            num_sinks = self._blocks_for(group.sink_tokens)
+        blocks: list[int] = []
+        for at, digest in enumerate(hashes):
+            if num_sinks <= at < first_needed:
+                blocks.append(RELEASED)
+                continue
+            block = pool.block_of_hash.get(digest)
             if block is None:
-                break
-            prefix.append(block)
-        return prefix
+                return None
+            blocks.append(block)
+        return blocks
 
     def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
         """Digests chain: equal digests mean equal namespace and equal tokens from the start."""
@@ -164,3 +338,75 @@ class BlockManager:
             start = index * self.block_size
             tokens = array("q", seq.token_ids[start : start + self.block_size])
             seq.block_hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
+
+
+class _GroupPool:
+    """The blocks of one group, on the pages that it owns.
+
+    Attributes:
+        references: sequences that use a block, where any do.
+        spare: blocks that nobody uses on pages with used blocks; empty ones first.
+    """
+
+    def __init__(self, group: BlockGroup, num_pages: int) -> None:
+        self.group = group
+        self.references: dict[int, int] = {}
+        self.spare: OrderedDict[int, None] = OrderedDict()
+        self.block_of_hash: dict[bytes, int] = {}
+        self.hash_of_block: dict[int, bytes] = {}
+
+    def page_of(self, block: int) -> int:
+        return block // self.group.blocks_per_page
+
+    def blocks_of(self, page: int) -> range:
+        size = self.group.blocks_per_page
+        return range(page * size, (page + 1) * size)
+
+    def add_page(self, page: int) -> None:
+        """Make the blocks of a page spare: it is in use now."""
+        for block in self.blocks_of(page):
+            self.add_spare(block)
+
+    def holds_cached(self, page: int) -> bool:
+        return any(block in self.hash_of_block for block in self.blocks_of(page))
+
+    def drop_page(self, page: int) -> None:
+        """Forget what the blocks of a page hold: it gets another owner."""
+        for block in self.blocks_of(page):
+            self._forget(block)
+
+    def add_spare(self, block: int) -> None:
+        self.spare[block] = None
+        if block not in self.hash_of_block:
+            self.spare.move_to_end(block, last=False)
+
+    def take_spare(self, *, cached: bool) -> int | None:
+        """The spare block to be overwritten first; None if there is none but cached ones."""
+        block = next(iter(self.spare), None)
+        if block is None or (not cached and block in self.hash_of_block):
+            return None
+        del self.spare[block]
+        self._forget(block)
+        return block
+
+    def remember(self, block: int, digest: bytes) -> None:
+        if block not in self.hash_of_block and digest not in self.block_of_hash:
+            self.hash_of_block[block] = digest
+            self.block_of_hash[digest] = block
+
+    def check_integrity(self, counted: dict[int, int]) -> None:
+        assert self.references == counted, f"references {self.references}, tables {counted}"
+        assert not self.spare.keys() & self.references.keys(), "a block spare and used"
+        used_pages = {self.page_of(block) for block in self.references}
+        unused = {b for page in used_pages for b in self.blocks_of(page)} - self.references.keys()
+        assert self.spare.keys() == unused, "spare blocks are those beside used ones"
+        known = [block in self.hash_of_block for block in self.spare]
+        assert known == sorted(known), "empty spare blocks come first"
+        assert {digest: block for block, digest in self.hash_of_block.items()} == (
+            self.block_of_hash
+        ), "the two directions of the prefix cache differ"
+
+    def _forget(self, block: int) -> None:
+        digest = self.hash_of_block.pop(block, None)
+        if digest is not None:
+            del self.block_of_hash[digest]

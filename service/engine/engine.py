@@ -14,7 +14,7 @@ from models.transformer import Transformer
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.errors import InvalidRequestError, Violation
-from service.engine.memory import load_configured_model, num_blocks_for
+from service.engine.memory import block_groups, load_configured_model, num_blocks_for
 from service.engine.model_runner import ModelRunner
 from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import Scheduler, StepPlan
@@ -99,7 +99,7 @@ class Engine:
         self.max_model_len = max_model_len(config, model.config)
         self.kv_cache = KVCache(
             model.config,
-            num_blocks=num_blocks_for(model, config, self.max_model_len),
+            num_pages=num_blocks_for(model, config, self.max_model_len),
             block_size=config.block_size,
             dtype=model.dtype,
             device=model.device,
@@ -108,15 +108,17 @@ class Engine:
         eos_token_ids = frozenset(model.config.eos_token_ids)
         self.limits = ModelLimits(model.config.vocab_size, self.max_model_len, eos_token_ids)
         block_manager = BlockManager(
-            self.kv_cache.num_blocks,
+            self.kv_cache.num_pages,
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
+            groups=block_groups(model.config, config.block_size),
         )
         self.scheduler = Scheduler(
             config,
             block_manager,
             max_model_len=self.max_model_len,
             eos_token_ids=eos_token_ids,
+            rope_switch_length=model.config.rope_switch_length,
             clock=clock,
         )
         self.model_runner = ModelRunner(model, self.kv_cache, eos_token_ids=eos_token_ids)
@@ -145,7 +147,9 @@ class Engine:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return self.kv_cache.nbytes // (self.kv_cache.num_blocks * self.kv_cache.block_size)
+        """Bytes of KV cache that a token takes until it leaves the window of any head."""
+        dtype = str(self.kv_cache.pool.dtype).removeprefix("torch.")
+        return self.model_config.replace(dtype=dtype).kv_bytes_per_token()
 
     @property
     def has_unfinished(self) -> bool:
@@ -157,9 +161,9 @@ class Engine:
         return EngineLoad(
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
-            kv_blocks_total=manager.num_blocks,
-            kv_blocks_used=manager.num_used_blocks,
-            kv_blocks_cached=manager.num_cached_blocks,
+            kv_blocks_total=manager.num_pages,
+            kv_blocks_used=manager.num_used_pages,
+            kv_blocks_cached=manager.num_cached_pages,
         )
 
     def add(self, request: EngineRequest) -> int:

@@ -6,8 +6,10 @@ from pathlib import Path
 import torch
 
 from models.checkpoints.loader import load_model
-from models.config import ModelConfig
+from models.config import ITEMSIZE, DTypeName, ModelConfig
+from models.kv_layout import KVLayout
 from models.transformer import Transformer
+from service.engine.block_manager import BlockGroup, BlockManager
 from service.engine.config import EngineConfig
 
 # What of the free memory the KV cache may take when nothing else is said: on a GPU nearly all,
@@ -50,12 +52,25 @@ def resolve_device(name: str) -> torch.device:
 def check_kv_cache_bytes(model_config: ModelConfig, config: EngineConfig) -> None:
     """Raise ValueError if the configured memory does not hold a single block."""
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-    needed = model_config.kv_bytes_per_token(dtype) * config.block_size
+    needed = page_bytes(model_config, config.block_size, dtype)
     if config.kv_cache_bytes is not None and config.kv_cache_bytes < needed:
         raise ValueError(
             f"kv_cache_bytes is {config.kv_cache_bytes}; one block of {config.block_size} tokens "
             f"takes {needed} bytes"
         )
+
+
+def page_bytes(model_config: ModelConfig, block_size: int, dtype: DTypeName) -> int:
+    """Bytes of the unit that the KV cache hands out (see `models.kv_layout`)."""
+    return KVLayout.of(model_config, block_size).page_elements * ITEMSIZE[dtype]
+
+
+def block_groups(model_config: ModelConfig, block_size: int) -> tuple[BlockGroup, ...]:
+    """The groups of heads, in the block manager's terms."""
+    return tuple(
+        BlockGroup(group.retention.window, group.retention.sink_tokens, group.blocks_per_page)
+        for group in KVLayout.of(model_config, block_size).groups
+    )
 
 
 def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int) -> int:
@@ -68,8 +83,11 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
         return config.num_blocks
     model_config = model.config.replace(dtype=str(model.dtype).removeprefix("torch."))
     check_kv_cache_bytes(model_config, config)
-    per_block = model_config.kv_bytes_per_token() * config.block_size
-    useful = config.max_num_seqs * -(-max_model_len // config.block_size)
+    per_block = page_bytes(model_config, config.block_size, model_config.dtype)
+    groups = block_groups(model_config, config.block_size)
+    manager = BlockManager(0, config.block_size, enable_prefix_caching=False, groups=groups)
+    each = manager.pages_for(max_model_len, config.max_num_batched_tokens)
+    useful = config.max_num_seqs * each
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // per_block
     else:

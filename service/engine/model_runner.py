@@ -1,5 +1,6 @@
 """A step plan to tensors, through the model, to sampled tokens."""
 
+import itertools
 import math
 from collections.abc import Sequence as SequenceOf
 
@@ -32,7 +33,8 @@ class ModelRunner:
         if not plan.scheduled:
             return []
         input_ids, positions, metadata = self._build_batch(plan.scheduled)
-        hidden = self.model(input_ids, positions, self.kv_cache, metadata)
+        lengths = self._rope_lengths(plan.scheduled, positions)
+        hidden = self.model(input_ids, positions, self.kv_cache, metadata, lengths)
         failed_rows = self._clear_failed(hidden, metadata)
         results = [StepResult()] * len(plan.scheduled)
         last_rows: list[int] = []
@@ -65,9 +67,22 @@ class ModelRunner:
         """
         failed: list[int] = (~hidden.isfinite().all(dim=-1)).nonzero().flatten().tolist()
         if failed:
-            for layer in self.kv_cache.layers:
-                layer.clear(metadata.slot_mapping[failed])
+            for part in itertools.chain(*self.kv_cache.layers):
+                part.clear(metadata.groups[part.part.group].slot_mapping[failed])
         return failed
+
+    def _rope_lengths(
+        self, scheduled: SequenceOf[ScheduledSequence], positions: Tensor
+    ) -> Tensor | None:
+        """How long each token's sequence is in its eyes, where the rotation depends on it: as
+        long as the prompt for the prompt's tokens, then growing token by token."""
+        if not self.model.config.rope_depends_on_length:
+            return None
+        shortest = torch.tensor(
+            [item.seq.min_rope_length for item in scheduled for _ in range(item.num_tokens)],
+            device=positions.device,
+        )
+        return torch.maximum(shortest, positions + 1)
 
     def _build_batch(
         self, scheduled: SequenceOf[ScheduledSequence]
@@ -81,7 +96,7 @@ class ModelRunner:
             positions.extend(range(start, end))
         device = self.model.device
         metadata = AttentionMetadata.build(
-            block_tables=[item.seq.block_table for item in scheduled],
+            block_tables=[item.seq.block_tables for item in scheduled],
             num_computed_tokens=[item.seq.num_computed_tokens for item in scheduled],
             num_new_tokens=[item.num_tokens for item in scheduled],
             block_size=self.kv_cache.block_size,

@@ -81,6 +81,8 @@ class Scheduler:
         block_manager: the KV blocks.
         max_model_len: prompt and output tokens of one request.
         eos_token_ids: tokens with which the model ends.
+        rope_switch_length: a sequence that grows beyond it is computed again from its beginning,
+            because all its keys would be rotated differently; None is never.
         clock: monotonic seconds.
     """
 
@@ -91,6 +93,7 @@ class Scheduler:
         *,
         max_model_len: int,
         eos_token_ids: frozenset[int],
+        rope_switch_length: int | None = None,
         clock: Callable[[], float],
     ) -> None:
         self.block_manager = block_manager
@@ -98,10 +101,12 @@ class Scheduler:
         self.waiting = WaitingQueue(config.max_bypass)
         self._config = config
         self._eos_token_ids = eos_token_ids
+        self._rope_switch_length = rope_switch_length
         self._clock = clock
         self._by_id: dict[int, Sequence] = {}
         # The last token of a request needs no slot.
-        self._max_len = min(max_model_len, block_manager.num_blocks * block_manager.block_size + 1)
+        self._capacity = block_manager.max_tokens(max_model_len, config.max_num_batched_tokens)
+        self._max_len = min(max_model_len, self._capacity + 1)
 
     @property
     def has_unfinished(self) -> bool:
@@ -125,10 +130,8 @@ class Scheduler:
             NeverFitsError: it needs more blocks than there are.
         """
         needed = params.max_kv_tokens(num_prompt_tokens) if params else num_prompt_tokens
-        manager = self.block_manager
-        if manager.blocks_for(needed) > manager.num_blocks:
-            capacity = manager.num_blocks * manager.block_size
-            raise NeverFitsError(num_tokens=needed, max_tokens=capacity)
+        if needed > self._capacity:
+            raise NeverFitsError(num_tokens=needed, max_tokens=self._capacity)
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence.
@@ -171,7 +174,7 @@ class Scheduler:
                 scheduled.append(ScheduledSequence(seq, num_tokens))
                 budget -= num_tokens
         while budget and not num_preempted and len(self.running) < self._config.max_num_seqs:
-            admitted = self._admit_next()
+            admitted = self._admit_next(budget)
             if admitted is None:
                 break
             num_tokens = min(admitted.num_uncomputed_tokens, budget)
@@ -213,13 +216,14 @@ class Scheduler:
         assert len(self.running) <= self._config.max_num_seqs, "too many running"
         for seq in waiting:
             assert seq.status is SequenceStatus.WAITING, f"waiting sequence is {seq.status}"
-            assert not seq.block_table, "a waiting sequence holds blocks"
+            assert not seq.block_tables, "a waiting sequence holds blocks"
             assert seq.num_computed_tokens == 0, "a waiting sequence has computed tokens"
         for seq in self.running:
             assert seq.status is SequenceStatus.RUNNING, f"running sequence is {seq.status}"
             assert seq.num_uncomputed_tokens > 0, "a running sequence has nothing to compute"
-            held = len(seq.block_table) * self.block_manager.block_size
-            assert seq.num_computed_tokens <= held, "computed tokens without blocks"
+            for table in seq.block_tables:
+                held = len(table) * self.block_manager.block_size
+                assert seq.num_computed_tokens <= held, "computed tokens without blocks"
 
     def _expire(self) -> list[SequenceOutput]:
         now = self._clock()
@@ -254,11 +258,12 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
         self.waiting.push(seq)
 
-    def _admit_next(self) -> Sequence | None:
+    def _admit_next(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence that fits to the running ones."""
         for seq in self.waiting.candidates():
             # Every running sequence may need one more block before anything ends.
-            if self.block_manager.admit(seq, reserve=len(self.running)):
+            reserve = len(self.running)
+            if self.block_manager.admit(seq, max_new_tokens=budget, reserve=reserve):
                 self.waiting.admit(seq)
                 seq.status = SequenceStatus.RUNNING
                 if seq.first_scheduled_time is None:
@@ -275,11 +280,16 @@ class Scheduler:
         if seq.first_token_time is None:
             seq.first_token_time = now
         ending = self._ending(seq, result.token_id)
+        finish = None if ending is None else self._end(seq, *ending).finish
+        switch = self._rope_switch_length
+        if finish is None and switch is not None and seq.num_tokens == switch + 1:
+            self._preempt(seq)
+            seq.min_rope_length = seq.num_tokens
         return SequenceOutput(
             seq_id=seq.seq_id,
             token_ids=(result.token_id,),
             logprobs=() if result.logprobs is None else (result.logprobs,),
-            finish=None if ending is None else self._end(seq, *ending).finish,
+            finish=finish,
         )
 
     def _ending(self, seq: Sequence, token_id: int) -> tuple[FinishReason, str | int | None] | None:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from service.engine.sampling_params import SamplingParams
 
+# In a block table: a block that was given back because its tokens left the window.
+RELEASED = -1
+
 
 class SequenceStatus(enum.Enum):
     WAITING = enum.auto()
@@ -106,6 +109,8 @@ class Sequence:
         params: how to sample; None scores the prompt instead of continuing it.
         deadline: engine clock time after which the request ends; None never.
         cache_namespace: sequences share cached blocks only within one namespace.
+        block_tables: for each group of heads, the block of every `block_size` tokens.
+        min_rope_length: no token is rotated as if the sequence were shorter than this.
         match_stop: told each new token, returns the stop string it completes.
         num_computed_tokens: tokens whose keys and values are in the cache.
         num_cached_tokens: of these, how many the prefix cache supplied at first admission.
@@ -121,8 +126,9 @@ class Sequence:
     cache_namespace: bytes = b""
     match_stop: Callable[[int], str | None] | None = None
     num_prompt_tokens: int = field(init=False)
+    min_rope_length: int = field(init=False)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
-    block_table: list[int] = field(default_factory=list, init=False)
+    block_tables: list[list[int]] = field(default_factory=list, init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)
@@ -135,6 +141,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        self.min_rope_length = self.num_prompt_tokens
         if self.params is not None and self.params.temperature > 0:
             self.rng = random.Random(self.params.seed)  # noqa: S311, sampling is no secret
 

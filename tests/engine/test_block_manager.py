@@ -67,16 +67,16 @@ def test_blocks_are_counted_up(num_tokens: int, expected: int) -> None:
 def test_what_is_admitted_and_grown_is_used_until_it_is_freed(caching: bool) -> None:
     blocks = manager(8, caching=caching)
     seq = admitted(blocks, make(range(5)))
-    assert (blocks.num_used_blocks, blocks.num_free_blocks) == (2, 6)
+    assert (blocks.num_used_pages, blocks.num_free_pages) == (2, 6)
     assert blocks.grow(seq, 8)
     assert len(seq.block_table) == 2, "the second block has room"
     assert blocks.grow(seq, 9)
-    assert (blocks.num_used_blocks, blocks.num_free_blocks) == (3, 5)
+    assert (blocks.num_used_pages, blocks.num_free_pages) == (3, 5)
     assert len(set(seq.block_table)) == 3
     blocks.check_integrity([seq])
     blocks.free(seq)
     assert seq.block_table == []
-    assert (blocks.num_used_blocks, blocks.num_free_blocks) == (0, 8)
+    assert (blocks.num_used_pages, blocks.num_free_pages) == (0, 8)
     blocks.check_integrity([])
 
 
@@ -87,7 +87,7 @@ def test_growing_gives_all_missing_blocks_or_none() -> None:
     assert len(seq.block_table) == 1
     assert blocks.grow(seq, 16)
     assert len(seq.block_table) == 4
-    assert blocks.num_free_blocks == 0
+    assert blocks.num_free_pages == 0
 
 
 def test_admission_keeps_the_reserve() -> None:
@@ -95,15 +95,15 @@ def test_admission_keeps_the_reserve() -> None:
     seq = make(range(12))
     assert not blocks.admit(seq, reserve=2)
     assert seq.block_table == []
-    assert blocks.num_free_blocks == 4
+    assert blocks.num_free_pages == 4
     assert blocks.admit(seq, reserve=1)
-    assert blocks.num_free_blocks == 1
+    assert blocks.num_free_pages == 1
 
 
 def test_the_whole_pool_can_be_one_sequence() -> None:
     blocks = manager(4)
     admitted(blocks, make(range(16)))
-    assert blocks.num_free_blocks == 0
+    assert blocks.num_free_pages == 0
     assert not blocks.admit(make([1]), reserve=0)
 
 
@@ -135,7 +135,7 @@ def test_a_second_sequence_reuses_the_full_blocks_of_the_first() -> None:
     assert second.num_computed_tokens == 8
     assert second.block_table[:2] == first.block_table[:2]
     assert second.block_table[2] != first.block_table[2], "a block that is not full is not shared"
-    assert blocks.num_used_blocks == 4
+    assert blocks.num_used_pages == 4
     blocks.check_integrity([first, second])
 
 
@@ -153,7 +153,7 @@ def test_blocks_can_be_reused_while_their_owner_runs_and_after_it_has_ended() ->
     second = admitted(blocks, make(range(9)))
     blocks.free(first)
     blocks.check_integrity([second])
-    assert blocks.num_used_blocks == 3
+    assert blocks.num_used_pages == 3
     blocks.free(second)
     assert admitted(blocks, make(range(9))).num_computed_tokens == 8
 
@@ -221,7 +221,7 @@ def test_without_caching_nothing_is_shared_or_remembered() -> None:
     assert not {*first.block_table} & {*second.block_table}
     blocks.free(first)
     blocks.free(second)
-    assert blocks.num_cached_blocks == 0
+    assert blocks.num_cached_pages == 0
     assert admitted(blocks, make(range(9))).num_computed_tokens == 0
 
 
@@ -229,11 +229,11 @@ def test_only_free_blocks_count_as_cached() -> None:
     blocks = manager()
     seq = admitted(blocks, make(range(9)))
     compute(blocks, seq)
-    assert blocks.num_cached_blocks == 0
+    assert blocks.num_cached_pages == 0
     blocks.free(seq)
-    assert (blocks.num_cached_blocks, blocks.num_free_blocks) == (2, 8)
+    assert (blocks.num_cached_pages, blocks.num_free_pages) == (2, 8)
     admitted(blocks, make(range(5)))
-    assert blocks.num_cached_blocks == 1
+    assert blocks.num_cached_pages == 1
 
 
 def test_blocks_without_content_are_handed_out_before_cached_ones() -> None:
@@ -242,14 +242,14 @@ def test_blocks_without_content_are_handed_out_before_cached_ones() -> None:
     blocks.free(admitted(blocks, make(range(100, 120))))  # freed later, but never computed
     stranger = admitted(blocks, make(range(200, 224)))
     assert len(stranger.block_table) == 6
-    assert blocks.num_cached_blocks == 2
+    assert blocks.num_cached_pages == 2
 
 
 def test_the_oldest_content_is_evicted_first_and_of_one_sequence_its_tail() -> None:
     blocks = manager(6)
     old = run(blocks, make(range(100, 112)))
     new = run(blocks, make(range(200, 212)))
-    assert blocks.num_cached_blocks == 6
+    assert blocks.num_cached_pages == 6
     stranger = admitted(blocks, make(range(300, 320)))
     assert stranger.block_table == [
         *reversed(old.block_table),
@@ -280,7 +280,7 @@ def test_revived_blocks_are_not_counted_as_free_a_second_time() -> None:
     blocks = manager(4)
     run(blocks, make(range(9)))
     other = admitted(blocks, make([77]))
-    assert blocks.num_free_blocks == 3
+    assert blocks.num_free_pages == 3
     again = make(range(9))
     # Two cached blocks and one new one: all three free blocks, and none for the reserve.
     assert not blocks.admit(again, reserve=1)
@@ -294,10 +294,10 @@ def test_blocks_shared_with_a_running_sequence_cost_nothing() -> None:
     blocks = manager(4)
     first = admitted(blocks, make(range(9)))
     compute(blocks, first)
-    assert blocks.num_free_blocks == 1
+    assert blocks.num_free_pages == 1
     second = admitted(blocks, make(range(9)))
     assert second.num_computed_tokens == 8
-    assert blocks.num_free_blocks == 0
+    assert blocks.num_free_pages == 0
 
 
 def test_two_sequences_that_compute_the_same_tokens_at_once_keep_their_own_blocks() -> None:
@@ -309,7 +309,7 @@ def test_two_sequences_that_compute_the_same_tokens_at_once_keep_their_own_block
     blocks.check_integrity([first, second])
     blocks.free(first)
     blocks.free(second)
-    assert blocks.num_cached_blocks == 2, "one copy is remembered"
+    assert blocks.num_cached_pages == 2, "one copy is remembered"
 
 
 @given(
@@ -339,4 +339,4 @@ def test_what_the_cache_supplies_was_computed_from_the_same_tokens(
         blocks.check_integrity([seq])
         blocks.free(seq)
         blocks.check_integrity([])
-    assert blocks.num_free_blocks == 6
+    assert blocks.num_free_pages == 6

@@ -101,7 +101,7 @@ class SchedulerLives(RuleBasedStateMachine):
         cache_namespace: bytes,
     ) -> None:
         num_slots = len(prompt) + (params.max_tokens or 1) - 1 if params else len(prompt)
-        fits = num_slots <= self.loop.blocks.num_blocks * BLOCK_SIZE
+        fits = num_slots <= self.loop.blocks.num_pages * BLOCK_SIZE
         has_room = self.loop.scheduler.has_room_for(len(prompt))
         try:
             seq = self.loop.add(
@@ -161,8 +161,8 @@ class SchedulerLives(RuleBasedStateMachine):
             return
         while self.loop.scheduler.has_unfinished:
             self.step_once()
-        assert self.loop.blocks.num_used_blocks == 0
-        assert self.loop.blocks.num_free_blocks == self.loop.blocks.num_blocks
+        assert self.loop.blocks.num_used_pages == 0
+        assert self.loop.blocks.num_free_pages == self.loop.blocks.num_pages
         for seq in self.seqs:
             self.check_end(seq)
 

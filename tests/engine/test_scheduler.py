@@ -212,7 +212,7 @@ def test_a_sequence_can_preempt_itself_when_it_is_the_last() -> None:
     last = loop.add([2] * 7, greedy(3))
     loop.step()
     loop.step()
-    assert loop.blocks.num_free_blocks == 1, "and both need one more"
+    assert loop.blocks.num_free_pages == 1, "and both need one more"
     assert loop.step() == {0: 1}
     loop.drain()
     assert last.num_preemptions == 1
@@ -415,8 +415,8 @@ def test_a_failure_in_the_middle_of_a_prompt_frees_its_blocks_and_caches_nothing
     loop.runner.failing.add(broken.seq_id)
     assert loop.step() == {broken.seq_id: 8}
     assert loop.reason(broken) is FinishReason.ERROR
-    assert loop.blocks.num_used_blocks == 0
-    assert loop.blocks.num_cached_blocks == 2, "those of the step before"
+    assert loop.blocks.num_used_pages == 0
+    assert loop.blocks.num_cached_pages == 2, "those of the step before"
     again = loop.add(range(1, 21), greedy(3))
     loop.drain()
     assert again.num_cached_tokens == 8
@@ -570,9 +570,9 @@ def small_loop(prepare: Prepare) -> SchedulerLoop:
 def test_an_abort_frees_blocks_at_once_and_ends_once(prepare: Prepare) -> None:
     loop = small_loop(prepare)
     seq = prepare(loop, None)
-    held, used = len(seq.block_table), loop.blocks.num_used_blocks
+    held, used = len(seq.block_table), loop.blocks.num_used_pages
     loop.abort(seq)
-    assert loop.blocks.num_used_blocks == used - held
+    assert loop.blocks.num_used_pages == used - held
     assert seq.block_table == []
     told = loop.result(seq).token_ids
     assert loop.reason(seq) is FinishReason.CANCELLED
@@ -580,7 +580,7 @@ def test_an_abort_frees_blocks_at_once_and_ends_once(prepare: Prepare) -> None:
     loop.drain()
     assert loop.num_finishes(seq) == 1, "an abort after the end changes nothing"
     assert loop.result(seq).token_ids == told
-    assert loop.blocks.num_used_blocks == 0
+    assert loop.blocks.num_used_pages == 0
 
 
 def test_an_abort_after_the_last_token_changes_nothing() -> None:
@@ -590,7 +590,7 @@ def test_an_abort_after_the_last_token_changes_nothing() -> None:
     loop.step()
     assert loop.reason(seq) is FinishReason.LENGTH
     assert loop.scheduler.abort(seq.seq_id, FinishReason.CANCELLED) is None
-    assert loop.blocks.num_used_blocks == 0
+    assert loop.blocks.num_used_pages == 0
 
 
 def test_an_unknown_request_cannot_be_aborted() -> None:
@@ -605,7 +605,7 @@ def test_aborting_all_ends_whatever_waits_and_runs() -> None:
     assert sorted(output.seq_id for output in outputs) == [seq.seq_id for seq in seqs]
     assert {output.finish.reason for output in outputs if output.finish} == {FinishReason.CANCELLED}
     assert not loop.scheduler.has_unfinished
-    assert loop.blocks.num_used_blocks == 0
+    assert loop.blocks.num_used_pages == 0
     loop.scheduler.check_integrity()
     assert loop.step() == {}
 

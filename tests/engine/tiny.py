@@ -7,6 +7,7 @@ import torch
 
 from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
+from models.positions import RopeConfig
 from models.transformer import Transformer, random_model
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine, EngineRequest, StepStats
@@ -15,18 +16,18 @@ from service.engine.sequence import FinishReason, SequenceOutput
 
 EOS = 257
 MAX_LEN = 320
+ROPE = RopeConfig(theta=10_000.0, rotary_dim=8)
 CONFIG = ModelConfig(
     family="llama",
     vocab_size=259,
     hidden_size=32,
     intermediate_size=48,
-    layers=(HeadConfig(4, 2, 8), HeadConfig(4, 1, 8)),
+    layers=(HeadConfig(4, 2, 8, rope=ROPE), HeadConfig(4, 1, 8, rope=ROPE)),
     max_position_embeddings=MAX_LEN,
     norm="rms_norm",
     norm_eps=1e-5,
     activation="silu",
     gated_mlp=True,
-    rope_theta=10_000.0,
     qkv_bias=False,
     output_bias=False,
     mlp_bias=False,

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
-from models.kv_cache import AttentionMetadata, KVCache
+from models.kv_cache import RELEASED, AttentionMetadata, KVCache
+from models.kv_layout import KVLayout
+from models.positions import RopeConfig
 from models.transformer import Transformer, random_model
 
 _LLAMA = ModelConfig(
@@ -15,13 +17,12 @@ _LLAMA = ModelConfig(
     vocab_size=61,
     hidden_size=24,
     intermediate_size=40,
-    layers=(HeadConfig(num_heads=4, num_kv_heads=2, head_dim=8),) * 2,
+    layers=(HeadConfig(4, 2, 8, rope=RopeConfig(10_000.0, 8)),) * 2,
     max_position_embeddings=64,
     norm="rms_norm",
     norm_eps=1e-5,
     activation="silu",
     gated_mlp=True,
-    rope_theta=10_000.0,
     qkv_bias=False,
     output_bias=False,
     mlp_bias=False,
@@ -43,7 +44,7 @@ def gpt2(**changes: object) -> ModelConfig:
         norm="layer_norm",
         activation="gelu_tanh",
         gated_mlp=False,
-        rope_theta=None,
+        learned_positions=64,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
@@ -80,17 +81,30 @@ def paged_logits(
 ) -> list[Tensor]:
     """Logits `[tokens, vocab]` of each sequence, computed through the cache.
 
+    Blocks that leave the window of their heads are given back and overwritten with NaN, so that
+    whoever still reads them is seen.
+
     Args:
         sequences: token ids.
         steps: for each step, how many tokens of each sequence are computed in it.
     """
+    layout = KVLayout.of(built.config, block_size)
     blocks_each = [-(-len(tokens) // block_size) for tokens in sequences]
-    num_blocks = sum(blocks_each) + 2
-    shuffled = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed)).tolist()
-    tables = [[shuffled.pop() for _ in range(count)] for count in blocks_each]
+    pages_each = [
+        [-(-count // group.blocks_per_page) for group in layout.groups] for count in blocks_each
+    ]
+    num_pages = sum(map(sum, pages_each)) + 2
+    pages = torch.randperm(num_pages, generator=torch.Generator().manual_seed(seed)).tolist()
+    tables = [
+        [
+            _blocks([pages.pop() for _ in range(count)], group.blocks_per_page)
+            for count, group in zip(counts, layout.groups, strict=True)
+        ]
+        for counts in pages_each
+    ]
     cache = KVCache(
         built.config,
-        num_blocks=num_blocks,
+        num_pages=num_pages,
         block_size=block_size,
         dtype=built.dtype,
         device=built.device,
@@ -113,10 +127,38 @@ def paged_logits(
             torch.cat([torch.tensor(span) for span in spans]),
             cache,
             metadata,
+            # As if each whole sequence were a prompt.
+            torch.cat(
+                [
+                    torch.full((len(s),), len(sequences[i]))
+                    for i, s in zip(order, spans, strict=True)
+                ]
+            ),
         )
         rows = torch.split(built.project_to_vocab(hidden), [len(span) for span in spans])
         for i, row in zip(order, rows, strict=True):
             parts[i].append(row)
             computed[i] += counts[i]
+            _release(cache, tables[i], computed[i])
     assert computed == [len(tokens) for tokens in sequences], "the steps must cover all tokens"
     return [torch.cat(part) for part in parts]
+
+
+def _blocks(pages: Sequence[int], blocks_per_page: int) -> list[int]:
+    return [page * blocks_per_page + at for page in pages for at in range(blocks_per_page)]
+
+
+def _release(cache: KVCache, tables: list[list[int]], num_computed: int) -> None:
+    """Poison and forget the blocks that no later query may see."""
+    size = cache.block_size
+    for index, group in enumerate(cache.layout.groups):
+        window, sinks = group.retention.window, group.retention.sink_tokens
+        for at, block in enumerate(tables[index]):
+            gone = window is not None and (at + 1) * size <= num_computed - window + 1
+            if gone and at * size >= sinks and block != RELEASED:
+                slots = torch.arange(block * size, (block + 1) * size)
+                for part in (p for layer in cache.layers for p in layer if p.part.group == index):
+                    heads = len(part.part.kv_heads)
+                    poison = torch.full((size, heads, part.part.head_dim), torch.nan)
+                    part.write(poison.to(cache.pool), poison.to(cache.pool), slots)
+                tables[index][at] = RELEASED
