@@ -15,7 +15,6 @@ from models.scoring import Scoring
 RELEASED = -1
 
 
-@dataclass(frozen=True, slots=True)
 class CachePart:
     """Keys and values of some heads of one layer, somewhere in each block of their group.
 
@@ -23,29 +22,28 @@ class CachePart:
     come before positions, so that one row copy per block and head gathers a sequence in the order
     in which attention reads it.
 
-    Attributes:
+    Args:
         pool: the memory of all layers, one dimension.
+        part: which heads, and where in a block.
+        layout: how the pool is cut.
     """
 
-    pool: Tensor
-    part: LayerPart
-    block_size: int
-    block_elements: int
-    blocks_per_page: int
-    page_elements: int
+    def __init__(self, pool: Tensor, part: LayerPart, layout: KVLayout) -> None:
+        self.pool = pool
+        self.part = part
+        self.block_size = layout.block_size
+        self._block_rows = _Rows(pool, part, layout, self._head_elements)
+        self._token_rows = _Rows(pool, part, layout, part.head_dim)
 
     def write(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store `[tokens, kv_heads, head_dim]` at slots `block * block_size + offset`."""
+        rows = self._slot_rows(slot_mapping)
         both = torch.stack((key, value), dim=1)
-        width = self._row_width(self.part.head_dim)
-        self.pool.view(-1, width).index_copy_(
-            0, self._token_rows(slot_mapping, width), both.reshape(-1, width)
-        )
+        self._token_rows.memory.index_copy_(0, rows, both.view(-1, self._token_rows.width))
 
     def clear(self, slots: Tensor) -> None:
         """Make `[tokens]` slots finite again."""
-        width = self._row_width(self.part.head_dim)
-        self.pool.view(-1, width)[self._token_rows(slots, width)] = 0
+        self._token_rows.memory[self._slot_rows(slots)] = 0
 
     def gather(self, block_tables: Tensor) -> tuple[Tensor, Tensor]:
         """Read whole blocks.
@@ -56,44 +54,52 @@ class CachePart:
         Returns:
             Keys and values, each `[batch, kv_heads, blocks * block_size, head_dim]`.
         """
-        head_dim, num_heads = self.part.head_dim, len(self.part.kv_heads)
-        head_elements = self.block_size * head_dim
-        width = self._row_width(head_elements)
-        device = block_tables.device
-        starts = self._block_starts(block_tables)[None, :, None, :]
-        heads = torch.arange(2 * num_heads, device=device) * head_elements
-        first = starts + heads.view(2, 1, num_heads, 1)
-        rows = self._rows(first, head_elements, width)
-        shape = (2, block_tables.shape[0], num_heads, -1, head_dim)
+        rows = self._block_rows.first(block_tables)[None, :, None, :, None]
+        num_heads = len(self.part.kv_heads)
+        rows = rows + self._block_rows.of_heads.view(2, 1, num_heads, 1, -1)
         # index_select copies rows; plain indexing copies elements and is 20 times slower.
-        key, value = self.pool.view(-1, width).index_select(0, rows).view(shape)
+        read = self._block_rows.memory.index_select(0, rows.flatten())
+        key, value = read.view(2, block_tables.shape[0], num_heads, -1, self.part.head_dim)
         return key, value
 
-    def _block_starts(self, blocks: Tensor) -> Tensor:
-        """Element of the pool at which this part of each block begins."""
-        page, within = blocks // self.blocks_per_page, blocks % self.blocks_per_page
-        return page * self.page_elements + within * self.block_elements + self.part.offset
+    def _slot_rows(self, slots: Tensor) -> Tensor:
+        """Rows of the keys and values of `[tokens]` slots, token by token."""
+        rows = self._token_rows
+        first = rows.first(slots // self.block_size) + slots % self.block_size * rows.per_item
+        return (first[:, None] + rows.of_heads).flatten()
 
-    def _token_rows(self, slots: Tensor, width: int) -> Tensor:
-        """Rows of `[tokens, 2, kv_heads]` keys and values."""
-        head_dim = self.part.head_dim
-        starts = self._block_starts(slots // self.block_size) + slots % self.block_size * head_dim
-        heads = torch.arange(2 * len(self.part.kv_heads), device=slots.device)
-        return self._rows(starts[:, None] + heads * (self.block_size * head_dim), head_dim, width)
 
-    def _row_width(self, elements: int) -> int:
-        """The longest row, dividing `elements`, on whose multiples everything begins.
+class _Rows:
+    """The pool as a matrix whose rows are, or add up to, what is copied at once.
 
-        All of `elements` unless the layers have head widths that do not divide each other.
-        """
-        return math.gcd(elements, self.part.offset, self.block_elements, self.page_elements)
+    A row is the whole of it unless layers have head widths that do not divide each other.
 
-    @staticmethod
-    def _rows(starts: Tensor, elements: int, width: int) -> Tensor:
-        if width == elements:
-            return (starts // width).flatten()
-        steps = torch.arange(elements // width, device=starts.device)
-        return ((starts // width)[..., None] + steps).flatten()
+    Attributes:
+        width: elements of a row.
+        per_item: rows that are copied at once.
+        of_heads: rows, from the start of a block, of each head's keys, then of each head's values.
+    """
+
+    def __init__(self, pool: Tensor, part: LayerPart, layout: KVLayout, elements: int) -> None:
+        group = layout.groups[part.group]
+        starts = (part.offset, group.block_elements, layout.page_elements)
+        self.width = math.gcd(elements, *starts)
+        self.per_item = elements // self.width
+        self.memory = pool.view(-1, self.width)
+        self._page, self._block = layout.page_elements // self.width, starts[1] // self.width
+        self._blocks_per_page = group.blocks_per_page
+        head_elements = layout.block_size * part.head_dim
+        heads = torch.arange(2 * len(part.kv_heads), device=pool.device)
+        first = (part.offset + heads * head_elements) // self.width
+        steps = torch.arange(self.per_item, device=pool.device)
+        self.of_heads = (first[:, None] + steps).flatten()
+
+    def first(self, blocks: Tensor) -> Tensor:
+        """The row at which each block begins."""
+        if self._blocks_per_page == 1:
+            return blocks * self._page
+        within = blocks % self._blocks_per_page
+        return blocks // self._blocks_per_page * self._page + within * self._block
 
 
 class KVCache:
@@ -113,10 +119,9 @@ class KVCache:
     ) -> None:
         self.num_pages = num_pages
         self.layout = KVLayout.of(config, block_size)
-        page_elements = self.layout.page_elements
-        self.pool = torch.zeros(num_pages * page_elements, dtype=dtype, device=device)
+        self.pool = torch.zeros(num_pages * self.layout.page_elements, dtype=dtype, device=device)
         self.layers = tuple(
-            tuple(self._cache_part(part, page_elements) for part in parts)
+            tuple(CachePart(self.pool, part, self.layout) for part in parts)
             for parts in self.layout.parts
         )
 
@@ -127,17 +132,6 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return self.pool.nbytes
-
-    def _cache_part(self, part: LayerPart, page_elements: int) -> CachePart:
-        group = self.layout.groups[part.group]
-        return CachePart(
-            self.pool,
-            part,
-            self.block_size,
-            group.block_elements,
-            group.blocks_per_page,
-            page_elements,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +158,7 @@ class QueryBatch:
     def unpack(self, packed: Tensor) -> Tensor:
         """`[tokens, heads, width]` of the step to `[sequences, heads, queries, width]`."""
         rows = packed[self.start : self.end]
-        return rows.unflatten(0, self.query_positions.shape).transpose(1, 2)
+        return rows.unflatten(0, self.query_positions.shape).transpose(1, 2)  # type: ignore[no-any-return]
 
     def mask(self, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
         """`visible` and `bias` of a scoring; computed once for all layers that agree on them."""

@@ -58,10 +58,10 @@ class DecoderLayer(nn.Module):
             case "post_norm":
                 return norm(hidden + block(hidden))  # type: ignore[no-any-return]
             case "output_norm":
-                return hidden + norm(block(hidden))
+                return hidden + norm(block(hidden))  # type: ignore[no-any-return]
             case "sandwich_norm":
                 assert output_norm is not None, "a sandwich has two norms"
-                return hidden + output_norm(block(norm(hidden)))
+                return hidden + output_norm(block(norm(hidden)))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
@@ -157,7 +157,7 @@ class Transformer(nn.Module):
                     x, rotations.get(attention.heads.rope), batch
                 ),
             )
-        return self._finish(hidden).unflatten(0, (batch, num_tokens))
+        return self._finish(hidden).unflatten(0, (batch, num_tokens))  # type: ignore[no-any-return]
 
     def project_to_vocab(self, hidden: Tensor) -> Tensor:
         """Logits `[..., vocab]` in float32 of hidden states `[..., hidden]`."""

@@ -5,7 +5,7 @@ from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
-from service.engine.engine import Engine, max_model_len
+from service.engine.engine import Engine, check_supported, max_model_len
 from service.engine.memory import check_kv_cache_bytes, load_configured_model, resolve_device
 
 
@@ -18,6 +18,7 @@ def check_model(config: ServiceConfig) -> ModelConfig:
     """
     model_config = check_checkpoint(config.model_path)
     Tokenizer.for_model(config.model_path, model_config)
+    check_supported(model_config, config.engine)
     max_model_len(config.engine, model_config)
     check_kv_cache_bytes(model_config, config.engine)
     resolve_device(config.engine.device)

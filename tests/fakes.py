@@ -6,15 +6,17 @@ import zlib
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 
-from service.engine.block_manager import BlockManager
+from service.engine.block_manager import BlockGroup, BlockManager
 from service.engine.config import EngineConfig
 from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import ScheduledSequence, Scheduler, StepPlan, StepResult
-from service.engine.sequence import FinishReason, Sequence, SequenceOutput
+from service.engine.sequence import RELEASED, FinishReason, Sequence, SequenceOutput
 
 VOCAB_SIZE = 50
 EOS = 0
 GREEDY = SamplingParams(temperature=0.0)
+# One group of heads that remember everything.
+EVERYTHING = (BlockGroup(),)
 
 
 class FakeClock:
@@ -34,50 +36,78 @@ def _digest(previous: int, token_id: int) -> int:
     return zlib.crc32(struct.pack("<Iq", previous, token_id))
 
 
-def _contents(token_ids: Iterable[int]) -> list[int]:
-    """What the cache slots of these tokens hold, if nothing went wrong."""
-    return list(itertools.accumulate(token_ids, _digest, initial=0))[1:]
+def _visible(group: BlockGroup, query: int) -> list[int]:
+    """The positions that a query of this group looks at."""
+    window = query + 1 if group.window is None else group.window
+    return [at for at in range(query + 1) if query - at < window or at < group.sink_tokens]
 
 
-def _next_token(contents: Iterable[int]) -> int:
-    return zlib.crc32(b"".join(struct.pack("<I", content) for content in contents)) % VOCAB_SIZE
+def _content(previous: int | None, token_id: int) -> int:
+    """What the cache slot of a token holds; `previous` is the slot before, if it is visible."""
+    return _digest(previous or 0, token_id)
 
 
-def _logprob(contents: SequenceOf[int], token_id: int) -> float:
-    return -float(_digest(contents[-1], token_id) % 1000)
+def _read(contents: Iterable[int]) -> int:
+    """What a query makes of all that it sees."""
+    return zlib.crc32(b"".join(struct.pack("<I", content) for content in contents))
 
 
-def continuation(prompt: SequenceOf[int], num_tokens: int) -> list[int]:
+def _reads(token_ids: SequenceOf[int], groups: SequenceOf[BlockGroup]) -> list[int]:
+    """What the query of each token reads, if nothing goes wrong."""
+    cached: list[list[int]] = [[] for _ in groups]
+    reads: list[int] = []
+    for at, token_id in enumerate(token_ids):
+        seen: list[int] = []
+        for group, contents in zip(groups, cached, strict=True):
+            visible = _visible(group, at)
+            contents.append(_content(contents[-1] if at - 1 in visible else None, token_id))
+            seen.extend(contents[position] for position in visible)
+        reads.append(_read(seen))
+    return reads
+
+
+def _logprob(read: int, token_id: int) -> float:
+    return -float(_digest(read, token_id) % 1000)
+
+
+def continuation(
+    prompt: SequenceOf[int], num_tokens: int, groups: SequenceOf[BlockGroup] = EVERYTHING
+) -> list[int]:
     """The tokens with which `FakeModelRunner` continues a prompt, whatever runs beside it."""
     token_ids = list(prompt)
     for _ in range(num_tokens):
-        token_ids.append(_next_token(_contents(token_ids)))
+        token_ids.append(_reads(token_ids, groups)[-1] % VOCAB_SIZE)
     return token_ids[len(prompt) :]
 
 
-def scores(prompt: SequenceOf[int]) -> list[float]:
+def scores(
+    prompt: SequenceOf[int], groups: SequenceOf[BlockGroup] = EVERYTHING
+) -> list[float]:
     """The log-probabilities that `FakeModelRunner` gives the tokens of a prompt."""
-    contents = _contents(prompt)
-    return [_logprob(contents[:end], prompt[end]) for end in range(1, len(prompt))]
+    reads = _reads(prompt, groups)[:-1]
+    return [_logprob(read, token) for read, token in zip(reads, prompt[1:], strict=True)]
 
 
 class FakeModelRunner:
     """The interface of `ModelRunner` over a cache of integers.
 
-    A cache slot holds a digest of all tokens up to its own, made from the slot before; the next
-    token is a digest of all slots that the block table leads to. A block that is lost, shared or
-    freed by mistake changes what follows, as it does with a real model.
+    In each group of heads a cache slot holds a digest of all tokens up to its own, made from the
+    slot before; the next token is a digest of all slots that the block tables lead to, as far as
+    the windows let it see. A block that is lost, shared or freed by mistake changes what follows,
+    or cannot be read at all.
 
     Attributes:
         scripts: output tokens by sequence id, instead of digests; None is a failure.
         failing: ids of sequences whose numbers are not finite from now on.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, groups: SequenceOf[BlockGroup] = EVERYTHING) -> None:
         self.scripts: dict[int, SequenceOf[int | None]] = {}
         self.failing: set[int] = set()
         self._block_size = block_size
-        self._slots: dict[int, int] = {}
+        self._groups = groups
+        # The group that wrote to a page last, and its slots: it overwrites all others.
+        self._pages: dict[int, tuple[int, dict[int, int]]] = {}
 
     def run(self, plan: StepPlan) -> list[StepResult]:
         return [self._run(item) for item in plan.scheduled]
@@ -86,28 +116,54 @@ class FakeModelRunner:
         seq = item.seq
         start = seq.num_computed_tokens
         end = start + item.num_tokens
-        contents = [self._slots[self._slot(seq, position)] for position in range(start)]
         for position in range(start, end):
-            content = _digest(contents[-1] if contents else 0, seq.token_ids[position])
-            self._slots[self._slot(seq, position)] = content
-            contents.append(content)
+            self._write(seq, position)
         if seq.seq_id in self.failing:
             return StepResult(failed=True)
         if seq.params is None:
             targets = range(start + 1, min(end + 1, seq.num_tokens))
             return StepResult(
-                prompt_logprobs=tuple(_logprob(contents[:t], seq.token_ids[t]) for t in targets)
+                prompt_logprobs=tuple(
+                    _logprob(self._look(seq, at - 1), seq.token_ids[at]) for at in targets
+                )
             )
         if not item.samples:
             return StepResult()
         if seq.seq_id in self.scripts:
             token_id = self.scripts[seq.seq_id][seq.num_output_tokens]
             return StepResult(token_id, failed=token_id is None)
-        return StepResult(_next_token(contents))
+        return StepResult(self._look(seq, end - 1) % VOCAB_SIZE)
 
-    def _slot(self, seq: Sequence, position: int) -> int:
-        block = seq.block_table[position // self._block_size]
-        return block * self._block_size + position % self._block_size
+    def _write(self, seq: Sequence, position: int) -> None:
+        for index, group in enumerate(self._groups):
+            visible = position - 1 in _visible(group, position)
+            previous = self._slot(seq, index, position - 1) if visible else None
+            page, slot = self._place(seq, index, position)
+            owner, slots = self._pages.get(page, (index, {}))
+            if owner != index:
+                slots = {}
+            slots[slot] = _content(previous, seq.token_ids[position])
+            self._pages[page] = (index, slots)
+
+    def _look(self, seq: Sequence, query: int) -> int:
+        return _read(
+            self._slot(seq, index, position)
+            for index, group in enumerate(self._groups)
+            for position in _visible(group, query)
+        )
+
+    def _slot(self, seq: Sequence, index: int, position: int) -> int:
+        page, slot = self._place(seq, index, position)
+        owner, slots = self._pages[page]
+        assert owner == index, f"page {page} of group {index} was overwritten by group {owner}"
+        return slots[slot]
+
+    def _place(self, seq: Sequence, index: int, position: int) -> tuple[int, int]:
+        """Page and slot of a position in one group."""
+        block = seq.block_tables[index][position // self._block_size]
+        assert block != RELEASED, f"position {position} is needed, and its block was given back"
+        slot = block * self._block_size + position % self._block_size
+        return block // self._groups[index].blocks_per_page, slot
 
 
 class SchedulerLoop:
@@ -131,6 +187,8 @@ class SchedulerLoop:
         max_waiting_tokens: int = 10_000,
         max_bypass: int = 64,
         enable_prefix_caching: bool = False,
+        groups: tuple[BlockGroup, ...] = EVERYTHING,
+        rope_switch_length: int | None = None,
     ) -> None:
         self.config = EngineConfig(
             block_size=block_size,
@@ -143,15 +201,16 @@ class SchedulerLoop:
             enable_prefix_caching=enable_prefix_caching,
         )
         self.clock = FakeClock()
-        self.runner = FakeModelRunner(block_size)
+        self.runner = FakeModelRunner(block_size, groups)
         self.blocks = BlockManager(
-            num_blocks, block_size, enable_prefix_caching=enable_prefix_caching
+            num_blocks, block_size, enable_prefix_caching=enable_prefix_caching, groups=groups
         )
         self.scheduler = Scheduler(
             self.config,
             self.blocks,
             max_model_len=max_model_len,
             eos_token_ids=frozenset({EOS}),
+            rope_switch_length=rope_switch_length,
             clock=self.clock,
         )
         self.outputs: dict[int, list[SequenceOutput]] = {}

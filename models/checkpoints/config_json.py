@@ -42,6 +42,19 @@ class ConfigFields:
     def __contains__(self, name: str) -> bool:
         return self._fields.get(name) is not None
 
+    def has(self, name: str) -> bool:
+        """Whether the field is there, be it null."""
+        return name in self._fields
+
+    def raw(self, name: str) -> Any:
+        return self._fields[name]
+
+    def refuse_others(self, *known: str) -> None:
+        """Refuse every field but these."""
+        for name in self._fields:
+            if name not in known:
+                raise ConfigError(self._prefix + name, self._fields[name], ", ".join(known))
+
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):

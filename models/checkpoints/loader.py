@@ -10,6 +10,7 @@ from torch import Tensor
 from models.checkpoints.config_json import ConfigFields, read_json
 from models.checkpoints.families import FAMILIES
 from models.checkpoints.families.family import Family
+from models.checkpoints.head_overrides import apply_head_overrides
 from models.checkpoints.names import Piece, find_pieces
 from models.config import ModelConfig
 from models.errors import CheckpointError, ConfigError
@@ -31,7 +32,7 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     directory = _directory(path)
     family, fields = _read_family(directory)
-    config = family.parse(ConfigFields(fields))
+    config = apply_head_overrides(family.parse(ConfigFields(fields)), ConfigFields(fields))
     generation = directory / "generation_config.json"
     if generation.exists():
         # A chat model often names its end-of-turn token only here.

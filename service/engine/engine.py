@@ -94,6 +94,7 @@ class Engine:
         on_step: Callable[[StepStats], None] = lambda stats: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        check_supported(model.config, config)
         self.model_config = model.config
         self.config = config
         self.max_model_len = max_model_len(config, model.config)
@@ -280,6 +281,15 @@ class Engine:
             num_preempted=plan.num_preempted,
             seconds=seconds,
             load=self.load,
+        )
+
+
+def check_supported(model_config: ModelConfig, config: EngineConfig) -> None:
+    """Raise ValueError if the model cannot be served with these settings."""
+    if config.enable_prefix_caching and model_config.rope_depends_on_length:
+        raise ValueError(
+            "enable_prefix_caching is true; allowed: false, because this model rotates equal "
+            "tokens differently in prompts of different lengths (dynamic or LongRoPE scaling)"
         )
 
 

@@ -10,6 +10,9 @@ from service.engine.block_manager import BlockManager
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import Sequence
 
+# Tokens of a step that is never too small.
+MANY = 1000
+
 
 def make(
     token_ids: SequenceOf[int], *, namespace: bytes = b"", params: SamplingParams | None = None
@@ -40,7 +43,7 @@ def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) 
 
 
 def admitted(blocks: BlockManager, seq: Sequence) -> Sequence:
-    assert blocks.admit(seq, reserve=0)
+    assert blocks.admit(seq, max_new_tokens=MANY, reserve=0)
     return seq
 
 
@@ -48,10 +51,10 @@ def run(blocks: BlockManager, seq: Sequence) -> Sequence:
     """Admit, compute and free a sequence; returns it with the blocks it had."""
     admitted(blocks, seq)
     compute(blocks, seq)
-    table = list(seq.block_table)
+    table = list(seq.block_tables[0])
     blocks.free(seq)
     blocks.check_integrity([])
-    seq.block_table.extend(table)
+    seq.block_tables.append(table)
     return seq
 
 
@@ -60,7 +63,7 @@ def run(blocks: BlockManager, seq: Sequence) -> Sequence:
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2)])
 def test_blocks_are_counted_up(num_tokens: int, expected: int) -> None:
-    assert manager().blocks_for(num_tokens) == expected
+    assert manager().pages_for(num_tokens, MANY) == expected
 
 
 @pytest.mark.parametrize("caching", [False, True])
@@ -69,13 +72,13 @@ def test_what_is_admitted_and_grown_is_used_until_it_is_freed(caching: bool) -> 
     seq = admitted(blocks, make(range(5)))
     assert (blocks.num_used_pages, blocks.num_free_pages) == (2, 6)
     assert blocks.grow(seq, 8)
-    assert len(seq.block_table) == 2, "the second block has room"
+    assert len(seq.block_tables[0]) == 2, "the second block has room"
     assert blocks.grow(seq, 9)
     assert (blocks.num_used_pages, blocks.num_free_pages) == (3, 5)
-    assert len(set(seq.block_table)) == 3
+    assert len(set(seq.block_tables[0])) == 3
     blocks.check_integrity([seq])
     blocks.free(seq)
-    assert seq.block_table == []
+    assert seq.block_tables == []
     assert (blocks.num_used_pages, blocks.num_free_pages) == (0, 8)
     blocks.check_integrity([])
 
@@ -84,19 +87,19 @@ def test_growing_gives_all_missing_blocks_or_none() -> None:
     blocks = manager(4)
     seq = admitted(blocks, make(range(4)))
     assert not blocks.grow(seq, 17)
-    assert len(seq.block_table) == 1
+    assert len(seq.block_tables[0]) == 1
     assert blocks.grow(seq, 16)
-    assert len(seq.block_table) == 4
+    assert len(seq.block_tables[0]) == 4
     assert blocks.num_free_pages == 0
 
 
 def test_admission_keeps_the_reserve() -> None:
     blocks = manager(4)
     seq = make(range(12))
-    assert not blocks.admit(seq, reserve=2)
-    assert seq.block_table == []
+    assert not blocks.admit(seq, max_new_tokens=MANY, reserve=2)
+    assert seq.block_tables == []
     assert blocks.num_free_pages == 4
-    assert blocks.admit(seq, reserve=1)
+    assert blocks.admit(seq, max_new_tokens=MANY, reserve=1)
     assert blocks.num_free_pages == 1
 
 
@@ -104,14 +107,14 @@ def test_the_whole_pool_can_be_one_sequence() -> None:
     blocks = manager(4)
     admitted(blocks, make(range(16)))
     assert blocks.num_free_pages == 0
-    assert not blocks.admit(make([1]), reserve=0)
+    assert not blocks.admit(make([1]), max_new_tokens=MANY, reserve=0)
 
 
 def test_a_sequence_with_blocks_is_not_admitted_again() -> None:
     blocks = manager()
     seq = admitted(blocks, make([1]))
     with pytest.raises(AssertionError, match="without blocks"):
-        blocks.admit(seq, reserve=0)
+        blocks.admit(seq, max_new_tokens=MANY, reserve=0)
 
 
 def test_integrity_notices_a_block_without_owner() -> None:
@@ -119,7 +122,7 @@ def test_integrity_notices_a_block_without_owner() -> None:
     seq = admitted(blocks, make([1]))
     with pytest.raises(AssertionError, match="1 references"):
         blocks.check_integrity([])
-    seq.block_table *= 2
+    seq.block_tables[0] *= 2
     with pytest.raises(AssertionError, match="1 references"):
         blocks.check_integrity([seq])
 
@@ -133,8 +136,8 @@ def test_a_second_sequence_reuses_the_full_blocks_of_the_first() -> None:
     compute(blocks, first)
     second = admitted(blocks, make(range(10)))
     assert second.num_computed_tokens == 8
-    assert second.block_table[:2] == first.block_table[:2]
-    assert second.block_table[2] != first.block_table[2], "a block that is not full is not shared"
+    assert second.block_tables[0][:2] == first.block_tables[0][:2]
+    assert second.block_tables[0][2] != first.block_tables[0][2], "a block that is not full is not shared"
     assert blocks.num_used_pages == 4
     blocks.check_integrity([first, second])
 
@@ -218,7 +221,7 @@ def test_without_caching_nothing_is_shared_or_remembered() -> None:
     compute(blocks, first)
     second = admitted(blocks, make(range(9)))
     assert second.num_computed_tokens == 0
-    assert not {*first.block_table} & {*second.block_table}
+    assert not {*first.block_tables[0]} & {*second.block_tables[0]}
     blocks.free(first)
     blocks.free(second)
     assert blocks.num_cached_pages == 0
@@ -241,7 +244,7 @@ def test_blocks_without_content_are_handed_out_before_cached_ones() -> None:
     run(blocks, make(range(9)))
     blocks.free(admitted(blocks, make(range(100, 120))))  # freed later, but never computed
     stranger = admitted(blocks, make(range(200, 224)))
-    assert len(stranger.block_table) == 6
+    assert len(stranger.block_tables[0]) == 6
     assert blocks.num_cached_pages == 2
 
 
@@ -251,9 +254,9 @@ def test_the_oldest_content_is_evicted_first_and_of_one_sequence_its_tail() -> N
     new = run(blocks, make(range(200, 212)))
     assert blocks.num_cached_pages == 6
     stranger = admitted(blocks, make(range(300, 320)))
-    assert stranger.block_table == [
-        *reversed(old.block_table),
-        *list(reversed(new.block_table))[:2],
+    assert stranger.block_tables[0] == [
+        *reversed(old.block_tables[0]),
+        *list(reversed(new.block_tables[0]))[:2],
     ]
     blocks.free(stranger)
     assert admitted(blocks, make(range(200, 212))).num_computed_tokens == 4, "the head survived"
@@ -265,8 +268,8 @@ def test_reuse_makes_content_young_again() -> None:
     new = run(blocks, make(range(200, 212)))
     run(blocks, make(range(100, 112)))  # reuses two blocks and computes the third again
     stranger = admitted(blocks, make(range(300, 308)))
-    assert not {*stranger.block_table} & {*old.block_table[:2]}
-    assert {*stranger.block_table} <= {*new.block_table, old.block_table[2]}
+    assert not {*stranger.block_tables[0]} & {*old.block_tables[0][:2]}
+    assert {*stranger.block_tables[0]} <= {*new.block_tables[0], old.block_tables[0][2]}
 
 
 def test_an_evicted_block_is_not_found_any_more() -> None:
@@ -283,9 +286,9 @@ def test_revived_blocks_are_not_counted_as_free_a_second_time() -> None:
     assert blocks.num_free_pages == 3
     again = make(range(9))
     # Two cached blocks and one new one: all three free blocks, and none for the reserve.
-    assert not blocks.admit(again, reserve=1)
+    assert not blocks.admit(again, max_new_tokens=MANY, reserve=1)
     blocks.check_integrity([other])
-    assert blocks.admit(again, reserve=0)
+    assert blocks.admit(again, max_new_tokens=MANY, reserve=0)
     assert again.num_computed_tokens == 8
     blocks.check_integrity([other, again])
 
@@ -305,7 +308,7 @@ def test_two_sequences_that_compute_the_same_tokens_at_once_keep_their_own_block
     first, second = admitted(blocks, make(range(9))), admitted(blocks, make(range(9)))
     compute(blocks, first)
     compute(blocks, second)
-    assert not {*first.block_table} & {*second.block_table}
+    assert not {*first.block_tables[0]} & {*second.block_tables[0]}
     blocks.check_integrity([first, second])
     blocks.free(first)
     blocks.free(second)
@@ -332,9 +335,9 @@ def test_what_the_cache_supplies_was_computed_from_the_same_tokens(
         assert seq.num_computed_tokens < len(token_ids)
         for index in range(seq.num_computed_tokens // 4):
             expected = (namespace, token_ids[: 4 * (index + 1)])
-            assert content[seq.block_table[index]] == expected
-        for index in range(seq.num_computed_tokens // 4, len(seq.block_table)):
-            content[seq.block_table[index]] = (namespace, token_ids[: 4 * (index + 1)])
+            assert content[seq.block_tables[0][index]] == expected
+        for index in range(seq.num_computed_tokens // 4, len(seq.block_tables[0])):
+            content[seq.block_tables[0][index]] = (namespace, token_ids[: 4 * (index + 1)])
         compute(blocks, seq)
         blocks.check_integrity([seq])
         blocks.free(seq)

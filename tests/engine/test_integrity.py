@@ -101,7 +101,7 @@ class SchedulerLives(RuleBasedStateMachine):
         cache_namespace: bytes,
     ) -> None:
         num_slots = len(prompt) + (params.max_tokens or 1) - 1 if params else len(prompt)
-        fits = num_slots <= self.loop.blocks.num_pages * BLOCK_SIZE
+        fits = num_slots <= min(MAX_MODEL_LEN, self.loop.blocks.num_pages * BLOCK_SIZE)
         has_room = self.loop.scheduler.has_room_for(len(prompt))
         try:
             seq = self.loop.add(

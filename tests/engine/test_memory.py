@@ -65,7 +65,7 @@ def test_a_planned_block_is_as_large_as_an_allocated_one(
 ) -> None:
     model = random_model(CONFIG.replace(layers=layers), seed=1, dtype=dtype)
     cache = KVCache(
-        model.config, num_blocks=3, block_size=block_size, dtype=dtype, device=model.device
+        model.config, num_pages=3, block_size=block_size, dtype=dtype, device=model.device
     )
     config = EngineConfig(block_size=block_size, kv_cache_bytes=cache.nbytes)
     assert num_blocks_for(model, config, 100) == 3

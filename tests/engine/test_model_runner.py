@@ -31,7 +31,7 @@ def model() -> Transformer:
 @pytest.fixture
 def runner(model: Transformer) -> ModelRunner:
     cache = KVCache(
-        CONFIG, num_blocks=256, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
+        CONFIG, num_pages=256, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
     )
     return ModelRunner(model, cache, eos_token_ids=frozenset(CONFIG.eos_token_ids))
 
@@ -43,7 +43,7 @@ def blocks() -> BlockManager:
 
 def admit(blocks: BlockManager, token_ids: list[int], params: SamplingParams | None) -> Sequence:
     seq = Sequence(seq_id=0, token_ids=list(token_ids), params=params, arrival_time=0.0)
-    assert blocks.admit(seq, reserve=0)
+    assert blocks.admit(seq, max_new_tokens=1000, reserve=0)
     return seq
 
 
@@ -226,7 +226,7 @@ def test_a_draw_takes_one_random_number_per_token_and_none_before(
 def test_rows_that_are_not_numbers_give_no_token(blocks: BlockManager) -> None:
     model = tiny_model(kernel="reference", broken_token=3)
     cache = KVCache(
-        CONFIG, num_blocks=256, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
+        CONFIG, num_pages=256, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device
     )
     runner = ModelRunner(model, cache, eos_token_ids=frozenset())
     broken, sound = admit(blocks, [3], GREEDY), admit(blocks, [4], GREEDY)

@@ -570,10 +570,10 @@ def small_loop(prepare: Prepare) -> SchedulerLoop:
 def test_an_abort_frees_blocks_at_once_and_ends_once(prepare: Prepare) -> None:
     loop = small_loop(prepare)
     seq = prepare(loop, None)
-    held, used = len(seq.block_table), loop.blocks.num_used_pages
+    held, used = sum(map(len, seq.block_tables)), loop.blocks.num_used_pages
     loop.abort(seq)
     assert loop.blocks.num_used_pages == used - held
-    assert seq.block_table == []
+    assert seq.block_tables == []
     told = loop.result(seq).token_ids
     assert loop.reason(seq) is FinishReason.CANCELLED
     loop.abort(seq)
@@ -619,7 +619,7 @@ def test_a_deadline_ends_a_request_at_any_stage_before_it_runs_again(prepare: Pr
     scheduled = loop.step()
     assert seq.seq_id not in scheduled
     assert loop.reason(seq) is FinishReason.DEADLINE
-    assert seq.block_table == []
+    assert seq.block_tables == []
     assert len(tokens(loop, seq)) == told
     loop.drain()
     assert loop.num_finishes(seq) == 1

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """Text and token generation with the served model.
+    """Text and token generation with the served model. An encoder (GetModelResponse.is_causal is
+    false) embeds and tokenizes only; the others answer UNIMPLEMENTED.
 
     Errors carry google.rpc details: ErrorInfo with a stable reason (domain "headroom"), BadRequest
     naming every wrong field, RetryInfo where trying again helps. Nothing is clamped or truncated.
@@ -53,6 +54,11 @@ class GenerationServiceStub:
                 request_serializer=protos_dot_headroom_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=protos_dot_headroom_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/headroom.v1.GenerationService/Embed',
+                request_serializer=protos_dot_headroom_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=protos_dot_headroom_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/headroom.v1.GenerationService/Tokenize',
                 request_serializer=protos_dot_headroom_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
@@ -66,7 +72,8 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """Text and token generation with the served model.
+    """Text and token generation with the served model. An encoder (GetModelResponse.is_causal is
+    false) embeds and tokenizes only; the others answer UNIMPLEMENTED.
 
     Errors carry google.rpc details: ErrorInfo with a stable reason (domain "headroom"), BadRequest
     naming every wrong field, RetryInfo where trying again helps. Nothing is clamped or truncated.
@@ -88,6 +95,13 @@ class GenerationServiceServicer:
 
     def Score(self, request, context):
         """Log-probabilities that the model gives to the tokens of a text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """One vector for a text, pooled from the model's final hidden states.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +139,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_headroom_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
                     response_serializer=protos_dot_headroom_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
             ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=protos_dot_headroom_dot_v1_dot_generation__pb2.EmbedRequest.FromString,
+                    response_serializer=protos_dot_headroom_dot_v1_dot_generation__pb2.EmbedResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=protos_dot_headroom_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
@@ -144,7 +163,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """Text and token generation with the served model.
+    """Text and token generation with the served model. An encoder (GetModelResponse.is_causal is
+    false) embeds and tokenizes only; the others answer UNIMPLEMENTED.
 
     Errors carry google.rpc details: ErrorInfo with a stable reason (domain "headroom"), BadRequest
     naming every wrong field, RetryInfo where trying again helps. Nothing is clamped or truncated.
@@ -221,6 +241,33 @@ class GenerationService:
             '/headroom.v1.GenerationService/Score',
             protos_dot_headroom_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
             protos_dot_headroom_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headroom.v1.GenerationService/Embed',
+            protos_dot_headroom_dot_v1_dot_generation__pb2.EmbedRequest.SerializeToString,
+            protos_dot_headroom_dot_v1_dot_generation__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

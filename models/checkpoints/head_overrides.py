@@ -1,0 +1,61 @@
+"""Head settings that no family's config.json can say, under its `headroom` key.
+
+    "headroom": {"layers": {"0": {"window": [128, 128, null, null], "sink_tokens": 4}}}
+
+Other readers of the checkpoint ignore the key. A layer is named by its number, or `*` for all;
+a number wins over `*`.
+"""
+
+import dataclasses
+from typing import Any
+
+from models.checkpoints.config_json import ConfigFields
+from models.config import HeadConfig, ModelConfig
+from models.errors import ConfigError
+
+_FIELDS = ("window", "sink_tokens", "softcap", "scale", "temperature")
+
+
+def apply_head_overrides(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
+    """The configuration with what `headroom.layers` changes.
+
+    Raises:
+        ConfigError: a layer or field does not exist, or has a value that cannot work.
+    """
+    if "headroom" not in fields:
+        return config
+    ours = fields.nested("headroom")
+    ours.refuse_others("layers")
+    layers = ours.nested("layers")
+    layers.refuse_others("*", *map(str, range(config.num_layers)))
+    return config.replace(
+        layers=tuple(
+            _override(_override(heads, layers.nested("*")), layers.nested(str(index)))
+            for index, heads in enumerate(config.layers)
+        )
+    )
+
+
+def _override(heads: HeadConfig, fields: ConfigFields) -> HeadConfig:
+    fields.refuse_others(*_FIELDS)
+    changes: dict[str, Any] = {}
+    if fields.has("window"):
+        changes["window"] = _window(fields)
+    if "sink_tokens" in fields:
+        changes["sink_tokens"] = fields.integer("sink_tokens")
+    for name in ("softcap", "scale"):
+        if name in fields:
+            changes[name] = fields.number(name)
+    if "temperature" in fields:
+        changes["temperature"] = fields.numbers("temperature")
+    return dataclasses.replace(heads, **changes)
+
+
+def _window(fields: ConfigFields) -> int | tuple[int | None, ...] | None:
+    """One window, one for each query head, or null for none."""
+    value = fields.raw("window")
+    windows = value if isinstance(value, list) else [value]
+    for window in windows:
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+            raise ConfigError("window", value, "a number of tokens, null, or a list of these")
+    return tuple(windows) if isinstance(value, list) else windows[0]
