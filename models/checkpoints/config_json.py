@@ -71,6 +71,18 @@ class ConfigFields:
             raise ConfigError(self._prefix + name, value, "a finite number")
         return float(value)
 
+    def spelling(self, *names: str) -> str:
+        """The first of several names of one field that is there, else the first."""
+        return next((name for name in names if name in self), names[0])
+
+    def integer_or_none(self, name: str, default: int | None) -> int | None:
+        """An integer, where null is a value of its own: the feature is off."""
+        return self.integer(name, default) if name in self or not self.has(name) and default else None
+
+    def number_or_none(self, name: str, default: float | None) -> float | None:
+        """A number, where null is a value of its own: the feature is off."""
+        return self.number(name, default) if name in self or not self.has(name) and default else None
+
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):

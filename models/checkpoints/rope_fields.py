@@ -5,6 +5,7 @@ transformers 5 writes `rope_parameters`; version 4, which most published checkpo
 """
 
 import math
+from collections.abc import Mapping
 
 from models.checkpoints.config_json import ConfigFields
 from models.errors import ConfigError
@@ -18,46 +19,82 @@ from models.positions import (
     YarnScaling,
 )
 
-_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-# What old checkpoints of these families called the same thing.
-_OLD_KINDS = {"su": "longrope"}
+_KINDS = {
+    kind: kind for kind in ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+}
+_SETTINGS = (
+    "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor",
+    "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
+    "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor", "short_factor",
+    "long_factor", "finetuned",
+)  # fmt: skip
+
+
+def rope_settings(fields: ConfigFields) -> ConfigFields:
+    """The object that holds the rotary settings, whatever the dialect calls it.
+
+    Raises:
+        ConfigError: both dialects are there and differ.
+    """
+    if "rope_scaling" not in fields:
+        return fields.nested("rope_parameters")
+    if "rope_parameters" in fields and fields.raw("rope_parameters"):
+        fields.refuse_unless("rope_scaling", fields.raw("rope_parameters"))
+    return fields.nested("rope_scaling")
 
 
 def read_rope(
     fields: ConfigFields,
     *,
     head_dim: int,
+    max_positions: int,
+    settings: ConfigFields | None = None,
     theta: float = 10_000.0,
-    rotary_share: float = 1.0,
+    theta_field: str = "rope_theta",
+    share: float | None = None,
+    share_field: str = "partial_rotary_factor",
     interleaved: bool = False,
-    layer_type: str | None = None,
+    original_length: int | None = None,
+    old_kinds: Mapping[str, str] | None = None,
 ) -> RopeConfig:
     """The rotary embedding of a model, or of its layers of one type.
 
     Args:
-        theta: the family's default base.
-        rotary_share: the family's default for the part of a head that is rotated.
-        layer_type: a key of `rope_parameters` whose settings are meant, if they are nested.
+        max_positions: what `max_position_embeddings` says.
+        settings: where the settings are; None looks where both dialects have them.
+        theta, theta_field: the family's default base, and what the older dialect calls it.
+        share, share_field: likewise for the part of a head that is rotated; None is a family
+            that always rotates all of it.
+        original_length: the family's default of `original_max_position_embeddings` beside
+            (not in) the settings.
+        old_kinds: other names of scalings in old checkpoints of the family.
 
     Raises:
         ConfigError: a setting is missing, wrong or not supported.
     """
-    settings = fields.nested("rope_parameters")
-    if layer_type is not None and layer_type in settings:
-        settings = settings.nested(layer_type)
-    old = fields.nested("rope_scaling")
-    scaled = settings if "rope_type" in settings or "type" in settings else old
-    base = settings if "rope_theta" in settings else fields
-    share = settings if "partial_rotary_factor" in settings else fields
+    settings = rope_settings(fields) if settings is None else settings
+    settings.refuse_others(*_SETTINGS)
+    if share is None:
+        for place in (settings, fields):
+            place.refuse_unless("partial_rotary_factor", 1)
+        rotated = 1.0
+    elif "partial_rotary_factor" in settings:
+        rotated = settings.number("partial_rotary_factor")
+    else:
+        rotated = fields.number(share_field, share)
+    if "rope_theta" in settings:
+        theta = settings.number("rope_theta")
+    else:
+        theta = fields.number(theta_field, theta)
     return RopeConfig(
-        theta=base.number("rope_theta", theta),
-        rotary_dim=int(head_dim * share.number("partial_rotary_factor", rotary_share)),
+        theta=theta,
+        rotary_dim=int(head_dim * rotated),
         interleaved=interleaved,
-        scaling=_read_scaling(scaled, fields),
+        scaling=_read_scaling(settings, fields, max_positions, original_length, old_kinds or {}),
     )
 
 
-def longest_context(fields: ConfigFields, rope: RopeConfig, max_positions: int) -> int:
+def longest_context(rope: RopeConfig, max_positions: int) -> int:
     """Tokens that a model handles whose config.json says `max_position_embeddings`.
 
     Linear and dynamic scaling, and YaRN beside its original length, stretch what the field says;
@@ -71,51 +108,66 @@ def longest_context(fields: ConfigFields, rope: RopeConfig, max_positions: int) 
     return max_positions
 
 
-def _read_scaling(scaled: ConfigFields, fields: ConfigFields) -> RopeScaling | None:
-    name = "rope_type" if "rope_type" in scaled else "type"
-    kinds = {kind: kind for kind in _KINDS} | _OLD_KINDS
-    kind = scaled.choice(name, kinds, "default")
+def _read_scaling(
+    settings: ConfigFields,
+    fields: ConfigFields,
+    max_positions: int,
+    original_length: int | None,
+    old_kinds: Mapping[str, str],
+) -> RopeScaling | None:
+    name = "rope_type" if "rope_type" in settings else "type"
+    kind = settings.choice(name, _KINDS | dict(old_kinds), "default")
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearScaling(scaled.number("factor"))
-    max_positions = fields.integer("max_position_embeddings")
+        return LinearScaling(settings.number("factor"))
     if kind == "dynamic":
-        return DynamicNtkScaling(scaled.number("factor"), max_positions)
-    source = scaled if "original_max_position_embeddings" in scaled else fields
-    original_length = source.integer("original_max_position_embeddings", max_positions)
+        return DynamicNtkScaling(settings.number("factor"), max_positions)
+    # The field of the model wins over the one of the settings, as it does in transformers.
+    name = "original_max_position_embeddings"
+    if name in fields or original_length is not None:
+        original_length = fields.integer(name, original_length)
+    else:
+        original_length = settings.integer(name, max_positions)
     if original_length < 2:
-        raise ConfigError("original_max_position_embeddings", original_length, "2 or more")
+        raise ConfigError(name, original_length, "2 or more")
     if kind == "llama3":
-        return Llama3Scaling(
-            factor=scaled.number("factor"),
-            low_freq_factor=scaled.number("low_freq_factor"),
-            high_freq_factor=scaled.number("high_freq_factor"),
-            original_length=original_length,
-        )
-    factor = scaled.number("factor", max_positions / original_length)
+        return _read_llama3(settings, original_length)
+    factor = settings.number("factor", max_positions / original_length)
     if kind == "yarn":
         return YarnScaling(
             factor=factor,
             original_length=original_length,
-            attention_factor=_yarn_attention_factor(scaled, factor),
-            beta_fast=scaled.number("beta_fast", 32.0),
-            beta_slow=scaled.number("beta_slow", 1.0),
-            truncate=scaled.flag("truncate", True),
+            attention_factor=_yarn_attention_factor(settings, factor),
+            beta_fast=settings.number("beta_fast", 32.0) or 32.0,
+            beta_slow=settings.number("beta_slow", 1.0) or 1.0,
+            truncate=settings.flag("truncate", True),
         )
     grown = math.sqrt(1 + math.log(factor) / math.log(original_length)) if factor > 1 else 1.0
     return LongRopeScaling(
-        short_factor=scaled.numbers("short_factor"),
-        long_factor=scaled.numbers("long_factor"),
+        short_factor=settings.numbers("short_factor"),
+        long_factor=settings.numbers("long_factor"),
         original_length=original_length,
-        attention_factor=scaled.number("attention_factor", grown),
+        attention_factor=settings.number("attention_factor", grown),
     )
 
 
-def _yarn_attention_factor(scaled: ConfigFields, factor: float) -> float:
+def _read_llama3(settings: ConfigFields, original_length: int) -> Llama3Scaling:
+    low, high = settings.number("low_freq_factor"), settings.number("high_freq_factor")
+    if high <= low:
+        raise ConfigError("rope_scaling.high_freq_factor", high, f"more than low_freq_factor={low}")
+    return Llama3Scaling(
+        factor=settings.number("factor"),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_length=original_length,
+    )
+
+
+def _yarn_attention_factor(settings: ConfigFields, factor: float) -> float:
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    weight, weight_all = scaled.number("mscale", 0.0), scaled.number("mscale_all_dim", 0.0)
+    weight, weight_all = settings.number("mscale", 0.0), settings.number("mscale_all_dim", 0.0)
     inferred = mscale(weight) / mscale(weight_all) if weight and weight_all else mscale(1.0)
-    return scaled.number("attention_factor", inferred)
+    return settings.number("attention_factor", inferred)

@@ -1,0 +1,394 @@
+"""Do the tests notice? Breaks the code in one place at a time and runs the tests that must fail.
+
+    python -m tests.mutations            # all, and writes docs/mutations.md
+    python -m tests.mutations window     # only those whose name contains the word
+
+Each mutation is made in a copy of the source tree, never in the tree itself.
+"""
+
+import datetime
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "docs" / "mutations.md"
+_COPIED = ("models", "service", "protos", "tests", "loadtests", "pyproject.toml", "docs")
+_PARITY = "tests/parity/test_transformers.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """One mistake: in `file`, `old` (which occurs once) becomes `new`.
+
+    Attributes:
+        tests: arguments for pytest: what must notice.
+        survives: why no test can notice, for a mistake that changes nothing.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    survives: str = ""
+
+
+def parity(rows: str) -> tuple[str, ...]:
+    """The logits of some rows of the parity matrix."""
+    return (_PARITY, "-k", f"logits and ({rows})")
+
+
+_QUERY = "        query = query.unflatten(-1, (heads.num_heads, heads.head_dim))\n"
+_KEY = "        key = key.unflatten(-1, (heads.num_kv_heads, heads.head_dim))\n"
+_VALUE = "        value = value.unflatten(-1, (heads.num_kv_heads, heads.head_dim))\n"
+_NO_KEY_BIAS = f"        key = key - self.qkv.bias[self.query_width :][: self.kv_width]\n{_KEY}"
+_NORM = """        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+"""
+_ROTATE = """        if heads.rope is not None and rotation is not None:
+            interleaved = heads.rope.interleaved
+            query = apply_rope(query, *rotation, interleaved=interleaved)
+            key = apply_rope(key, *rotation, interleaved=interleaved)
+"""
+_CAP = """    if scoring.softcap is not None:
+        scores = scoring.softcap * (scores / scoring.softcap).tanh()
+"""
+_HIDE = """    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+"""
+_BIAS = """    if bias is not None:
+        scores = scores + bias
+"""
+
+MUTATIONS = (
+    Mutation(
+        "scale 1/d instead of 1/sqrt(d)",
+        "models/config.py",
+        "self.head_dim**-0.5 if",
+        "1 / self.head_dim if",
+        parity("llama"),
+    ),
+    Mutation(
+        "scale applied twice",
+        "models/attention.py",
+        "scale: float | Tensor = heads.softmax_scale",
+        "scale: float | Tensor = heads.softmax_scale**2",
+        parity("llama"),
+    ),
+    Mutation(
+        "query bias dropped",
+        "models/attention.py",
+        _QUERY,
+        f"        query = query - self.qkv.bias[: self.query_width]\n{_QUERY}",
+        parity("qwen2"),
+    ),
+    Mutation(
+        "key bias dropped, with rotation",
+        "models/attention.py",
+        _KEY,
+        _NO_KEY_BIAS,
+        parity("qwen2"),
+    ),
+    Mutation(
+        "key bias dropped, without rotation",
+        "models/attention.py",
+        _KEY,
+        _NO_KEY_BIAS,
+        (_PARITY, "-k", "logits and gpt2 and not bigcode"),
+        survives="the same number is added to all scores of a query; the softmax does not see it",
+    ),
+    Mutation(
+        "value bias dropped",
+        "models/attention.py",
+        _VALUE,
+        f"        value = value - self.qkv.bias[-self.kv_width :]\n{_VALUE}",
+        parity("qwen2"),
+    ),
+    Mutation(
+        "output bias dropped",
+        "models/checkpoints/loader.py",
+        "state[name] = joined",
+        'state[name] = (joined * (not name.endswith("attention.output.bias")))',
+        parity("gpt2"),
+    ),
+    Mutation(
+        "key/value heads repeated in the wrong order",
+        "models/kernels/reference.py",
+        "key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)",
+        "key, value = key.repeat(1, group, 1, 1), value.repeat(1, group, 1, 1)",
+        ("tests/models/test_kernels.py",),
+    ),
+    Mutation(
+        "rotation pairs swapped: halves and neighbours",
+        "models/rope.py",
+        "    if interleaved:\n",
+        "    if not interleaved:\n",
+        parity("llama or gptj"),
+    ),
+    Mutation(
+        "rotation before the query/key norm",
+        "models/attention.py",
+        _NORM + _ROTATE,
+        _ROTATE + _NORM,
+        parity("qwen3"),
+    ),
+    Mutation(
+        "window one token wider",
+        "models/scoring.py",
+        ".abs() < self._window_tensor",
+        ".abs() <= self._window_tensor",
+        parity("mistral"),
+    ),
+    Mutation(
+        "window one token narrower",
+        "models/scoring.py",
+        ".abs() < self._window_tensor",
+        ".abs() + 1 < self._window_tensor",
+        parity("mistral"),
+    ),
+    Mutation(
+        "soft-cap after the mask",
+        "models/kernels/reference.py",
+        _CAP + _BIAS + _HIDE,
+        _BIAS + _HIDE + _CAP,
+        parity("gemma2"),
+    ),
+    Mutation(
+        "learned sinks dropped",
+        "models/attention.py",
+        "            sinks=self.sinks,\n",
+        "",
+        parity("gpt_oss"),
+    ),
+    Mutation(
+        "learned sinks contribute a value",
+        "models/kernels/dense.py",
+        "pad(value, (0, 0, 0, 1))",
+        "pad(value, (0, 0, 0, 1), value=1.0)",
+        parity("gpt_oss"),
+    ),
+    Mutation(
+        "attention factor of YaRN once instead of on both sides",
+        "models/rope.py",
+        "return scaling.attention_factor",
+        "return scaling.attention_factor**0.5",
+        parity("yarn"),
+    ),
+    Mutation(
+        "YaRN bounds always rounded",
+        "models/rope.py",
+        "    if scaling.truncate:\n",
+        "    if True:\n",
+        parity("gpt_oss"),
+    ),
+    Mutation(
+        "YaRN bounds never rounded",
+        "models/rope.py",
+        "    if scaling.truncate:\n",
+        "    if False:\n",
+        parity("llama and yarn"),
+    ),
+    Mutation(
+        "Falcon's ALiBi in float32",
+        "models/scoring.py",
+        "        if self.alibi.bfloat16:\n",
+        "        if False:\n",
+        (_PARITY, "-k", "falcon"),
+    ),
+    Mutation(
+        "Falcon's ALiBi after the scale",
+        "models/scoring.py",
+        "        if self.alibi.before_scale:\n",
+        "        if False:\n",
+        parity("falcon"),
+    ),
+    Mutation(
+        "epsilon of the norms",
+        "models/layers.py",
+        "RMSNorm(config.hidden_size, config.norm_eps,",
+        "RMSNorm(config.hidden_size, config.norm_eps * 2,",
+        parity("llama"),
+    ),
+    Mutation(
+        "Gemma's norms multiply by w instead of 1 + w",
+        "models/layers.py",
+        "(1 + weight.to(wide))",
+        "weight.to(wide)",
+        parity("gemma"),
+    ),
+    Mutation(
+        "exact GELU instead of its tanh form",
+        "models/layers.py",
+        'gelu(x, approximate="tanh")',
+        "gelu(x)",
+        parity("gpt2 or gemma"),
+    ),
+    Mutation(
+        "tanh form instead of the exact GELU",
+        "models/layers.py",
+        "            return gelu(x)\n",
+        '            return gelu(x, approximate="tanh")\n',
+        parity("neox or falcon"),
+    ),
+    Mutation(
+        "positions start one later",
+        "models/transformer.py",
+        "positions + self.config.position_offset",
+        "positions + self.config.position_offset + 1",
+        parity("gpt2 or opt"),
+    ),
+    Mutation(
+        "second norm of a sandwich missing",
+        "models/transformer.py",
+        "return hidden + output_norm(block(norm(hidden)))",
+        "return hidden + block(norm(hidden))",
+        parity("gemma2"),
+    ),
+    Mutation(
+        "embeddings not scaled",
+        "models/transformer.py",
+        "if self.config.embedding_scale != 1.0:",
+        "if False:",
+        parity("gemma"),
+    ),
+    Mutation(
+        "output head tied although it is not",
+        "models/transformer.py",
+        "head = self.embed_tokens if self.lm_head is None else self.lm_head",
+        "head = self.embed_tokens",
+        parity("llama"),
+    ),
+    Mutation(
+        "tokens of different requests share a rotation length",
+        "service/engine/model_runner.py",
+        "[item.seq.min_rope_length for item",
+        "[max(other.seq.min_rope_length for other in scheduled) for item",
+        (_PARITY, "-k", "dynamic and greedy"),
+    ),
+    Mutation(
+        "a LongRoPE sequence is not computed again at the switch",
+        "service/engine/scheduler.py",
+        "            self._preempt(seq)\n            seq.min_rope_length",
+        "            seq.min_rope_length",
+        (_PARITY, "tests/engine/test_scheduler.py", "-k", "phi3 or switch"),
+    ),
+    Mutation(
+        "a block is given back one token too early",
+        "service/engine/block_manager.py",
+        "max(seq.num_computed_tokens - group.window + 1, 0)",
+        "max(seq.num_computed_tokens - group.window + 2, 0)",
+        ("tests/engine/test_block_manager.py", "tests/models/test_paths.py"),
+    ),
+    Mutation(
+        "blocks never leave the window",
+        "service/engine/block_manager.py",
+        "            if group.window is None:\n                continue\n            table",
+        "            if True:\n                continue\n            table",
+        ("tests/engine/test_block_manager.py", "tests/models/test_paths.py"),
+    ),
+    Mutation(
+        "sink tokens leave with the window",
+        "service/engine/block_manager.py",
+        "reversed(range(self._blocks_for(group.sink_tokens), first_needed))",
+        "reversed(range(first_needed))",
+        ("tests/engine/test_block_manager.py", "tests/models/test_paths.py"),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What pytest said: the first test that failed, or none."""
+
+    mutation: Mutation
+    failed_test: str | None
+
+    @property
+    def as_expected(self) -> bool:
+        return (self.failed_test is None) == bool(self.mutation.survives)
+
+
+def run(mutation: Mutation) -> Outcome:
+    """Apply a mutation to a copy of the tree and run its tests.
+
+    Raises:
+        RuntimeError: the tests neither passed nor failed: they did not run.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        tree = Path(directory)
+        for name in _COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, tree / name)
+        path = tree / mutation.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutation.old) != 1:
+            raise RuntimeError(f"{mutation.name}: the text to change is not there exactly once")
+        path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        environment = os.environ | {"PYTHONPATH": directory, "PYTHONDONTWRITEBYTECODE": "1"}
+        finished = subprocess.run(
+            [*command, *mutation.tests],
+            cwd=tree,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    failed = re.search(r"^FAILED (\S+)", finished.stdout, re.MULTILINE)
+    if finished.returncode not in (0, 1) or (finished.returncode == 1) != bool(failed):
+        raise RuntimeError(f"{mutation.name}: {finished.stdout[-2000:]}{finished.stderr[-2000:]}")
+    return Outcome(mutation, failed[1] if failed else None)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    lines = [
+        "# What the tests notice",
+        "",
+        "Each row breaks the code in one place, in a copy of the tree, and runs the tests that",
+        "must fail. Made with `make mutations`.",
+        "",
+        f"{datetime.date.today()}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}.",
+        "",
+        "| mistake | in | noticed by |",
+        "|---|---|---|",
+    ]
+    for outcome in outcomes:
+        mutation = outcome.mutation
+        noticed = (
+            f"nothing can: {mutation.survives}"
+            if outcome.failed_test is None
+            else f"`{outcome.failed_test.replace('|', ' ')}`"
+        )
+        lines.append(f"| {mutation.name} | `{mutation.file}` | {noticed} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    console = Console()
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = [mutation for mutation in MUTATIONS if word in mutation.name]
+    outcomes: list[Outcome] = []
+    for mutation in track(chosen, "mutations", console=console):
+        outcomes.append(run(mutation))
+        mark = "ok" if outcomes[-1].as_expected else "[red]UNEXPECTED[/red]"
+        console.print(f"{mark}: {mutation.name}: {outcomes[-1].failed_test or 'nothing failed'}")
+    if not word and all(outcome.as_expected for outcome in outcomes):
+        TABLE.write_text(table(outcomes), encoding="utf-8")
+    return 0 if all(outcome.as_expected for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
