@@ -8,17 +8,16 @@ of heads, an inverted padding mask, a scale applied to the query before and agai
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
-from models.errors import ConfigError, InputError, MaskError, ShapeError
+from models.errors import ConfigError, InputError, ShapeError
+from models.mask_checks import check_mask
 
-TrueMeans: TypeAlias = Literal["visible", "hidden"]
 _AXES = ("batch", "heads", "tokens", "head_dim")
 _DECLARED = "[batch, heads, tokens, head_dim]"
+# How tensors are often laid out instead, as the permutation that mends it.
+_OTHER_LAYOUTS = ((0, 2, 1, 3), (1, 0, 2, 3), (1, 2, 0, 3), (0, 1, 3, 2))
 
 
 def check_attention_inputs(
@@ -55,84 +54,47 @@ def check_attention_inputs(
         check_window(window, query.shape[1])
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """Check a mask against `(batch, heads, queries, keys)`."""
-    check_mask_values("mask", mask)
-    batch, heads, queries, keys = shape
-    fits = mask.dim() == 4 and all(
-        given == size or (given == 1 and axis != 3)
-        for axis, (given, size) in enumerate(zip(mask.shape, shape, strict=True))
-    )
-    if not fits:
-        meant = {
-            (queries, keys): "mask[None, None]",
-            (batch, keys): "mask[:, None, None], one row of keys for each batch entry",
-            (batch, queries, keys): "mask[:, None], one mask for each batch entry",
-            (heads, queries, keys): "mask[None], one mask for each head",
-            (batch, heads, keys, queries): "mask.transpose(-1, -2), queries before keys",
-            (batch, 1, keys, queries): "mask.transpose(-1, -2), queries before keys",
-            (1, 1, keys, queries): "mask.transpose(-1, -2), queries before keys",
-        }.get(tuple(mask.shape))
-        raise MaskError(
-            "mask",
-            f"has shape {list(mask.shape)}",
-            f"[{batch} or 1, {heads} or 1, {queries} or 1, {keys}], "
-            "which is [batch, heads, queries, keys]",
-            meant,
-        )
-    check_polarity("mask", mask, true_means="visible")
+def check_sequences(
+    query: Tensor, key: Tensor, value: Tensor, widths: tuple[int, int, int], *, batch_first: bool
+) -> None:
+    """Check what multi-head attention projects.
 
+    Args:
+        query, key, value: `[tokens, width]`, `[batch, tokens, width]` with `batch_first`,
+            `[tokens, batch, width]` without.
+        widths: of query, key and value.
 
-def check_mask_values(field: str, mask: Tensor) -> None:
-    """Check that a mask is bool, or floating and without NaN and +inf."""
-    if not mask.is_floating_point():
-        if mask.dtype == torch.bool:
-            return
-        meant = f"{field}.bool()" if _is_zeros_and_ones(mask) else None
-        raise MaskError(field, f"is of {mask.dtype}", "torch.bool, or a floating type", meant)
-    unusable = mask.isnan() | (mask == math.inf)
-    if unusable.any():
-        index = unusable.nonzero()[0].tolist()
-        raise MaskError(
-            field, f"is {mask[tuple(index)].item()} at {index}", "finite numbers and -inf"
-        )
-    if _is_zeros_and_ones(mask):
-        raise MaskError(
-            field,
-            "holds only the numbers 0 and 1, which would be added to the scores",
-            "biases such as 0 and -inf, or torch.bool",
-            f"{field}.bool()",
-        )
-
-
-def check_polarity(field: str, mask: Tensor, *, true_means: TrueMeans) -> None:
-    """Refuse a mask `[..., queries, keys]` with which no query sees any key, or whose complement
-    is the causal mask."""
-    if mask.is_floating_point():
-        if (mask == -math.inf).all():
-            raise MaskError(field, "is -inf everywhere", "a mask with which some key is seen")
-        return
-    visible = mask if true_means == "visible" else ~mask
-    stands_for = "visible" if true_means == "visible" else "may not attend"
-    if not visible.any():
-        raise MaskError(
-            field,
-            f"is {true_means == 'hidden'} everywhere, so that no query sees any key",
-            f"True means {stands_for} here",
-            f"~{field}",
-        )
-    queries, keys = visible.shape[-2:]
-    # Of one query, or of one key, it cannot be told.
-    if queries > 1 and keys > 1:
-        hidden = torch.ones(queries, keys, dtype=torch.bool, device=mask.device)
-        for diagonal in {0, keys - queries}:
-            if torch.equal(visible, (~hidden.tril(diagonal)).expand_as(visible)):
-                raise MaskError(
-                    field,
-                    "lets every query see exactly the keys after it",
-                    f"True means {stands_for} here",
-                    f"~{field}, the causal mask",
-                )
+    Raises:
+        ShapeError: shapes that do not fit each other or the widths.
+        InputError: data types that differ; a number that is not finite.
+    """
+    tensors = {"query": query, "key": key, "value": value}
+    for (name, tensor), width in zip(tensors.items(), widths, strict=True):
+        if tensor.dim() != query.dim() or tensor.dim() not in (2, 3):
+            joined = tensor.dim() == 4 and tensor.shape[2] * tensor.shape[3] == width
+            raise ShapeError(
+                name,
+                _has_shape(tensor),
+                f"{_sequence_axes(batch_first)}, or [tokens, width] for all three",
+                f"{name}.flatten(2), heads side by side" if joined else None,
+            )
+        if tensor.shape[-1] != width:
+            turned = tensor.shape[-2] == width
+            raise ShapeError(
+                name,
+                _has_shape(tensor),
+                f"a width of {width} in the last axis",
+                f"{name}.transpose(-1, -2)" if turned else None,
+            )
+        if tensor.numel() == 0:
+            raise ShapeError(name, _has_shape(tensor), "1 or more of each axis")
+    if query.dim() == 3:
+        _check_batches(tensors, batch_first=batch_first)
+    elif key.shape[0] != value.shape[0]:
+        raise ShapeError("value", _has_shape(value), f"{key.shape[0]} tokens, as the key has")
+    check_same_dtype(tensors)
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
 
 
 def check_window(window: int | Sequence[int | None], num_heads: int) -> None:
@@ -190,7 +152,7 @@ def _check_axes(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Find the first disagreement; a transposition that mends all of them is what was meant."""
+    """Find the first disagreement; another layout that mends all of them was meant."""
     found = _disagreement(query, key, value)
     if found is None:
         return
@@ -216,24 +178,56 @@ def _disagreement(query: Tensor, key: Tensor, value: Tensor) -> tuple[str, str] 
     return None
 
 
+def _check_batches(tensors: dict[str, Tensor], *, batch_first: bool) -> None:
+    """Batches of all three and lengths of key and value agree in the declared layout."""
+    first, second = (0, 1) if batch_first else (1, 0)
+
+    def disagreement(turned: tuple[str, ...]) -> tuple[str, str] | None:
+        (query, _), key, value = (
+            (tensor.shape[second], tensor.shape[first])
+            if name in turned
+            else (tensor.shape[first], tensor.shape[second])
+            for name, tensor in tensors.items()
+        )
+        for name, (batch, _) in (("key", key), ("value", value)):
+            if batch != query:
+                return name, f"batch {query}, as the query has"
+        return ("value", f"{key[1]} tokens, as the key has") if key[1] != value[1] else None
+
+    found = disagreement(())
+    if found is None:
+        return
+    name, allowed = found
+    meant = None
+    if disagreement(tuple(tensors)) is None:
+        meant = f"batch_first={not batch_first}"
+    else:
+        for turned in (("query",), ("key",), ("value",), ("key", "value")):
+            if disagreement(turned) is None:
+                meant = " and ".join(f"{name}.transpose(0, 1)" for name in turned)
+                break
+    layout = f"{_sequence_axes(batch_first)} (batch_first={batch_first})"
+    raise ShapeError(name, _has_shape(tensors[name]), f"{allowed}, in {layout}", meant)
+
+
+def _sequence_axes(batch_first: bool) -> str:
+    return "[batch, tokens, width]" if batch_first else "[tokens, batch, width]"
+
+
 def _transposition(tensors: dict[str, Tensor]) -> str | None:
-    """The exchange of two neighbouring axes of one or two arguments that makes all agree."""
-    for names in (("query",), ("key",), ("value",), ("key", "value")):
-        for first, second in pairwise(range(4)):
+    """A common other layout of one argument, or of key and value, with which all would agree."""
+    for order in _OTHER_LAYOUTS:
+        for names in (("query",), ("key",), ("value",), ("key", "value")):
             turned = {
-                name: tensor.transpose(first, second) if name in names else tensor
+                name: tensor.permute(order) if name in names else tensor
                 for name, tensor in tensors.items()
             }
             if _disagreement(*turned.values()) is None:
-                calls = " and ".join(f"{name}.transpose({first}, {second})" for name in names)
-                return f"{calls}: {_AXES[first]} before {_AXES[second]}"
+                calls = " and ".join(f"{name}.permute{order}" for name in names)
+                layout = ", ".join(_AXES[order.index(axis)] for axis in range(4))
+                return f"{calls}, from [{layout}]"
     return None
 
 
 def _has_shape(tensor: Tensor) -> str:
     return f"has shape {list(tensor.shape)}"
-
-
-def _is_zeros_and_ones(mask: Tensor) -> bool:
-    zeros, ones = mask == 0, mask == 1
-    return bool(ones.any() and zeros.any() and (zeros | ones).all())

@@ -32,7 +32,7 @@ class CachePart:
         self.pool = pool
         self.part = part
         self.block_size = layout.block_size
-        self._block_rows = _Rows(pool, part, layout, self._head_elements)
+        self._block_rows = _Rows(pool, part, layout, layout.block_size * part.head_dim)
         self._token_rows = _Rows(pool, part, layout, part.head_dim)
 
     def write(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:

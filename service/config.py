@@ -38,6 +38,7 @@ class ServiceConfig(BaseSettings):
         http_port: where Ray Serve answers HTTP health checks.
         replicas: processes that each hold the model, under Ray Serve.
         max_message_bytes: a larger gRPC message is refused before it is parsed.
+        attend_max_bytes: inputs, scores and answer of one AttentionService call; more is refused.
         drain_seconds: how long open requests may go on after the server was told to stop.
         stall_seconds: an engine that has work but finishes no step for so long is unhealthy.
         engine: limits of each replica's engine.
@@ -55,6 +56,7 @@ class ServiceConfig(BaseSettings):
     runtime: Literal["ray", "standalone"] = "ray"
     replicas: int = Field(1, ge=1, le=64)
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=2**31 - 1)
+    attend_max_bytes: int = Field(64 * 1024 * 1024, ge=1024, le=2**40)
     drain_seconds: float = Field(30.0, ge=0, le=3600)
     stall_seconds: float = Field(30.0, gt=0, le=3600)
     engine: EngineConfig = EngineConfig()

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from service.client import Client
 
 if TYPE_CHECKING:
-    from protos.headroom.v1.models_pb2 import GetModelResponse
+    from protos.headroom.v1.models_pb2 import GetModelResponse, LayerHeads
 
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -20,20 +21,44 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 def describe(model: "GetModelResponse") -> dict[str, str]:
     """The facts that decide what a server can do, each as one line of text."""
-    labels: dict[str, int] = {}
-    for layer in model.layers:
-        label = f"h{layer.num_heads}kv{layer.num_kv_heads}d{layer.head_dim}"
-        labels[label] = labels.get(label, 0) + 1
+    labels = Counter(layer.label for layer in model.layers)
+    features = Counter(", ".join(_features(layer)) for layer in model.layers)
+    kind = "decoder" if model.is_causal else "encoder"
     tokens = model.kv_blocks_total * model.kv_block_size
     mebibytes = tokens * model.kv_bytes_per_token / 2**20
     return {
-        "model": f"{model.name} ({model.family}, {model.num_parameters / 1e6:.1f} M parameters, "
-        f"{model.dtype} on {model.device}, {model.backend} attention)",
+        "model": f"{model.name} ({model.family} {kind}, {model.num_parameters / 1e6:.1f} M "
+        f"parameters, {model.dtype} on {model.device}, {model.backend} attention)",
         "heads": ", ".join(f"{label} x {count} layers" for label, count in labels.items()),
+        "scores": "; ".join(f"{text} x {count} layers" for text, count in features.items()),
         "context": f"{model.max_model_len} tokens, {model.max_num_seqs} sequences at once",
         "kv": f"{model.kv_blocks_total} blocks of {model.kv_block_size} = {tokens} tokens, "
         f"{mebibytes:.1f} MiB, {model.kv_bytes_per_token} bytes per token",
     }
+
+
+def _features(layer: "LayerHeads") -> list[str]:
+    """What decides a layer's scores beside its queries and keys."""
+    found: list[str] = []
+    if layer.HasField("rope_theta"):
+        scaling = f" {layer.rope_scaling}" if layer.rope_scaling else ""
+        found.append(f"rope {layer.rope_theta:g}{scaling} on {layer.rotary_dim} dims")
+    if layer.alibi:
+        found.append("alibi")
+    if layer.HasField("window"):
+        found.append(f"window {layer.window}")
+    elif layer.head_windows:
+        windows = ("all" if window == 0 else str(window) for window in layer.head_windows)
+        found.append(f"windows {'/'.join(windows)}")
+    if layer.sink_tokens:
+        found.append(f"{layer.sink_tokens} sink tokens")
+    if layer.learned_sinks:
+        found.append("learned sinks")
+    if layer.HasField("softcap"):
+        found.append(f"softcap {layer.softcap:g}")
+    if layer.qk_norm:
+        found.append(f"qk-norm per {layer.qk_norm}")
+    return [*found, f"scale {layer.scale:.4g}"]
 
 
 def print_ready(

@@ -4,6 +4,7 @@ ServiceError
 ├── DuplicateRequestError        an open request has this id
 ├── DeadlinePassedError          the timeout passed before the first token
 ├── RequestFailedError           the model computed no usable number for this request
+├── AttentionTooLargeError       an attention would take or answer more bytes than allowed
 ├── UnknownHealthServiceError    a health check names a service that does not exist
 └── (errors of `service.engine.errors`, by the table below)
 
@@ -20,6 +21,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from service.engine.errors import (
+    EncoderModelError,
     EngineDeadError,
     EngineDrainingError,
     EngineStalledError,
@@ -53,6 +55,21 @@ class RequestFailedError(ServiceError):
         super().__init__("the model's output was not a finite number; the request cannot go on")
 
 
+class AttentionTooLargeError(ServiceError):
+    """An attention was refused by its shapes, before anything was allocated.
+
+    Args:
+        what: of the attention takes the bytes.
+        setting: that allows no more.
+    """
+
+    def __init__(self, what: str, num_bytes: int, limit: int, setting: str) -> None:
+        super().__init__(
+            f"{what} of this attention would take {num_bytes} bytes; this server allows {limit} "
+            f"({setting})"
+        )
+
+
 class UnknownHealthServiceError(ServiceError):
     def __init__(self, service: str, known: list[str]) -> None:
         super().__init__(f"service is {service[:64]!r}; allowed: {', '.join(map(repr, known))}")
@@ -73,6 +90,7 @@ class ErrorKind:
 
 CATALOGUE: dict[type[Exception], ErrorKind] = {
     InvalidRequestError: ErrorKind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
+    EncoderModelError: ErrorKind(grpc.StatusCode.UNIMPLEMENTED, "MODEL_IS_ENCODER"),
     NeverFitsError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "NEVER_FITS"),
     QueueFullError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", retry_after=1.0),
     EngineDrainingError: ErrorKind(grpc.StatusCode.UNAVAILABLE, "DRAINING", retry_after=1.0),
@@ -81,6 +99,7 @@ CATALOGUE: dict[type[Exception], ErrorKind] = {
     DuplicateRequestError: ErrorKind(grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
     DeadlinePassedError: ErrorKind(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE"),
     RequestFailedError: ErrorKind(grpc.StatusCode.INTERNAL, "NONFINITE_LOGITS"),
+    AttentionTooLargeError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "ATTENTION_TOO_LARGE"),
     UnknownHealthServiceError: ErrorKind(grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
 }
 _BUG = ErrorKind(grpc.StatusCode.INTERNAL, "INTERNAL")

@@ -3,6 +3,7 @@
 from models.checkpoints.loader import check_checkpoint
 from models.config import ModelConfig
 from models.tokenizer import Tokenizer
+from service.attention.limits import AttentionLimits
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine, check_supported, max_model_len
@@ -43,3 +44,7 @@ async def start_engine(config: ServiceConfig) -> tuple[AsyncEngine, Tokenizer]:
     )
     await engine.start()
     return engine, tokenizer
+
+
+def attention_limits(config: ServiceConfig) -> AttentionLimits:
+    return AttentionLimits(config.attend_max_bytes, config.max_message_bytes)

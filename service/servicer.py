@@ -11,9 +11,11 @@ from contextlib import aclosing
 from grpc_health.v1 import health_pb2
 
 from models.tokenizer import IncrementalDetokenizer, Tokenizer
+from protos.headroom.v1 import attention_pb2, models_pb2
 from protos.headroom.v1 import generation_pb2 as pb
-from protos.headroom.v1 import models_pb2
 from service import codec
+from service.attention.compute import attend
+from service.attention.limits import AttentionLimits
 from service.engine.async_engine import AsyncEngine
 from service.engine.errors import EngineDrainingError, EngineError
 from service.engine.sequence import FinishReason, SequenceOutput
@@ -25,7 +27,12 @@ from service.errors import (
 )
 from service.rpc import RpcContext, server_stream, unary
 
-HEALTH_SERVICES = ("", "headroom.v1.GenerationService", "headroom.v1.ModelService")
+HEALTH_SERVICES = (
+    "",
+    "headroom.v1.AttentionService",
+    "headroom.v1.GenerationService",
+    "headroom.v1.ModelService",
+)
 _HEALTH_POLL_SECONDS = 0.5
 
 
@@ -35,17 +42,26 @@ class HeadroomServicer:
     Args:
         engine: started.
         tokenizer: the model's.
+        attention_limits: bytes that one attention may take.
         watch_seconds: a health watch ends after so long and the client starts a new one; under
             Ray Serve an endless stream would hold up the shutdown of its replica.
     """
 
     def __init__(
-        self, engine: AsyncEngine, tokenizer: Tokenizer, *, watch_seconds: float = math.inf
+        self,
+        engine: AsyncEngine,
+        tokenizer: Tokenizer,
+        attention_limits: AttentionLimits,
+        *,
+        watch_seconds: float = math.inf,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._watch_seconds = watch_seconds
         self._decoder = codec.RequestDecoder(tokenizer, engine.engine.limits)
+        self._attention_decoder = codec.AttentionDecoder(
+            engine.engine.served_config, engine.engine.max_model_len, attention_limits
+        )
         self._open_requests: set[str] = set()
 
     @server_stream
@@ -88,6 +104,25 @@ class HeadroomServicer:
             total_logprob=sum(output.prompt_logprobs),
             num_bytes=len(text.encode()) - self._tokenizer.num_bytes(token_ids[0]),
         )
+
+    @unary(pb.EmbedResponse)
+    async def Embed(self, request: pb.EmbedRequest, grpc_context: RpcContext) -> pb.EmbedResponse:
+        call = self._decoder.embedding(request)
+        output = SequenceOutput.merge([output async for output in self._run(call)])
+        assert output.finish is not None, "a merged embedding has ended"
+        return pb.EmbedResponse(
+            embedding=codec.embedding(output, normalize=request.normalize),
+            token_ids=call.engine_request.prompt_token_ids,
+            usage=codec.usage(output.finish),
+        )
+
+    @unary(attention_pb2.AttendResponse)
+    async def Attend(
+        self, request: attention_pb2.AttendRequest, grpc_context: RpcContext
+    ) -> attention_pb2.AttendResponse:
+        call = self._attention_decoder.call(request)
+        result = await self._engine.call(lambda engine: attend(call, engine.model_runner.model))
+        return codec.attend_response(result)
 
     @unary(pb.TokenizeResponse)
     async def Tokenize(

@@ -5,6 +5,7 @@ NumPy has no bfloat16; such elements are kept as their 16 bits.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -50,7 +51,7 @@ class WireArray:
     """
 
     dtype: str
-    values: npt.NDArray[np.generic]
+    values: npt.NDArray[Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,7 +69,7 @@ class WireArray:
         values = np.frombuffer(tensor.data, element.storage).reshape(tuple(tensor.shape))
         return WireArray(element.name, values)
 
-    def widened(self) -> npt.NDArray[np.generic]:
+    def widened(self) -> npt.NDArray[Any]:
         """The values in a type that NumPy has: bfloat16 becomes float32, exactly."""
         if self.dtype != "bfloat16":
             return self.values.astype(self.values.dtype.newbyteorder("="))

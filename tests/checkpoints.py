@@ -40,21 +40,27 @@ def gpt2(**changes: object) -> PreTrainedModel:
     return randomise(GPT2LMHeadModel(GPT2Config(**{**GPT2, **changes})))
 
 
-def randomise(model: PreTrainedModel, seed: int = 1) -> PreTrainedModel:
+def randomise(
+    model: PreTrainedModel, *, seed: int = 1, attention: str = "eager"
+) -> PreTrainedModel:
     """Random biases and norms too, and projections large enough for sharp attention patterns."""
     generator = torch.Generator().manual_seed(seed)
+    # Gemma multiplies by 1 + weight.
+    unit = 0.0 if model.config.model_type.startswith("gemma") else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                centre = 1.0 if "norm" in name or "ln_" in name else 0.0
-                if name.endswith("bias"):
-                    centre = 0.0
-                parameter.normal_(centre, 0.2, generator=generator)
+            is_norm = ("norm" in name.lower() or "ln_" in name) and name.endswith("weight")
+            if is_norm:
+                parameter.normal_(unit, 0.2, generator=generator)
+            elif name.endswith("sinks"):
+                parameter.normal_(0.0, 1.0, generator=generator)
             else:
-                parameter.normal_(0.0, 0.15, generator=generator)
+                std = 0.2 if parameter.ndim == 1 else 0.15
+                parameter.normal_(0.0, std, generator=generator)
     # Endings are tested on their own; here generations should be long.
-    model.generation_config.eos_token_id = None
-    model.config._attn_implementation = "eager"
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
+    model.config._attn_implementation = attention
     return model.eval()
 
 

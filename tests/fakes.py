@@ -6,8 +6,9 @@ import zlib
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 
-from service.engine.block_manager import BlockGroup, BlockManager
+from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
+from service.engine.group_pool import BlockGroup
 from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import ScheduledSequence, Scheduler, StepPlan, StepResult
 from service.engine.sequence import RELEASED, FinishReason, Sequence, SequenceOutput

@@ -8,11 +8,16 @@ from typing import Any
 
 import grpc
 
-from protos.headroom.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
+from protos.headroom.v1 import (
+    attention_pb2_grpc,
+    generation_pb2_grpc,
+    models_pb2,
+    models_pb2_grpc,
+)
 from service.config import ServiceConfig
 from service.engine import EngineConfig
 from service.engine.async_engine import AsyncEngine
-from service.replica import start_engine
+from service.replica import attention_limits, start_engine
 from service.runtimes.ray_environment import free_ports
 from service.runtimes.standalone import create_server
 from service.servicer import HeadroomServicer
@@ -23,6 +28,7 @@ class RunningServer:
     target: str
     engine: AsyncEngine
     generation: Any
+    attention: Any
     models: Any
     channel: grpc.aio.Channel
 
@@ -46,15 +52,19 @@ class RunningServer:
 
 
 @asynccontextmanager
-async def running_server(model: Path, **engine: Any) -> AsyncIterator[RunningServer]:
+async def running_server(
+    model: Path, *, attend_max_bytes: int = 64 * 2**20, **engine: Any
+) -> AsyncIterator[RunningServer]:
     config = ServiceConfig(
         model=str(model),
         port=free_ports(1)[0],
         engine=EngineConfig(num_threads=1, **engine),
         max_message_bytes=2**20,
+        attend_max_bytes=attend_max_bytes,
     )
     async_engine, tokenizer = await start_engine(config)
-    server, port = create_server(config, HeadroomServicer(async_engine, tokenizer))
+    servicer = HeadroomServicer(async_engine, tokenizer, attention_limits(config))
+    server, port = create_server(config, servicer)
     await server.start()
     target = f"127.0.0.1:{port}"
     try:
@@ -63,6 +73,7 @@ async def running_server(model: Path, **engine: Any) -> AsyncIterator[RunningSer
                 target,
                 async_engine,
                 generation_pb2_grpc.GenerationServiceStub(channel),
+                attention_pb2_grpc.AttentionServiceStub(channel),
                 models_pb2_grpc.ModelServiceStub(channel),
                 channel,
             )

@@ -57,7 +57,7 @@ class ConfigFields:
 
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > sys.maxsize:
             raise ConfigError(self._prefix + name, value, "an integer")
         return value
 
@@ -76,12 +76,16 @@ class ConfigFields:
         return next((name for name in names if name in self), names[0])
 
     def integer_or_none(self, name: str, default: int | None) -> int | None:
-        """An integer, where null is a value of its own: the feature is off."""
-        return self.integer(name, default) if name in self or not self.has(name) and default else None
+        """An integer, where null is a value of its own, not the default: the feature is off."""
+        if name not in self and (self.has(name) or default is None):
+            return None
+        return self.integer(name, default)
 
     def number_or_none(self, name: str, default: float | None) -> float | None:
-        """A number, where null is a value of its own: the feature is off."""
-        return self.number(name, default) if name in self or not self.has(name) and default else None
+        """A number, where null is a value of its own, not the default: the feature is off."""
+        if name not in self and (self.has(name) or default is None):
+            return None
+        return self.number(name, default)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)

@@ -1,6 +1,7 @@
 """A Hugging Face directory to a model, with every disagreement named before anything is used."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -109,6 +110,10 @@ def _read_family(directory: Path) -> tuple[Family, dict[str, object]]:
         raise ConfigError("model_type", model_type, ", ".join(FAMILIES))
     if fields.get("quantization_config") is not None:
         raise ConfigError("quantization_config", "present", "absent: weights must be plain floats")
+    checked = ConfigFields(fields)
+    checked.refuse_unless("per_layer_config", {})
+    checked.refuse_unless("pruned_heads", {})
+    checked.refuse_unless("is_encoder_decoder", False)
     return FAMILIES[model_type], fields
 
 
@@ -182,14 +187,34 @@ def _read_headers(files: list[Path], family: Family, config: ModelConfig) -> dic
             # As "np" the file is not mapped: headers of files larger than memory are read too.
             with safe_open(file, framework="np") as handle:
                 for stored_name in handle.keys():  # noqa: SIM118, safe_open is no mapping
-                    name = stored_name.removeprefix(family.prefix)
-                    if name.endswith(family.ignored):
+                    name = _usual_name(stored_name, family)
+                    if _is_ignored(name, family, config):
                         continue
-                    if name == "lm_head.weight" and config.tie_word_embeddings:
-                        continue
+                    if name in stored:
+                        raise CheckpointError(
+                            f"{name} is stored twice, as {stored[name].name} in "
+                            f"{stored[name].file} and as {stored_name} in {file}"
+                        )
                     view = handle.get_slice(stored_name)
                     shape = tuple(view.get_shape())
                     stored[name] = _Stored(file, stored_name, shape, view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
     return stored
+
+
+def _usual_name(stored_name: str, family: Family) -> str:
+    """What most exporters of the family call a tensor, without the prefix."""
+    name = stored_name.removeprefix(family.prefix)
+    for old, new in family.old_endings:
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def _is_ignored(name: str, family: Family, config: ModelConfig) -> bool:
+    """Whether nothing needs the tensor: a buffer, or a second copy of tied embeddings."""
+    if any(fnmatchcase(name, pattern) for pattern in family.ignored):
+        return True
+    head = family.names(config).model.get("lm_head")
+    return config.tie_word_embeddings and head is not None and name == f"{head.names[0]}.weight"

@@ -5,6 +5,7 @@ transformers 5 writes `rope_parameters`; version 4, which most published checkpo
 """
 
 import math
+import sys
 from collections.abc import Mapping
 
 from models.checkpoints.config_json import ConfigFields
@@ -19,9 +20,7 @@ from models.positions import (
     YarnScaling,
 )
 
-_KINDS = {
-    kind: kind for kind in ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-}
+_KINDS = {kind: kind for kind in ("default", "linear", "dynamic", "yarn", "llama3", "longrope")}
 _SETTINGS = (
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor",
     "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "truncate",
@@ -86,11 +85,20 @@ def read_rope(
         theta = settings.number("rope_theta")
     else:
         theta = fields.number(theta_field, theta)
+    if not 0 < rotated <= 1:
+        raise ConfigError(share_field, rotated, "more than 0, at most 1")
     return RopeConfig(
         theta=theta,
         rotary_dim=int(head_dim * rotated),
         interleaved=interleaved,
-        scaling=_read_scaling(settings, fields, max_positions, original_length, old_kinds or {}),
+        scaling=_read_scaling(
+            settings,
+            fields,
+            theta=theta,
+            max_positions=max_positions,
+            original_length=original_length,
+            old_kinds=old_kinds or {},
+        ),
     )
 
 
@@ -102,15 +110,21 @@ def longest_context(rope: RopeConfig, max_positions: int) -> int:
     """
     match rope.scaling:
         case LinearScaling(factor) | DynamicNtkScaling(factor, _):
-            return int(max_positions * factor)
+            stretched = max_positions * factor
         case YarnScaling(factor, original_length):
-            return max(max_positions, int(original_length * factor))
-    return max_positions
+            stretched = max(max_positions, original_length * factor)
+        case _:
+            return max_positions
+    if stretched > sys.maxsize:
+        raise ConfigError("rope_scaling.factor", factor, "less")
+    return int(stretched)
 
 
 def _read_scaling(
     settings: ConfigFields,
     fields: ConfigFields,
+    *,
+    theta: float,
     max_positions: int,
     original_length: int | None,
     old_kinds: Mapping[str, str],
@@ -135,12 +149,14 @@ def _read_scaling(
         return _read_llama3(settings, original_length)
     factor = settings.number("factor", max_positions / original_length)
     if kind == "yarn":
+        if theta <= 1:
+            raise ConfigError("rope_theta", theta, "more than 1 with YaRN")
         return YarnScaling(
             factor=factor,
             original_length=original_length,
             attention_factor=_yarn_attention_factor(settings, factor),
-            beta_fast=settings.number("beta_fast", 32.0) or 32.0,
-            beta_slow=settings.number("beta_slow", 1.0) or 1.0,
+            beta_fast=_positive(settings, "beta_fast", 32.0),
+            beta_slow=_positive(settings, "beta_slow", 1.0),
             truncate=settings.flag("truncate", True),
         )
     grown = math.sqrt(1 + math.log(factor) / math.log(original_length)) if factor > 1 else 1.0
@@ -150,6 +166,13 @@ def _read_scaling(
         original_length=original_length,
         attention_factor=settings.number("attention_factor", grown),
     )
+
+
+def _positive(settings: ConfigFields, name: str, default: float) -> float:
+    value = settings.number(name, default)
+    if value <= 0:
+        raise ConfigError(f"rope_scaling.{name}", value, "more than 0")
+    return value
 
 
 def _read_llama3(settings: ConfigFields, original_length: int) -> Llama3Scaling:
@@ -168,6 +191,9 @@ def _yarn_attention_factor(settings: ConfigFields, factor: float) -> float:
     def mscale(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    weight, weight_all = settings.number("mscale", 0.0), settings.number("mscale_all_dim", 0.0)
-    inferred = mscale(weight) / mscale(weight_all) if weight and weight_all else mscale(1.0)
+    inferred = mscale(1.0)
+    if "mscale" in settings and "mscale_all_dim" in settings:
+        inferred = mscale(_positive(settings, "mscale", 1.0)) / mscale(
+            _positive(settings, "mscale_all_dim", 1.0)
+        )
     return settings.number("attention_factor", inferred)

@@ -85,7 +85,7 @@ def attend_request(
         query=_message(query),
         key=_message(key),
         value=_message(value),
-        layout=pb.Layout.Value(f"LAYOUT_{layout.upper()}"),
+        layout=f"LAYOUT_{layout.upper()}",
     )
     attending = {name: variant[name] for name in Attending.__annotations__ if name in variant}
     others = {name: value for name, value in variant.items() if name not in attending}
@@ -113,14 +113,13 @@ def attended(response: pb.AttendResponse, like: A) -> Attended[A]:
 def _attending(attending: Mapping[str, Any]) -> dict[str, Any]:
     fields = dict(attending)
     if "implementation" in fields:
-        name = f"IMPLEMENTATION_{fields['implementation'].upper()}"
-        fields["implementation"] = pb.Implementation.Value(name)
+        fields["implementation"] = f"IMPLEMENTATION_{fields['implementation'].upper()}"
     return fields
 
 
 def _variant(given: Mapping[str, Any]) -> pb.Variant:
     fields = dict(given)
-    fields["mask"] = pb.MaskKind.Value(f"MASK_KIND_{fields['mask'].upper()}")
+    fields["mask"] = f"MASK_KIND_{fields['mask'].upper()}"
     for name in ("segment_ids", "visible", "bias", "query_positions", "key_positions"):
         if name in fields:
             fields[name] = _message(fields[name])

@@ -60,8 +60,8 @@ def score_request(text: Prompt, options: RequestOptions | None) -> pb.ScoreReque
 def embed_request(
     text: Prompt, pooling: Pooling, normalize: bool, options: RequestOptions | None
 ) -> pb.EmbedRequest:
-    number = pb.Pooling.Value(f"POOLING_{pooling.upper()}")
-    return _request(pb.EmbedRequest, text, options, pooling=number, normalize=normalize)
+    fields = {"pooling": f"POOLING_{pooling.upper()}", "normalize": normalize}
+    return _request(pb.EmbedRequest, text, options, **fields)
 
 
 def _request(

@@ -3,6 +3,8 @@
 Only the engine thread touches scheduler, blocks and torch, and it is the only one that ever runs
 a parallel torch operation, model loading included: a second OpenMP pool would slow every step.
 Commands go in through a `SimpleQueue`; results come out with one `call_soon_threadsafe` per step.
+Other work with tensors comes here too, as calls: at most one between two steps, so that streams
+slow down by the time of one call per token, and calls wait for one step each.
 """
 
 import asyncio
@@ -11,73 +13,26 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import TypeVar
 
 import structlog
 import torch
 
+from service.engine.commands import Abort, AbortAll, Add, Call, Command, Stop, Stream
 from service.engine.engine import Engine, EngineLoad, EngineRequest
 from service.engine.errors import (
     EngineDeadError,
     EngineDrainingError,
     EngineError,
     EngineStalledError,
+    QueueFullError,
 )
 from service.engine.sequence import FinishReason, SequenceOutput
 
+T = TypeVar("T")
 log = structlog.get_logger()
-
-
-class _Stream:
-    """Results of one request on their way to its reader; what piles up is handed out merged."""
-
-    def __init__(self) -> None:
-        self.seq_id: int | None = None
-        self._outputs: list[SequenceOutput] = []
-        self._error: EngineError | None = None
-        self._ready = asyncio.Event()
-
-    def put(self, result: SequenceOutput | EngineError) -> None:
-        if isinstance(result, EngineError):
-            self._error = result
-        else:
-            self._outputs.append(result)
-        self._ready.set()
-
-    async def get(self) -> SequenceOutput:
-        await self._ready.wait()
-        if self._outputs:
-            outputs, self._outputs = self._outputs, []
-            if self._error is None:
-                self._ready.clear()
-            return SequenceOutput.merge(outputs)
-        assert self._error is not None, "a ready stream has an output or an error"
-        raise self._error
-
-
-@dataclass(frozen=True, slots=True)
-class _Add:
-    request: EngineRequest
-    stream: _Stream
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    stream: _Stream
-
-
-@dataclass(frozen=True, slots=True)
-class _AbortAll:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-_Command = _Add | _Abort | _AbortAll | _Stop
 
 
 class AsyncEngine:
@@ -96,8 +51,9 @@ class AsyncEngine:
         self._build = build
         self._num_threads = num_threads
         self._stall_seconds = stall_seconds
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._streams: dict[int, _Stream] = {}
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._streams: dict[int, Stream] = {}
+        self._calls: deque[Call] = deque()
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._load: EngineLoad | None = None
@@ -141,27 +97,48 @@ class AsyncEngine:
         Raises:
             EngineError: the request was refused, or the engine is draining or dead.
         """
+        stream = Stream()
+        with self._open(Add(request, stream)):
+            finished = False
+            try:
+                while not finished:
+                    output = await stream.get()
+                    finished = output.finish is not None
+                    yield output
+            except EngineError:
+                finished = True
+                raise
+            finally:
+                if not finished:
+                    self._commands.put(Abort(stream))
+
+    async def call(self, function: Callable[[Engine], T]) -> T:
+        """The result of a function that runs on the engine thread, between two steps.
+
+        It has to be short: no stream goes on while it runs. A caller that is cancelled before it
+        began skips it. What it raises, this raises.
+
+        Raises:
+            EngineError: the engine is draining or dead, or `max_waiting_requests` calls wait.
+        """
+        call = Call(function)
+        with self._open(call):
+            return await asyncio.wrap_future(call.answer)
+
+    @contextlib.contextmanager
+    def _open(self, command: Command) -> Iterator[None]:
+        """Hand in a command; a drain waits until the block is left."""
         if self._draining:
             raise EngineDrainingError
         self.check_alive()
-        stream = _Stream()
-        self._commands.put(_Add(request, stream))
+        self._commands.put(command)
         # The thread may have ended since; whatever it had not taken then, it never will.
         self.check_alive()
         self._num_open += 1
         self._idle.clear()
-        finished = False
         try:
-            while not finished:
-                output = await stream.get()
-                finished = output.finish is not None
-                yield output
-        except EngineError:
-            finished = True
-            raise
+            yield
         finally:
-            if not finished:
-                self._commands.put(_Abort(stream))
             self._num_open -= 1
             if self._num_open == 0:
                 self._idle.set()
@@ -197,7 +174,7 @@ class AsyncEngine:
             await asyncio.wait_for(self._idle.wait(), seconds)
             return True
         except TimeoutError:
-            self._commands.put(_AbortAll())
+            self._commands.put(AbortAll())
             with contextlib.suppress(TimeoutError):  # their last messages are on the way
                 await asyncio.wait_for(self._idle.wait(), self._stall_seconds)
             return False
@@ -208,7 +185,7 @@ class AsyncEngine:
         A stalled step is not waited for longer than `stall_seconds`: the thread is a daemon.
         """
         self._draining = True
-        self._commands.put(_Stop())
+        self._commands.put(Stop())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, self._stall_seconds)
 
@@ -233,15 +210,21 @@ class AsyncEngine:
             streams = list(self._streams.values())
             self._streams.clear()
             while not self._commands.empty():
-                command = self._commands.get()
-                if isinstance(command, _Add):
-                    streams.append(command.stream)
+                match self._commands.get():
+                    case Add(_, stream):
+                        streams.append(stream)
+                    case Call() as call:
+                        self._calls.append(call)
             self._deliver([(stream, EngineDeadError()) for stream in streams])
+            self._refuse_calls(EngineDeadError())
 
     def _serve(self, engine: Engine) -> None:
         while self._apply_commands(engine):
             self._busy_since = time.monotonic()
-            outputs = engine.step()
+            if self._calls:
+                self._calls.popleft().run(engine)
+                self._busy_since = time.monotonic()
+            outputs = engine.step() if engine.has_unfinished else []
             self._busy_since = None
             self._publish(engine, outputs)
 
@@ -249,23 +232,27 @@ class AsyncEngine:
         """Apply what has been asked for, waiting for something to do; False means stop."""
         while True:
             try:
-                command = self._commands.get(block=not engine.has_unfinished)
+                idle = not (engine.has_unfinished or self._calls)
+                command = self._commands.get(block=idle)
             except queue.Empty:
                 return True
             match command:
-                case _Add(request, stream):
+                case Add(request, stream):
                     self._add(engine, request, stream)
-                case _Abort(stream):
+                case Abort(stream):
                     if stream.seq_id is not None:
                         self._streams.pop(stream.seq_id, None)
                         engine.abort(stream.seq_id)
                     self._load = engine.load
-                case _AbortAll():
+                case AbortAll():
                     self._publish(engine, engine.scheduler.abort_all(FinishReason.CANCELLED))
-                case _Stop():
+                    self._refuse_calls(EngineDrainingError())
+                case Call() as call:
+                    self._add_call(engine, call)
+                case Stop():
                     return False
 
-    def _add(self, engine: Engine, request: EngineRequest, stream: _Stream) -> None:
+    def _add(self, engine: Engine, request: EngineRequest, stream: Stream) -> None:
         try:
             stream.seq_id = engine.add(request)
         except EngineError as error:
@@ -274,16 +261,27 @@ class AsyncEngine:
         self._streams[stream.seq_id] = stream
         self._load = engine.load
 
+    def _add_call(self, engine: Engine, call: Call) -> None:
+        limit = engine.config.max_waiting_requests
+        if len(self._calls) >= limit:
+            call.refuse(QueueFullError(unit="calls", limit=limit))
+        else:
+            self._calls.append(call)
+
+    def _refuse_calls(self, error: EngineError) -> None:
+        while self._calls:
+            self._calls.popleft().refuse(error)
+
     def _publish(self, engine: Engine, outputs: list[SequenceOutput]) -> None:
         self._load = engine.load
-        results: list[tuple[_Stream, SequenceOutput | EngineError]] = []
+        results: list[tuple[Stream, SequenceOutput | EngineError]] = []
         for output in outputs:
             done = output.finish is not None
             stream = self._streams.pop(output.seq_id) if done else self._streams[output.seq_id]
             results.append((stream, output))
         self._deliver(results)
 
-    def _deliver(self, results: "list[tuple[_Stream, SequenceOutput | EngineError]]") -> None:
+    def _deliver(self, results: "list[tuple[Stream, SequenceOutput | EngineError]]") -> None:
         if results:
             self._call_on_loop(_dispatch, results)
 
@@ -293,7 +291,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *args)
 
 
-def _dispatch(results: "list[tuple[_Stream, SequenceOutput | EngineError]]") -> None:
+def _dispatch(results: "list[tuple[Stream, SequenceOutput | EngineError]]") -> None:
     for stream, result in results:
         stream.put(result)
 

@@ -14,23 +14,9 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from service.engine.group_pool import BlockGroup, GroupPool, pages_for
 from service.engine.sequence import RELEASED, Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class BlockGroup:
-    """What the heads of a group remember, and how many of their blocks a page holds.
-
-    Attributes:
-        window: the newest so many tokens; None is all.
-        sink_tokens: the first so many tokens in any case.
-    """
-
-    window: int | None = None
-    sink_tokens: int = 0
-    blocks_per_page: int = 1
 
 
 class BlockManager:
@@ -59,7 +45,7 @@ class BlockManager:
         self._free_pages: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
         self._cached_pages: set[int] = set()
         self._owner: list[int | None] = [None] * num_pages
-        self._pools = [_GroupPool(group, num_pages) for group in groups]
+        self._pools = [GroupPool(group, num_pages) for group in groups]
 
     @property
     def num_free_pages(self) -> int:
@@ -81,10 +67,7 @@ class BlockManager:
         Args:
             max_new_tokens: tokens of one step.
         """
-        return sum(
-            -(-self._blocks_at_once(group, num_tokens, max_new_tokens) // group.blocks_per_page)
-            for group in self.groups
-        )
+        return pages_for(self.groups, self.block_size, num_tokens, max_new_tokens)
 
     def max_tokens(self, at_most: int, max_new_tokens: int) -> int:
         """The longest sequence, up to `at_most`, that the whole pool holds."""
@@ -187,15 +170,6 @@ class BlockManager:
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
-
-    def _blocks_at_once(self, group: BlockGroup, num_tokens: int, max_new_tokens: int) -> int:
-        """Most blocks that a sequence holds at one time while it grows to so many tokens."""
-        every = self._blocks_for(num_tokens)
-        if group.window is None:
-            return every
-        # The window and the new tokens can both begin and end within a block.
-        recent = self._blocks_for(group.window - 1 + max_new_tokens) + 1
-        return min(every, recent + self._blocks_for(group.sink_tokens))
 
     def _extend(self, seq: Sequence, missing: list[int]) -> None:
         for index, num_missing in enumerate(missing):
@@ -338,75 +312,3 @@ class BlockManager:
             start = index * self.block_size
             tokens = array("q", seq.token_ids[start : start + self.block_size])
             seq.block_hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
-
-
-class _GroupPool:
-    """The blocks of one group, on the pages that it owns.
-
-    Attributes:
-        references: sequences that use a block, where any do.
-        spare: blocks that nobody uses on pages with used blocks; empty ones first.
-    """
-
-    def __init__(self, group: BlockGroup, num_pages: int) -> None:
-        self.group = group
-        self.references: dict[int, int] = {}
-        self.spare: OrderedDict[int, None] = OrderedDict()
-        self.block_of_hash: dict[bytes, int] = {}
-        self.hash_of_block: dict[int, bytes] = {}
-
-    def page_of(self, block: int) -> int:
-        return block // self.group.blocks_per_page
-
-    def blocks_of(self, page: int) -> range:
-        size = self.group.blocks_per_page
-        return range(page * size, (page + 1) * size)
-
-    def add_page(self, page: int) -> None:
-        """Make the blocks of a page spare: it is in use now."""
-        for block in self.blocks_of(page):
-            self.add_spare(block)
-
-    def holds_cached(self, page: int) -> bool:
-        return any(block in self.hash_of_block for block in self.blocks_of(page))
-
-    def drop_page(self, page: int) -> None:
-        """Forget what the blocks of a page hold: it gets another owner."""
-        for block in self.blocks_of(page):
-            self._forget(block)
-
-    def add_spare(self, block: int) -> None:
-        self.spare[block] = None
-        if block not in self.hash_of_block:
-            self.spare.move_to_end(block, last=False)
-
-    def take_spare(self, *, cached: bool) -> int | None:
-        """The spare block to be overwritten first; None if there is none but cached ones."""
-        block = next(iter(self.spare), None)
-        if block is None or (not cached and block in self.hash_of_block):
-            return None
-        del self.spare[block]
-        self._forget(block)
-        return block
-
-    def remember(self, block: int, digest: bytes) -> None:
-        if block not in self.hash_of_block and digest not in self.block_of_hash:
-            self.hash_of_block[block] = digest
-            self.block_of_hash[digest] = block
-
-    def check_integrity(self, counted: dict[int, int]) -> None:
-        assert self.references == counted, f"references {self.references}, tables {counted}"
-        assert not self.spare.keys() & self.references.keys(), "a block spare and used"
-        used_pages = {self.page_of(block) for block in self.references}
-        unused = {b for page in used_pages for b in self.blocks_of(page)} - self.references.keys()
-        assert self.spare.keys() == unused, "spare blocks are those beside used ones"
-        known = [block in self.hash_of_block for block in self.spare]
-        assert known == sorted(known), "empty spare blocks come first"
-        assert {digest: block for block, digest in self.hash_of_block.items()} == (
-            self.block_of_hash
-        ), "the two directions of the prefix cache differ"
-
-    def _forget(self, block: int) -> None:
-        digest = self.hash_of_block.pop(block, None)
-        if digest is not None:
-            del self.block_of_hash[digest]

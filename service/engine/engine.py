@@ -20,18 +20,26 @@ from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import Scheduler, StepPlan
 from service.engine.sequence import (
     FinishReason,
+    Pooling,
     Sequence,
     SequenceOutput,
     TokenLogprobs,
 )
-from service.engine.validation import ModelLimits, prompt_violations, validate_generation
+from service.engine.validation import (
+    ModelLimits,
+    prompt_violations,
+    require_decoder,
+    validate_generation,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """What a caller wants: to continue a prompt, or (without params) to score it.
+    """What a caller wants: to continue a prompt, to embed it, or (with neither) to score it.
 
     Attributes:
+        params: how to continue it.
+        pooling: how to embed it.
         timeout: seconds from arrival until the request ends with what it has.
         cache_namespace: requests share cached prefixes only within one namespace.
     """
@@ -41,6 +49,7 @@ class EngineRequest:
     priority: int = 0
     timeout: float | None = None
     cache_namespace: bytes = b""
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +116,9 @@ class Engine:
         )
         self.on_step = on_step
         eos_token_ids = frozenset(model.config.eos_token_ids)
-        self.limits = ModelLimits(model.config.vocab_size, self.max_model_len, eos_token_ids)
+        self.limits = ModelLimits(
+            model.config.vocab_size, self.max_model_len, eos_token_ids, model.config.is_causal
+        )
         block_manager = BlockManager(
             self.kv_cache.num_pages,
             config.block_size,
@@ -120,6 +131,7 @@ class Engine:
             max_model_len=self.max_model_len,
             eos_token_ids=eos_token_ids,
             rope_switch_length=model.config.rope_switch_length,
+            whole_prompts=not model.config.is_causal,
             clock=clock,
         )
         self.model_runner = ModelRunner(model, self.kv_cache, eos_token_ids=eos_token_ids)
@@ -147,10 +159,15 @@ class Engine:
         return cls(model, config, tokenizer=tokenizer, on_step=on_step)
 
     @property
+    def served_config(self) -> ModelConfig:
+        """The model's configuration, with the type that it computes in."""
+        dtype = str(self.model_runner.model.dtype).removeprefix("torch.")
+        return self.model_config.replace(dtype=dtype)
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache that a token takes until it leaves the window of any head."""
-        dtype = str(self.kv_cache.pool.dtype).removeprefix("torch.")
-        return self.model_config.replace(dtype=dtype).kv_bytes_per_token()
+        return self.served_config.kv_bytes_per_token()
 
     @property
     def has_unfinished(self) -> bool:
@@ -172,6 +189,7 @@ class Engine:
 
         Raises:
             InvalidRequestError: a field is wrong.
+            EncoderModelError: an encoder is to generate or score.
             NeverFitsError, QueueFullError: see `Scheduler.add`.
         """
         self._validate(request)
@@ -182,6 +200,7 @@ class Engine:
             token_ids=list(request.prompt_token_ids),
             params=params,
             arrival_time=now,
+            pooling=request.pooling,
             priority=request.priority,
             deadline=None if request.timeout is None else now + request.timeout,
             cache_namespace=request.cache_namespace,
@@ -244,6 +263,9 @@ class Engine:
         return [_request_output(SequenceOutput.merge(outputs)) for outputs in collected.values()]
 
     def _validate(self, request: EngineRequest) -> None:
+        assert request.params is None or request.pooling is None, "a request wants one thing"
+        if request.pooling is None:
+            require_decoder(self.limits)
         if request.params is not None:
             validate_generation(request.prompt_token_ids, request.params, self.limits)
             if request.params.stop and self._tokenizer is None:
@@ -290,6 +312,19 @@ def check_supported(model_config: ModelConfig, config: EngineConfig) -> None:
         raise ValueError(
             "enable_prefix_caching is true; allowed: false, because this model rotates equal "
             "tokens differently in prompts of different lengths (dynamic or LongRoPE scaling)"
+        )
+    if model_config.is_causal:
+        return
+    if config.enable_prefix_caching:
+        raise ValueError(
+            "enable_prefix_caching is true; allowed: false, because in an encoder the beginning of "
+            "a text depends on its end"
+        )
+    longest = max_model_len(config, model_config)
+    if longest > config.max_num_batched_tokens:
+        raise ValueError(
+            f"max_num_batched_tokens is {config.max_num_batched_tokens}; allowed: at least "
+            f"max_model_len={longest}, because an encoder computes a text in one step"
         )
 
 

@@ -2,6 +2,7 @@
 
 EngineError
 ├── InvalidRequestError      fields of the request are wrong; every one of them is named
+├── EncoderModelError        the model is an encoder, which embeds and does nothing else
 ├── NeverFitsError           the request is larger than the whole KV cache
 ├── QueueFullError           the waiting queue is full, by requests or by tokens
 ├── EngineDrainingError      the engine finishes what it has and takes nothing new
@@ -42,6 +43,13 @@ class InvalidRequestError(EngineError, ValueError):
         if len(violations) > _MAX_SHOWN:
             shown.append(f"and {len(violations) - _MAX_SHOWN} more")
         super().__init__("; ".join(shown))
+
+
+class EncoderModelError(EngineError):
+    """The request needs a model that predicts the next token."""
+
+    def __init__(self) -> None:
+        super().__init__("the served model is an encoder: it embeds, it cannot generate or score")
 
 
 class NeverFitsError(EngineError):

@@ -9,8 +9,8 @@ from models.checkpoints.loader import load_model
 from models.config import ITEMSIZE, DTypeName, ModelConfig
 from models.kv_layout import KVLayout
 from models.transformer import Transformer
-from service.engine.block_manager import BlockGroup, BlockManager
 from service.engine.config import EngineConfig
+from service.engine.group_pool import BlockGroup, pages_for
 
 # What of the free memory the KV cache may take when nothing else is said: on a GPU nearly all,
 # on a CPU a part, because the machine has other work.
@@ -85,8 +85,7 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
     check_kv_cache_bytes(model_config, config)
     per_block = page_bytes(model_config, config.block_size, model_config.dtype)
     groups = block_groups(model_config, config.block_size)
-    manager = BlockManager(0, config.block_size, enable_prefix_caching=False, groups=groups)
-    each = manager.pages_for(max_model_len, config.max_num_batched_tokens)
+    each = pages_for(groups, config.block_size, max_model_len, config.max_num_batched_tokens)
     useful = config.max_num_seqs * each
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // per_block

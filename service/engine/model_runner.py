@@ -11,7 +11,7 @@ from models.kv_cache import AttentionMetadata, KVCache
 from models.sampler import SampledToken, SamplingRow, sample
 from models.transformer import Transformer
 from service.engine.scheduler import ScheduledSequence, StepPlan, StepResult
-from service.engine.sequence import Sequence, TokenLogprobs
+from service.engine.sequence import Pooling, Sequence, TokenLogprobs
 
 # Rows of logits that exist at once while scoring: bounds memory for large vocabularies.
 _SCORING_ROWS = 128
@@ -47,6 +47,8 @@ class ModelRunner:
             elif item.samples:
                 last_rows.append(end - 1)
                 sampled.append(index)
+            elif item.seq.pooling is not None:
+                results[index] = StepResult(pooled=_pool(item, hidden[start:end]))
             elif item.seq.params is None:
                 scores = self._score(item, hidden[start:end])
                 results[index] = StepResult(
@@ -150,6 +152,21 @@ class ModelRunner:
             uniform=0.0 if seq.rng is None else seq.rng.random(),
             num_logprobs=params.logprobs,
         )  # fmt: skip
+
+
+def _pool(item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
+    """What these `[tokens, hidden]` contribute to the sequence's embedding."""
+    seq = item.seq
+    match seq.pooling:
+        case Pooling.MEAN:
+            pooled = hidden.double().sum(dim=0) / seq.num_tokens
+        case Pooling.FIRST if seq.num_computed_tokens == 0:
+            pooled = hidden[0]
+        case Pooling.LAST if item.num_tokens == seq.num_uncomputed_tokens:
+            pooled = hidden[-1]
+        case _:
+            return ()
+    return tuple(pooled.tolist())
 
 
 def _uses_output(repetition: float, presence: float, frequency: float) -> bool:

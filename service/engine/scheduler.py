@@ -64,12 +64,14 @@ class StepResult:
         token_id: the sampled token; None if none was due.
         logprobs: of the sampled token, if asked for.
         prompt_logprobs: when scoring, log-probabilities of the tokens after the computed ones.
+        pooled: when embedding, what the computed tokens contribute; empty is nothing.
         failed: the model's numbers for this sequence were not finite.
     """
 
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[float, ...] = ()
+    pooled: tuple[float, ...] = ()
     failed: bool = False
 
 
@@ -83,6 +85,8 @@ class Scheduler:
         eos_token_ids: tokens with which the model ends.
         rope_switch_length: a sequence that grows beyond it is computed again from its beginning,
             because all its keys would be rotated differently; None is never.
+        whole_prompts: a prompt is computed in one step or not at all, because each of its tokens
+            sees all others.
         clock: monotonic seconds.
     """
 
@@ -94,6 +98,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         rope_switch_length: int | None = None,
+        whole_prompts: bool = False,
         clock: Callable[[], float],
     ) -> None:
         self.block_manager = block_manager
@@ -102,6 +107,7 @@ class Scheduler:
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._rope_switch_length = rope_switch_length
+        self._whole_prompts = whole_prompts
         self._clock = clock
         self._by_id: dict[int, Sequence] = {}
         # The last token of a request needs no slot.
@@ -198,6 +204,7 @@ class Scheduler:
                 outputs.append(self._append(seq, result, now))
             elif seq.params is None:
                 seq.prompt_logprobs.extend(result.prompt_logprobs)
+                seq.add_pooled(result.pooled)
                 if seq.num_uncomputed_tokens == 0:
                     seq.first_token_time = now
                     outputs.append(self._end(seq, FinishReason.LENGTH))
@@ -254,13 +261,15 @@ class Scheduler:
         self.block_manager.free(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
-        seq.prompt_logprobs.clear()
+        seq.forget_results()
         seq.status = SequenceStatus.WAITING
         self.waiting.push(seq)
 
     def _admit_next(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence that fits to the running ones."""
         for seq in self.waiting.candidates():
+            if self._whole_prompts and seq.num_tokens > budget:
+                continue
             # Every running sequence may need one more block before anything ends.
             reserve = len(self.running)
             if self.block_manager.admit(seq, max_new_tokens=budget, reserve=reserve):
@@ -322,5 +331,6 @@ class Scheduler:
         return SequenceOutput(
             seq_id=seq.seq_id,
             prompt_logprobs=tuple(seq.prompt_logprobs),
+            embedding=tuple(seq.pooled),
             finish=seq.finish(reason, self._clock(), matched_stop),
         )

@@ -3,6 +3,7 @@
 import enum
 import random
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from service.engine.sampling_params import SamplingParams
@@ -27,6 +28,14 @@ class FinishReason(enum.Enum):
     DEADLINE = enum.auto()
     CANCELLED = enum.auto()
     ERROR = enum.auto()
+
+
+class Pooling(enum.Enum):
+    """How the hidden states of a prompt become one vector."""
+
+    MEAN = enum.auto()
+    LAST = enum.auto()
+    FIRST = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +87,14 @@ class SequenceOutput:
 
     Attributes:
         prompt_logprobs: only when scoring: log-probabilities of the tokens after the first.
+        embedding: only when embedding, with the finish.
     """
 
     seq_id: int
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[float, ...] = ()
+    embedding: tuple[float, ...] = ()
     finish: Finish | None = None
 
     @staticmethod
@@ -96,6 +107,7 @@ class SequenceOutput:
             token_ids=tuple(t for output in outputs for t in output.token_ids),
             logprobs=tuple(t for output in outputs for t in output.logprobs),
             prompt_logprobs=tuple(t for output in outputs for t in output.prompt_logprobs),
+            embedding=outputs[-1].embedding,
             finish=outputs[-1].finish,
         )
 
@@ -106,7 +118,8 @@ class Sequence:
 
     Attributes:
         seq_id: grows with arrival.
-        params: how to sample; None scores the prompt instead of continuing it.
+        params: how to sample; None scores or embeds the prompt instead of continuing it.
+        pooling: embeds the prompt; None does not.
         deadline: engine clock time after which the request ends; None never.
         cache_namespace: sequences share cached blocks only within one namespace.
         block_tables: for each group of heads, the block of every `block_size` tokens.
@@ -115,12 +128,14 @@ class Sequence:
         num_computed_tokens: tokens whose keys and values are in the cache.
         num_cached_tokens: of these, how many the prefix cache supplied at first admission.
         num_bypassed: later arrivals that were admitted before this one.
+        pooled: sum of the contributions to the embedding so far.
     """
 
     seq_id: int
     token_ids: list[int]
     params: SamplingParams | None
     arrival_time: float
+    pooling: Pooling | None = None
     priority: int = 0
     deadline: float | None = None
     cache_namespace: bytes = b""
@@ -135,6 +150,7 @@ class Sequence:
     num_bypassed: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
     prompt_logprobs: list[float] = field(default_factory=list, init=False)
+    pooled: list[float] = field(default_factory=list, init=False)
     first_scheduled_time: float | None = field(default=None, init=False)
     first_token_time: float | None = field(default=None, init=False)
     rng: random.Random | None = field(default=None, init=False)
@@ -165,6 +181,17 @@ class Sequence:
             float("inf") if self.deadline is None else self.deadline,
             self.seq_id,
         )
+
+    def add_pooled(self, part: SequenceOf[float]) -> None:
+        """Add what some of the tokens contribute to the embedding."""
+        if part:
+            earlier = self.pooled or [0.0] * len(part)
+            self.pooled = [a + b for a, b in zip(earlier, part, strict=True)]
+
+    def forget_results(self) -> None:
+        """Before the prompt is computed once more."""
+        self.prompt_logprobs.clear()
+        self.pooled.clear()
 
     def finish(
         self, reason: FinishReason, now: float, matched_stop: str | int | None = None

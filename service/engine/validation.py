@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from service.engine.errors import InvalidRequestError, Violation
+from service.engine.errors import EncoderModelError, InvalidRequestError, Violation
 from service.engine.sampling_params import SamplingParams
 
 MAX_STOP_STRINGS = 16
@@ -24,11 +24,19 @@ MIN_TEMPERATURE = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What the served model sets: ids below `vocab_size`, prompt and output in `max_model_len`."""
+    """What the served model sets: ids below `vocab_size`, prompt and output in `max_model_len`;
+    an encoder (`is_causal` is false) only embeds."""
 
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int] = frozenset()
+    is_causal: bool = True
+
+
+def require_decoder(limits: ModelLimits) -> None:
+    """Raise EncoderModelError if the model can neither generate nor score."""
+    if not limits.is_causal:
+        raise EncoderModelError
 
 
 def validate_generation(

@@ -25,7 +25,7 @@ from ray.serve.schema import LoggingConfig
 
 from service.config import ServiceConfig
 from service.engine.memory import resolve_device
-from service.replica import start_engine
+from service.replica import attention_limits, start_engine
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from service.servicer import HeadroomServicer
 
@@ -33,6 +33,7 @@ log = structlog.get_logger()
 
 SERVICER_FUNCTIONS = [
     "protos.headroom.v1.generation_pb2_grpc.add_GenerationServiceServicer_to_server",
+    "protos.headroom.v1.attention_pb2_grpc.add_AttentionServiceServicer_to_server",
     "protos.headroom.v1.models_pb2_grpc.add_ModelServiceServicer_to_server",
     "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
 ]
@@ -50,8 +51,9 @@ class HeadroomReplica(HeadroomServicer):
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         # Serve awaits it.
-        engine, tokenizer = await start_engine(ServiceConfig(**settings))
-        super().__init__(engine, tokenizer, watch_seconds=_WATCH_SECONDS)
+        config = ServiceConfig(**settings)
+        engine, tokenizer = await start_engine(config)
+        super().__init__(engine, tokenizer, attention_limits(config), watch_seconds=_WATCH_SECONDS)
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises several times."""

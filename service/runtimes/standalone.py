@@ -7,9 +7,9 @@ from collections.abc import Callable
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
-from protos.headroom.v1 import generation_pb2_grpc, models_pb2_grpc
+from protos.headroom.v1 import attention_pb2_grpc, generation_pb2_grpc, models_pb2_grpc
 from service.config import ServiceConfig
-from service.replica import start_engine
+from service.replica import attention_limits, start_engine
 from service.servicer import HeadroomServicer
 
 # After the drain every stream has its last message; this lets it reach the client.
@@ -24,6 +24,7 @@ def create_server(config: ServiceConfig, servicer: HeadroomServicer) -> tuple[gr
     """
     server = grpc.aio.server(options=_server_options(config))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
+    attention_pb2_grpc.add_AttentionServiceServicer_to_server(servicer, server)
     models_pb2_grpc.add_ModelServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     address = f"{config.host}:{config.port}"
@@ -45,7 +46,8 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
     """
     engine, tokenizer = await start_engine(config)
     try:
-        server, _ = create_server(config, HeadroomServicer(engine, tokenizer))
+        servicer = HeadroomServicer(engine, tokenizer, attention_limits(config))
+        server, _ = create_server(config, servicer)
         await server.start()
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):

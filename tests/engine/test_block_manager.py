@@ -120,10 +120,10 @@ def test_a_sequence_with_blocks_is_not_admitted_again() -> None:
 def test_integrity_notices_a_block_without_owner() -> None:
     blocks = manager()
     seq = admitted(blocks, make([1]))
-    with pytest.raises(AssertionError, match="1 references"):
+    with pytest.raises(AssertionError, match=r"references {0: 1}, tables {}"):
         blocks.check_integrity([])
     seq.block_tables[0] *= 2
-    with pytest.raises(AssertionError, match="1 references"):
+    with pytest.raises(AssertionError, match=r"references {0: 1}, tables {0: 2}"):
         blocks.check_integrity([seq])
 
 

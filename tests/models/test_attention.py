@@ -10,16 +10,18 @@ from models.attention import Attention
 from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
 from models.kv_cache import AttentionMetadata, KVCache
-from models.rope import rope_table
+from models.positions import RopeConfig
+from models.rope import rotation
 from models.transformer import random_model
 from tests.models import tiny
 
 NUM_TOKENS = 11
+ROPE = RopeConfig(10_000.0, 8)
 KERNELS: tuple[KernelName, ...] = ("dense", "reference")
 
 
 def config_of(num_kv_heads: int) -> ModelConfig:
-    heads = HeadConfig(num_heads=6, num_kv_heads=num_kv_heads, head_dim=8)
+    heads = HeadConfig(num_heads=6, num_kv_heads=num_kv_heads, head_dim=8, rope=ROPE)
     return tiny.llama(layers=(heads,), qkv_bias=True, output_bias=True)
 
 
@@ -51,17 +53,17 @@ def with_repeated_heads(source: Attention, kernel: KernelName) -> Attention:
     return target
 
 
-def rotation() -> tuple[Tensor, Tensor]:
-    cos, sin = rope_table(8, NUM_TOKENS, 10_000.0)[:, :, None]
-    return cos, sin
+def turns() -> tuple[Tensor, Tensor]:
+    positions = torch.arange(NUM_TOKENS)
+    return rotation(ROPE, positions, positions)
 
 
 def paged(attention: Attention, hidden: Tensor, num_kv_heads: int) -> Tensor:
     """A chunk of all tokens but two, then one decode after the other."""
-    cos, sin = rotation()
+    cos, sin = turns()
     cache = KVCache(
         config_of(num_kv_heads),
-        num_blocks=4,
+        num_pages=4,
         block_size=3,
         dtype=torch.float32,
         device=torch.device("cpu"),
@@ -69,7 +71,7 @@ def paged(attention: Attention, hidden: Tensor, num_kv_heads: int) -> Tensor:
     outputs: list[Tensor] = []
     for start, end in itertools.pairwise((0, NUM_TOKENS - 2, NUM_TOKENS - 1, NUM_TOKENS)):
         metadata = AttentionMetadata.build(
-            block_tables=[[2, 0, 3, 1]],
+            block_tables=[[[2, 0, 3, 1]]],
             num_computed_tokens=[start],
             num_new_tokens=[end - start],
             block_size=3,
@@ -86,8 +88,8 @@ def test_shared_heads_equal_repeated_heads(num_kv_heads: int, kernel: KernelName
     shared = make_attention(config_of(num_kv_heads), kernel)
     repeated = with_repeated_heads(shared, kernel)
     hidden = torch.randn(NUM_TOKENS, 24)
-    dense = shared.forward_dense(hidden, rotation(), batch=1)
-    assert (dense - repeated.forward_dense(hidden, rotation(), batch=1)).abs().max() <= 1e-6
+    dense = shared.forward_dense(hidden, turns(), batch=1)
+    assert (dense - repeated.forward_dense(hidden, turns(), batch=1)).abs().max() <= 1e-6
     through_cache = paged(shared, hidden, num_kv_heads)
     assert (through_cache - paged(repeated, hidden, num_kv_heads=6)).abs().max() <= 1e-6
     assert (through_cache - dense).abs().max() <= 2e-6
@@ -115,7 +117,7 @@ def test_query_heads_of_a_group_are_neighbours() -> None:
 
 def test_batched_rows_are_independent() -> None:
     attention = make_attention(config_of(num_kv_heads=2))
-    cos, sin = rotation()
+    cos, sin = turns()
     hidden = torch.randn(3, NUM_TOKENS, 24)
     tiled = (cos.repeat(3, 1, 1), sin.repeat(3, 1, 1))
     together = attention.forward_dense(hidden.flatten(0, 1), tiled, batch=3)
@@ -127,7 +129,11 @@ def test_batched_rows_are_independent() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["rope", "learned"])
 def test_layers_may_differ_in_their_heads(family: str, kernel: KernelName) -> None:
-    layers = (HeadConfig(6, 6, 4), HeadConfig(6, 2, 8), HeadConfig(2, 1, 16), HeadConfig(5, 1, 4))
+    shapes = ((6, 6, 4), (6, 2, 8), (2, 1, 16), (5, 1, 4))
+    layers = tuple(
+        HeadConfig(*shape, rope=RopeConfig(10_000.0, shape[2]) if family == "rope" else None)
+        for shape in shapes
+    )
     config = (tiny.llama if family == "rope" else tiny.gpt2)(layers=layers)
     model = tiny.model(config, kernel=kernel)
     tokens = torch.randint(0, config.vocab_size, (23,))

@@ -8,13 +8,17 @@ from torch import Tensor
 
 from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
+from models.positions import RopeConfig
 from models.transformer import Transformer, random_model
 from tests.models import tiny
 
+ROPE = RopeConfig(10_000.0, 8)
 CONFIGS: dict[str, ModelConfig] = {
-    "rope-mha": tiny.llama(layers=(HeadConfig(4, 4, 8),) * 2),
+    "rope-mha": tiny.llama(layers=(HeadConfig(4, 4, 8, rope=ROPE),) * 2),
     "rope-gqa": tiny.llama(),
-    "rope-mqa-tied": tiny.llama(layers=(HeadConfig(4, 1, 8),) * 2, tie_word_embeddings=True),
+    "rope-mqa-tied": tiny.llama(
+        layers=(HeadConfig(4, 1, 8, rope=ROPE),) * 2, tie_word_embeddings=True
+    ),
     "learned": tiny.gpt2(),
 }
 KERNELS: tuple[KernelName, ...] = ("dense", "reference")
@@ -123,7 +127,7 @@ def test_a_model_that_changed_its_type_rotates_in_the_new_one() -> None:
     tokens = tokens_of(12)
     single = model.logits(tokens[None])
     double = model.double().logits(tokens[None])
-    assert model.rotation(8, torch.arange(3))[0].dtype == torch.float64
+    assert model.rotation(ROPE, torch.arange(3))[0].dtype == torch.float64
     assert (single - double).abs().max() <= 1e-5
 
 

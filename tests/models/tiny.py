@@ -64,7 +64,7 @@ def model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or "norm" in name or name.endswith("bias"):
                 centre = 0.0 if name.endswith("bias") else 1.0
                 parameter.normal_(centre, 0.2, generator=generator)
     return built.to(dtype).requires_grad_(False)
@@ -76,6 +76,7 @@ def paged_logits(
     sequences: Sequence[Tensor],
     steps: Sequence[Sequence[int]],
     *,
+    prompt_lengths: Sequence[int] | None = None,
     block_size: int = 4,
     seed: int = 0,
 ) -> list[Tensor]:
@@ -87,6 +88,8 @@ def paged_logits(
     Args:
         sequences: token ids.
         steps: for each step, how many tokens of each sequence are computed in it.
+        prompt_lengths: tokens of each sequence that it began with, where the rotation depends on
+            that; None is all of them.
     """
     layout = KVLayout.of(built.config, block_size)
     blocks_each = [-(-len(tokens) // block_size) for tokens in sequences]
@@ -109,6 +112,7 @@ def paged_logits(
         dtype=built.dtype,
         device=built.device,
     )
+    began = prompt_lengths or [len(tokens) for tokens in sequences]
     computed = [0] * len(sequences)
     parts: list[list[Tensor]] = [[] for _ in sequences]
     for counts in steps:
@@ -127,10 +131,9 @@ def paged_logits(
             torch.cat([torch.tensor(span) for span in spans]),
             cache,
             metadata,
-            # As if each whole sequence were a prompt.
             torch.cat(
                 [
-                    torch.full((len(s),), len(sequences[i]))
+                    torch.tensor(s).add(1).clamp_min(began[i])
                     for i, s in zip(order, spans, strict=True)
                 ]
             ),

@@ -1,74 +1,98 @@
-"""GPT-2: learned positions, and matrices that are stored as [in, out]."""
+"""GPT-2, whose matrices are stored as [in, out], and GPT-BigCode, its multi-query variant."""
+
+import dataclasses
 
 from models.checkpoints.config_json import ConfigFields
-from models.checkpoints.families.family import ACTIVATIONS, Family
+from models.checkpoints.families.family import ACTIVATIONS, Family, even_head_dim, read_model
 from models.checkpoints.names import NameMap, source
 from models.config import HeadConfig, ModelConfig
-from models.errors import ConfigError
-
-_NAMES = NameMap(
-    model={
-        "embed_tokens": source("wte"),
-        "embed_positions": source("wpe"),
-        "final_norm": source("ln_f"),
-        "lm_head": source("lm_head"),
-    },
-    layer={
-        "attention_norm": source("ln_1"),
-        "mlp_norm": source("ln_2"),
-        "attention.qkv": source("attn.c_attn", transposed=True),
-        "attention.output": source("attn.c_proj", transposed=True),
-        "mlp.up": source("mlp.c_fc", transposed=True),
-        "mlp.down": source("mlp.c_proj", transposed=True),
-    },
-    layer_prefix="h.{layer}.",
-)
 
 
-def _parse(fields: ConfigFields) -> ModelConfig:
-    hidden_size = fields.integer("n_embd")
-    num_heads, num_layers = fields.integer("n_head"), fields.integer("n_layer")
-    if hidden_size < 1:
-        raise ConfigError("n_embd", hidden_size, "1 or more")
-    if num_heads < 1 or hidden_size % num_heads:
-        raise ConfigError("n_head", num_heads, f"a divisor of n_embd={hidden_size}")
-    fields.refuse_unless("add_cross_attention", False)
-    head_dim = hidden_size // num_heads
-    scale = head_dim**-0.5 if fields.flag("scale_attn_weights", True) else 1.0
+def _names(*, transposed: bool = False, grouped: bool = False) -> NameMap:
+    return NameMap(
+        model={
+            "embed_tokens": source("wte"),
+            "embed_positions": source("wpe"),
+            "final_norm": source("ln_f"),
+            "lm_head": source("lm_head"),
+        },
+        layer={
+            "attention_norm": source("ln_1"),
+            "mlp_norm": source("ln_2"),
+            "attention.qkv": source("attn.c_attn", transposed=transposed, grouped=grouped),
+            "attention.output": source("attn.c_proj", transposed=transposed),
+            "mlp.up": source("mlp.c_fc", transposed=transposed),
+            "mlp.down": source("mlp.c_proj", transposed=transposed),
+        },
+        layer_prefix="h.{layer}.",
+    )
+
+
+_GPT2_NAMES = _names(transposed=True)
+_MULTI_QUERY_NAMES, _MULTI_HEAD_NAMES = _names(), _names(grouped=True)
+
+
+def _parse_gpt2(fields: ConfigFields) -> ModelConfig:
+    # `reorder_and_upcast_attn` asks for what is always done here: scores in float32.
+    fields.flag("reorder_and_upcast_attn", False)
     by_layer = fields.flag("scale_attn_by_inverse_layer_idx", False)
-    num_positions = fields.integer("n_positions", 1024)
-    return ModelConfig(
-        family="gpt2",
-        vocab_size=fields.integer("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=fields.integer("n_inner", 4 * hidden_size),
-        layers=tuple(
-            HeadConfig(
-                num_heads=num_heads,
-                num_kv_heads=num_heads,
-                head_dim=head_dim,
-                scale=scale / (index + 1 if by_layer else 1),
-            )
-            for index in range(num_layers)
+    return _parse(fields, "gpt2", activation="gelu_new", by_layer=by_layer)
+
+
+def _parse_bigcode(fields: ConfigFields) -> ModelConfig:
+    multi_query = fields.flag("multi_query", True)
+    return _parse(fields, "gpt_bigcode", activation="gelu_pytorch_tanh", multi_query=multi_query)
+
+
+def _parse(
+    fields: ConfigFields,
+    family: str,
+    *,
+    activation: str,
+    by_layer: bool = False,
+    multi_query: bool = False,
+) -> ModelConfig:
+    fields.refuse_unless("add_cross_attention", False)
+    hidden = fields.spelling("n_embd", "hidden_size")
+    num_heads = fields.spelling("n_head", "num_attention_heads")
+    head_dim = even_head_dim(fields, hidden=hidden, heads=num_heads)
+    count = fields.integer(num_heads)
+    scale = head_dim**-0.5 if fields.flag("scale_attn_weights", True) else 1.0
+    heads = HeadConfig(count, 1 if multi_query else count, head_dim)
+    num_positions = fields.integer(fields.spelling("n_positions", "max_position_embeddings"), 1024)
+    return read_model(
+        fields,
+        family,
+        tuple(
+            dataclasses.replace(heads, scale=scale / (index + 1 if by_layer else 1))
+            for index in range(fields.integer(fields.spelling("n_layer", "num_hidden_layers")))
         ),
+        tied=True,
+        hidden=hidden,
+        intermediate_size=fields.integer("n_inner", 4 * fields.integer(hidden)),
         max_position_embeddings=num_positions,
         learned_positions=num_positions,
         norm="layer_norm",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
-        activation=fields.choice("activation_function", ACTIVATIONS, "gelu_new"),
+        activation=fields.choice("activation_function", ACTIVATIONS, activation),
         gated_mlp=False,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
-        tie_word_embeddings=fields.flag("tie_word_embeddings", True),
-        eos_token_ids=fields.token_ids("eos_token_id"),
-        dtype=fields.dtype(),
     )
 
 
+def _bigcode_names(config: ModelConfig) -> NameMap:
+    return _MULTI_QUERY_NAMES if config.layers[0].kind == "mqa" else _MULTI_HEAD_NAMES
+
+
+_IGNORED = ("*.attn.bias", "*.attn.masked_bias")
 GPT2 = Family(
-    parse=_parse,
-    names=lambda config: _NAMES,
+    parse=_parse_gpt2,
+    names=lambda config: _GPT2_NAMES,
     prefix="transformer.",
-    ignored=(".attn.bias", ".attn.masked_bias"),
+    ignored=_IGNORED,
+)
+GPT_BIGCODE = Family(
+    parse=_parse_bigcode, names=_bigcode_names, prefix="transformer.", ignored=_IGNORED
 )

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import CONFIG_MAPPING, GPT2Config, LlamaConfig
 
 from models.checkpoints.config_json import ConfigFields, read_json
+from models.checkpoints.families import FAMILIES
 from models.checkpoints.loader import read_config
 from models.config import HeadConfig, ModelConfig
 from models.errors import CheckpointError, ConfigError
+from models.positions import RopeConfig
 from tests.models.checkpoints.config_files import GPT2_V4, LLAMA_V4, parse
 
 
@@ -37,13 +39,12 @@ def test_both_dialects_of_llama_mean_the_same(tmp_path: Path) -> None:
         vocab_size=259,
         hidden_size=64,
         intermediate_size=96,
-        layers=(HeadConfig(num_heads=4, num_kv_heads=2, head_dim=16),) * 3,
+        layers=(HeadConfig(4, 2, 16, rope=RopeConfig(theta=50_000.0, rotary_dim=16)),) * 3,
         max_position_embeddings=128,
         norm="rms_norm",
         norm_eps=1e-5,
         activation="silu",
         gated_mlp=True,
-        rope_theta=50_000.0,
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,
@@ -72,7 +73,7 @@ def test_both_dialects_of_gpt2_mean_the_same(tmp_path: Path) -> None:
         norm_eps=1e-5,
         activation="gelu_tanh",
         gated_mlp=False,
-        rope_theta=None,
+        learned_positions=128,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
@@ -90,24 +91,30 @@ def test_the_name_is_the_directorys(tmp_path: Path) -> None:
     assert parse(directory, LLAMA_V4).name == "tiny-llama"
 
 
-def test_optional_fields_have_the_defaults_of_transformers(tmp_path: Path) -> None:
-    required = ("model_type", "vocab_size", "hidden_size", "intermediate_size",
-                "num_attention_heads", "num_hidden_layers")  # fmt: skip
-    config = parse(tmp_path, {name: LLAMA_V4[name] for name in required})
-    theirs = LlamaConfig(hidden_size=64, num_attention_heads=4)
-    assert config.max_position_embeddings == theirs.max_position_embeddings
-    assert config.norm_eps == theirs.rms_norm_eps
-    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert config.activation == theirs.hidden_act
-    assert config.layers[0].num_kv_heads == theirs.num_key_value_heads
-    assert config.layers[0].head_dim == theirs.head_dim
-    assert config.tie_word_embeddings == theirs.tie_word_embeddings
-    assert (config.qkv_bias, config.mlp_bias) == (theirs.attention_bias, theirs.mlp_bias)
-    gpt2_required = ("model_type", "vocab_size", "n_embd", "n_head", "n_layer")
-    config = parse(tmp_path, {name: GPT2_V4[name] for name in gpt2_required})
-    assert config.max_position_embeddings == GPT2Config().n_positions
-    assert config.norm_eps == GPT2Config().layer_norm_epsilon
-    assert config.tie_word_embeddings == GPT2Config().tie_word_embeddings
+# Names that each family has for sizes; heads enough for every default number of key/value heads.
+_SIZES: dict[str, int] = {"vocab_size": 300_000, "hidden_size": 2048, "num_attention_heads": 32}
+_GPT_SIZES: dict[str, int] = {"vocab_size": 300_000, "n_embd": 2048, "n_head": 32, "n_layer": 2}
+_OWN_SIZES: dict[str, dict[str, int]] = {
+    "gpt2": _GPT_SIZES,
+    "gpt_bigcode": _GPT_SIZES,
+    "gptj": _GPT_SIZES,
+    "bloom": {"vocab_size": 300_000, "hidden_size": 2048, "n_head": 32, "n_layer": 2},
+    "mpt": {"vocab_size": 300_000, "d_model": 2048, "n_heads": 32, "n_layers": 2},
+    "falcon": _SIZES | {"num_hidden_layers": 2},
+    "opt": _SIZES | {"num_hidden_layers": 2, "ffn_dim": 512},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_fields_have_the_defaults_of_transformers(tmp_path: Path, family: str) -> None:
+    usual = _SIZES | {"num_hidden_layers": 2, "intermediate_size": 512}
+    sizes = _OWN_SIZES.get(family, usual)
+    CONFIG_MAPPING[family](**sizes).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert len(fields) > len(sizes) + 10, "else nothing is left to a default"
+    complete = parse(tmp_path, fields)
+    # Which token ends a generation is nobody's guess.
+    assert parse(tmp_path, {"model_type": family, **sizes}) == complete.replace(eos_token_ids=())
 
 
 def test_gpt2_scores_may_be_unscaled_or_shrink_with_depth(tmp_path: Path) -> None:
@@ -169,6 +176,20 @@ def test_fields_that_are_null_are_absent() -> None:
     assert fields.flag("a", True) is True
     assert fields.integer("b", 7) == 0, "0 is a value"
     assert fields.flag("c", True) is False
+
+
+def test_null_can_mean_off_instead_of_the_default() -> None:
+    fields = ConfigFields({"null": None, "three": 3})
+    assert fields.integer_or_none("null", 7) is fields.number_or_none("null", 7.0) is None
+    assert fields.integer_or_none("absent", 7) == fields.number_or_none("absent", 7.0) == 7
+    assert fields.integer_or_none("three", 7) == fields.number_or_none("three", 7.0) == 3
+    assert fields.integer_or_none("absent", None) is fields.number_or_none("absent", None) is None
+
+
+def test_the_spelling_in_use_is_found() -> None:
+    fields = ConfigFields({"new": None, "old": 2})
+    assert fields.spelling("new", "old") == "old"
+    assert fields.spelling("new", "newer") == "new", "which is then reported as missing"
 
 
 def test_token_ids_are_one_or_many_or_none() -> None:

@@ -1,23 +1,24 @@
-"""Protobuf to domain and back. Every field of a message is checked, all of them at once."""
+"""Requests of GenerationService: every field is checked, all of them at once."""
 
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from google.protobuf.duration_pb2 import Duration
 
 from models.tokenizer import Tokenizer
 from protos.headroom.v1 import generation_pb2 as pb
-from protos.headroom.v1 import models_pb2
-from service.engine.engine import Engine, EngineLoad, EngineRequest
+from service.engine.engine import EngineRequest
 from service.engine.errors import InvalidRequestError, Violation
 from service.engine.sampling_params import SamplingParams
-from service.engine.sequence import Finish, FinishReason, SequenceOutput, TokenLogprobs
+from service.engine.sequence import Pooling
 from service.engine.validation import (
     MAX_ABS_PRIORITY,
     MAX_TIMEOUT_SECONDS,
     ModelLimits,
     prompt_violations,
+    require_decoder,
     sampling_violations,
     token_violations,
 )
@@ -26,14 +27,12 @@ MAX_REQUEST_ID_CHARS = 128
 # No tokenizer in use averages more; longer text is refused before it is tokenized.
 _MAX_BYTES_PER_TOKEN = 16
 
-_FINISH_REASONS = {
-    FinishReason.EOS: pb.FINISH_REASON_EOS,
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-    FinishReason.CONTEXT_FULL: pb.FINISH_REASON_CONTEXT_FULL,
-    FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
-    FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
-    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
+TextRequest: TypeAlias = pb.GenerateRequest | pb.CompleteRequest | pb.ScoreRequest | pb.EmbedRequest
+_POOLINGS = {
+    int(pb.POOLING_UNSPECIFIED): Pooling.MEAN,
+    int(pb.POOLING_MEAN): Pooling.MEAN,
+    int(pb.POOLING_LAST): Pooling.LAST,
+    int(pb.POOLING_FIRST): Pooling.FIRST,
 }
 
 
@@ -63,7 +62,9 @@ class RequestDecoder:
 
         Raises:
             InvalidRequestError: names every wrong field.
+            EncoderModelError: the model does not generate.
         """
+        require_decoder(self._limits)
         params = _sampling_params(request.sampling)
         token_ids, violations = self._token_ids(request.WhichOneof("prompt"), request, "prompt")
         max_len = self._limits.max_model_len - 1
@@ -79,18 +80,28 @@ class RequestDecoder:
 
         Raises:
             InvalidRequestError: names every wrong field.
+            EncoderModelError: the model does not score.
         """
-        token_ids, violations = self._token_ids(request.WhichOneof("input"), request, "input")
+        require_decoder(self._limits)
         max_len = self._limits.max_model_len
-        if not violations:
-            violations = list(
-                prompt_violations(token_ids, self._limits, max_len=max_len, field="input")
-            )
+        token_ids, violations = self._input(request)
         if len(token_ids) == 1:
             violations.append(
                 Violation("input", "1 token long", f"2 to {max_len} tokens: the first has no score")
             )
         return self._call(request, token_ids, None, violations)
+
+    def embedding(self, request: pb.EmbedRequest) -> Call:
+        """Check an embedding request.
+
+        Raises:
+            InvalidRequestError: names every wrong field.
+        """
+        token_ids, violations = self._input(request)
+        pooling = _POOLINGS.get(request.pooling)
+        if pooling is None:
+            violations.append(Violation("pooling", str(request.pooling), "MEAN, LAST or FIRST"))
+        return self._call(request, token_ids, None, violations, pooling)
 
     def text(self, text: str, field: str = "text") -> str:
         """Check the length of a text that is to be tokenized."""
@@ -110,11 +121,20 @@ class RequestDecoder:
             raise InvalidRequestError(violations)
         return token_ids
 
+    def _input(
+        self, request: pb.ScoreRequest | pb.EmbedRequest
+    ) -> tuple[list[int], list[Violation]]:
+        """The tokens of a request that wants none in return, and what is wrong with them."""
+        token_ids, violations = self._token_ids(request.WhichOneof("input"), request, "input")
+        max_len = self._limits.max_model_len
+        if not violations:
+            violations = list(
+                prompt_violations(token_ids, self._limits, max_len=max_len, field="input")
+            )
+        return token_ids, violations
+
     def _token_ids(
-        self,
-        form: str | None,
-        request: pb.GenerateRequest | pb.CompleteRequest | pb.ScoreRequest,
-        field: str,
+        self, form: str | None, request: TextRequest, field: str
     ) -> tuple[list[int], list[Violation]]:
         if form is None:
             return [], [Violation(field, "unset", "text or token_ids")]
@@ -135,10 +155,11 @@ class RequestDecoder:
 
     def _call(
         self,
-        request: pb.GenerateRequest | pb.CompleteRequest | pb.ScoreRequest,
+        request: TextRequest,
         token_ids: list[int],
         params: SamplingParams | None,
         violations: list[Violation],
+        pooling: Pooling | None = None,
     ) -> Call:
         violations = [*violations, *_envelope_violations(request)]
         if violations:
@@ -146,13 +167,13 @@ class RequestDecoder:
         timeout = _seconds(request.timeout) if request.HasField("timeout") else None
         return Call(
             request_id=request.request_id or uuid.uuid4().hex,
-            engine_request=EngineRequest(token_ids, params, request.priority, timeout),
+            engine_request=EngineRequest(
+                token_ids, params, request.priority, timeout, pooling=pooling
+            ),
         )
 
 
-def _envelope_violations(
-    request: pb.GenerateRequest | pb.CompleteRequest | pb.ScoreRequest,
-) -> Iterator[Violation]:
+def _envelope_violations(request: TextRequest) -> Iterator[Violation]:
     if len(request.request_id) > MAX_REQUEST_ID_CHARS or not request.request_id.isprintable():
         yield Violation(
             "request_id",
@@ -191,87 +212,5 @@ def _sampling_params(sampling: pb.SamplingParams) -> SamplingParams:
     )
 
 
-def token_delta(output: SequenceOutput, text: str) -> pb.TokenDelta:
-    return pb.TokenDelta(
-        token_ids=output.token_ids, text=text, logprobs=map(token_logprobs, output.logprobs)
-    )
-
-
-def token_logprobs(logprobs: TokenLogprobs) -> pb.TokenLogprobs:
-    return pb.TokenLogprobs(
-        logprob=logprobs.logprob,
-        top=[
-            pb.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top
-        ],
-    )
-
-
-def finished(finish: Finish) -> pb.Finished:
-    matched = finish.matched_stop
-    return pb.Finished(
-        reason=_FINISH_REASONS[finish.reason],
-        matched_stop=matched if isinstance(matched, str) else None,
-        matched_stop_token_id=matched if isinstance(matched, int) else None,
-        usage=pb.Usage(
-            prompt_tokens=finish.usage.prompt_tokens,
-            completion_tokens=finish.usage.completion_tokens,
-            cached_tokens=finish.usage.cached_tokens,
-        ),
-        timings=pb.Timings(
-            queue=_duration(finish.timings.queue),
-            prefill=_duration(finish.timings.prefill),
-            first_token=_duration(finish.timings.first_token),
-            total=_duration(finish.timings.total),
-        ),
-    )
-
-
-def model_description(engine: Engine) -> models_pb2.GetModelResponse:
-    config = engine.model_config
-    model = engine.model_runner.model
-    dtype = str(model.dtype).removeprefix("torch.")
-    return models_pb2.GetModelResponse(
-        name=config.name,
-        family=config.family,
-        num_layers=config.num_layers,
-        layers=[
-            models_pb2.LayerHeads(
-                num_heads=heads.num_heads,
-                num_kv_heads=heads.num_kv_heads,
-                head_dim=heads.head_dim,
-            )
-            for heads in config.layers
-        ],
-        vocab_size=config.vocab_size,
-        max_model_len=engine.max_model_len,
-        dtype=dtype,
-        device=str(model.device),
-        kv_bytes_per_token=engine.kv_bytes_per_token,
-        backend=model.kernel_name,
-        kv_block_size=engine.config.block_size,
-        kv_blocks_total=engine.kv_cache.num_pages,
-        max_num_seqs=engine.config.max_num_seqs,
-        max_num_batched_tokens=engine.config.max_num_batched_tokens,
-        eos_token_ids=config.eos_token_ids,
-        num_parameters=model.num_parameters,
-    )
-
-
-def load_description(load: EngineLoad) -> models_pb2.GetLoadResponse:
-    return models_pb2.GetLoadResponse(
-        num_running=load.num_running,
-        num_waiting=load.num_waiting,
-        kv_blocks_total=load.kv_blocks_total,
-        kv_blocks_used=load.kv_blocks_used,
-        kv_blocks_cached=load.kv_blocks_cached,
-    )
-
-
 def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration

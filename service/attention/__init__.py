@@ -1,0 +1,1 @@
+"""One attention on its own, outside of any generation: described, bounded, computed."""
