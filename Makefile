@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install serve test lint format proto bench parity demo clean
+.PHONY: install serve test lint format proto bench attention parity demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -40,6 +40,9 @@ proto: install  ## generated code beside the .proto files
 
 bench: install  ## engine alone, standalone and Ray Serve in one run; writes loadtests/results
 	$(BIN)/python -m loadtests.fronts
+
+attention: install  ## fused and split attention; writes loadtests/results
+	$(BIN)/python -m loadtests.attention
 
 parity: install  ## compare every family with transformers; writes docs/parity.md
 	$(BIN)/python -m tests.parity.report

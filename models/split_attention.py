@@ -85,6 +85,6 @@ def split_attention(
 
 def _of_head(tensor: Tensor | None, head: int) -> Tensor | None:
     """One head of a mask or bias, or all of it where it holds for every head."""
-    if tensor is None or tensor.dim() < 4 or tensor.shape[1] == 1:
+    if tensor is None or tensor.shape[1] == 1:
         return tensor
     return tensor[:, head : head + 1]

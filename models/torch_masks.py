@@ -89,7 +89,7 @@ def merge(*masks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     for mask in masks:
         if mask is None:
             continue
-        # With -inf in the bias, a query that sees nothing would have no gradient.
+        # As a bias, -inf would make the gradients of a query that sees nothing NaN.
         hidden = mask if mask.dtype == torch.bool else mask == -math.inf
         visible = ~hidden if visible is None else visible & ~hidden
         if mask.dtype != torch.bool:

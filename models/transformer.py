@@ -160,7 +160,13 @@ class Transformer(nn.Module):
         return self._finish(hidden).unflatten(0, (batch, num_tokens))  # type: ignore[no-any-return]
 
     def project_to_vocab(self, hidden: Tensor) -> Tensor:
-        """Logits `[..., vocab]` in float32 of hidden states `[..., hidden]`."""
+        """Logits `[..., vocab]` in float32 of hidden states `[..., hidden]`.
+
+        Raises:
+            ValueError: the model is an encoder, which predicts no tokens.
+        """
+        if not self.config.is_causal:
+            raise ValueError("an encoder has no logits; `forward_dense` gives its hidden states")
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         bias = getattr(head, "bias", None)
         if self.output_projection is not None:

@@ -6,8 +6,9 @@ from models.tokenizer import Tokenizer
 from service.attention.limits import AttentionLimits
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
-from service.engine.engine import Engine, check_supported, max_model_len
+from service.engine.engine import Engine
 from service.engine.memory import check_kv_cache_bytes, load_configured_model, resolve_device
+from service.engine.support import check_supported, max_model_len
 
 
 def check_model(config: ServiceConfig) -> ModelConfig:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +160,20 @@ MUTATIONS = (
         parity("mistral"),
     ),
     Mutation(
+        "windows on the wrong layers",
+        "models/checkpoints/families/family.py",
+        "return tuple(known[kind] for kind in types)",
+        "return tuple(not known[kind] for kind in types)",
+        parity("gemma2"),
+    ),
+    Mutation(
+        "windows on the wrong layers, in the older dialect",
+        "models/checkpoints/families/gemma.py",
+        "slides=lambda index: index % 2 == 0",
+        "slides=lambda index: index % 2 == 1",
+        ("tests/models/checkpoints/test_families.py",),
+    ),
+    Mutation(
         "soft-cap after the mask",
         "models/kernels/reference.py",
         _CAP + _BIAS + _HIDE,
@@ -289,21 +304,21 @@ MUTATIONS = (
         "service/engine/block_manager.py",
         "max(seq.num_computed_tokens - group.window + 1, 0)",
         "max(seq.num_computed_tokens - group.window + 2, 0)",
-        ("tests/engine/test_block_manager.py", "tests/models/test_paths.py"),
+        ("tests/engine/test_block_groups.py",),
     ),
     Mutation(
         "blocks never leave the window",
         "service/engine/block_manager.py",
         "            if group.window is None:\n                continue\n            table",
         "            if True:\n                continue\n            table",
-        ("tests/engine/test_block_manager.py", "tests/models/test_paths.py"),
+        ("tests/engine/test_block_groups.py",),
     ),
     Mutation(
         "sink tokens leave with the window",
         "service/engine/block_manager.py",
         "reversed(range(self._blocks_for(group.sink_tokens), first_needed))",
         "reversed(range(first_needed))",
-        ("tests/engine/test_block_manager.py", "tests/models/test_paths.py"),
+        ("tests/engine/test_block_groups.py",),
     ),
 )
 
@@ -346,7 +361,7 @@ def run(mutation: Mutation) -> Outcome:
             text=True,
             check=False,
         )
-    failed = re.search(r"^FAILED (\S+)", finished.stdout, re.MULTILINE)
+    failed = re.search(r"^FAILED (.+?)(?: - |$)", finished.stdout, re.MULTILINE)
     if finished.returncode not in (0, 1) or (finished.returncode == 1) != bool(failed):
         raise RuntimeError(f"{mutation.name}: {finished.stdout[-2000:]}{finished.stderr[-2000:]}")
     return Outcome(mutation, failed[1] if failed else None)
@@ -384,7 +399,7 @@ def main() -> int:
     for mutation in track(chosen, "mutations", console=console):
         outcomes.append(run(mutation))
         mark = "ok" if outcomes[-1].as_expected else "[red]UNEXPECTED[/red]"
-        console.print(f"{mark}: {mutation.name}: {outcomes[-1].failed_test or 'nothing failed'}")
+        console.print(f"{mark}: {mutation.name}: {escape(outcomes[-1].failed_test or 'nothing')}")
     if not word and all(outcome.as_expected for outcome in outcomes):
         TABLE.write_text(table(outcomes), encoding="utf-8")
     return 0 if all(outcome.as_expected for outcome in outcomes) else 1

@@ -1,13 +1,18 @@
 """The committed generated code is what the .proto files generate, and the contract's names are."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from models.positions import RopeScaling
+from models.scoring import Scoring
+from protos.headroom.v1 import attention_pb2, models_pb2, tensor_pb2
 from protos.headroom.v1 import generation_pb2 as pb
-from protos.headroom.v1 import models_pb2
+from service.tensors import ELEMENT_TYPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,7 +70,26 @@ def test_every_sampling_scalar_tells_unset_from_zero() -> None:
             "kv_bytes_per_token backend",
         ),
         (models_pb2.LayerHeads, "num_heads num_kv_heads head_dim window"),
+        (tensor_pb2.Tensor, "dtype shape data"),
+        (pb.EmbedRequest, "text token_ids request_id priority timeout pooling normalize"),
+        (pb.EmbedResponse, "embedding token_ids usage"),
+        (attention_pb2.AttendRequest, "qkv hidden implementation variant"),
+        (attention_pb2.AttendResponse, "output weights lse head_outputs backend"),
     ],
 )
 def test_names_that_clients_rely_on_exist(message: type, names: str) -> None:
     assert set(names.split()) <= set(message.DESCRIPTOR.fields_by_name)  # type: ignore[attr-defined]
+
+
+def test_every_variant_of_the_models_can_be_asked_for() -> None:
+    """A field of `Scoring` or a form of rotary scaling that the wire lacks would be missed."""
+    on_wire = {field.name for field in attention_pb2.Variant.DESCRIPTOR.fields}
+    renamed = {"causal": "mask"}
+    assert {renamed.get(f.name, f.name) for f in dataclasses.fields(Scoring)} <= on_wire
+    scalings = attention_pb2.Rope.DESCRIPTOR.oneofs_by_name["scaling"].fields
+    names = {field.message_type.name for field in scalings if field.message_type}
+    assert names == {kind.__name__ for kind in get_args(RopeScaling)}
+
+
+def test_every_data_type_has_a_storage() -> None:
+    assert set(ELEMENT_TYPES) == set(tensor_pb2.DataType.values()) - {0}

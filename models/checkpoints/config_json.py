@@ -12,6 +12,9 @@ from typing import Any, TypeVar, get_args
 from models.config import DTypeName
 from models.errors import CheckpointError, ConfigError
 
+# Layers, or heads of a layer; far above every model in use, and checked before any is made.
+MAX_COUNT = 4096
+
 T = TypeVar("T")
 
 
@@ -38,8 +41,10 @@ class ConfigFields:
     def __init__(self, fields: dict[str, Any], prefix: str = "") -> None:
         self._fields = fields
         self._prefix = prefix
+        self._read: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
+        self._read.add(name)
         return self._fields.get(name) is not None
 
     def has(self, name: str) -> bool:
@@ -49,16 +54,35 @@ class ConfigFields:
     def raw(self, name: str) -> Any:
         return self._fields[name]
 
+    def changed_by(self, others: "ConfigFields", **defaults: Any) -> "ConfigFields":
+        """These fields, where `others` do not say something else; `defaults` fill gaps."""
+        merged = self._fields | others._fields
+        gaps = {name: value for name, value in defaults.items() if merged.get(name) is None}
+        return ConfigFields(merged | gaps, self._prefix)
+
     def refuse_others(self, *known: str) -> None:
         """Refuse every field but these."""
         for name in self._fields:
             if name not in known:
                 raise ConfigError(self._prefix + name, self._fields[name], ", ".join(known))
 
+    def refuse_unread(self, *names: str) -> None:
+        """Refuse those of some fields that are there, not off, and that nobody has asked for."""
+        for name in names:
+            if name not in self._read:
+                self.refuse_unless(name, False)
+
     def integer(self, name: str, default: int | None = None) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) > sys.maxsize:
             raise ConfigError(self._prefix + name, value, "an integer")
+        return value
+
+    def count(self, name: str) -> int:
+        """How many layers or heads: things that are made one by one."""
+        value = self.integer(name)
+        if not 1 <= value <= MAX_COUNT:
+            raise ConfigError(self._prefix + name, value, f"1 to {MAX_COUNT}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -101,6 +125,7 @@ class ConfigFields:
 
     def refuse_unless(self, name: str, *supported: object) -> None:
         """Refuse a field whose feature is not supported, naming it, unless it is off."""
+        self._read.add(name)
         value = self._fields.get(name)
         if value is not None and value not in supported:
             raise ConfigError(
@@ -141,14 +166,13 @@ class ConfigFields:
 
     def strings(self, name: str) -> tuple[str, ...] | None:
         """A list of strings, or None if it is absent."""
-        value = self._fields.get(name)
-        if value is None:
-            return None
+        value = self._get(name, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise ConfigError(self._prefix + name, value, "a list of strings")
-        return tuple(value)
+        return tuple(value) or None
 
     def _get(self, name: str, default: object) -> object:
+        self._read.add(name)
         value = self._fields.get(name)
         if value is None:
             if default is None:

@@ -1,19 +1,47 @@
-"""Head settings that no family's config.json can say, under its `headroom` key.
+"""Heads that differ from what a family's config.json says of all layers.
+
+Head counts of single layers are under `per_layer_config`, as transformers writes them:
+
+    "per_layer_config": {"3": {"num_attention_heads": 4, "num_key_value_heads": 2}}
+
+Settings that no family has are under a key of our own:
 
     "headroom": {"layers": {"0": {"window": [128, 128, null, null], "sink_tokens": 4}}}
 
-Other readers of the checkpoint ignore the key. A layer is named by its number, or `*` for all;
+Other readers of the checkpoint ignore `headroom`. A layer is named by its number, or `*` for all;
 a number wins over `*`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from models.checkpoints.config_json import ConfigFields
 from models.config import HeadConfig, ModelConfig
 from models.errors import ConfigError
 
+_COUNTS = ("num_attention_heads", "num_key_value_heads", "head_dim")
 _FIELDS = ("window", "sink_tokens", "softcap", "scale", "temperature")
+
+
+def parse_layers(parse: Callable[[ConfigFields], ModelConfig], fields: ConfigFields) -> ModelConfig:
+    """A family's configuration, with the head counts that single layers have of their own.
+
+    Raises:
+        ConfigError: see `ModelConfig`; or a layer does not exist, or is given another field.
+    """
+    config = parse(fields)
+    per_layer = fields.nested("per_layer_config")
+    per_layer.refuse_others(*map(str, range(config.num_layers)))
+    layers = list(config.layers)
+    for index, heads in enumerate(config.layers):
+        if str(index) in per_layer:
+            changes = per_layer.nested(str(index))
+            changes.refuse_others(*_COUNTS)
+            # Another number of heads does not make them wider.
+            own = parse(fields.changed_by(changes, head_dim=heads.head_dim))
+            layers[index] = own.layers[index]
+    return config.replace(layers=tuple(layers))
 
 
 def apply_head_overrides(config: ModelConfig, fields: ConfigFields) -> ModelConfig:

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.checkpoints.config_json import ConfigFields, read_json
 from models.checkpoints.families import FAMILIES
 from models.checkpoints.families.family import Family
-from models.checkpoints.head_overrides import apply_head_overrides
+from models.checkpoints.head_overrides import apply_head_overrides, parse_layers
 from models.checkpoints.names import Piece, find_pieces
 from models.config import ModelConfig
 from models.errors import CheckpointError, ConfigError
@@ -21,6 +21,14 @@ from models.transformer import Transformer
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_NAMED = 8
+# Fields that change what some family computes; the others have to say so, not to pass them over.
+_FEATURES = (
+    "alibi", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier",
+    "final_logit_softcapping", "layer_types", "logit_scale", "logits_scaling", "multi_query",
+    "no_rope_layers", "num_local_experts", "parallel_attn",
+    "qk_layernorm", "query_pre_attn_scalar", "residual_multiplier", "sliding_window",
+    "use_parallel_residual", "use_qk_norm",
+)  # fmt: skip
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -33,7 +41,8 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     directory = _directory(path)
     family, fields = _read_family(directory)
-    config = apply_head_overrides(family.parse(ConfigFields(fields)), ConfigFields(fields))
+    config = apply_head_overrides(parse_layers(family.parse, fields), fields)
+    fields.refuse_unread(*_FEATURES)
     generation = directory / "generation_config.json"
     if generation.exists():
         # A chat model often names its end-of-turn token only here.
@@ -103,17 +112,16 @@ def _directory(path: str | Path) -> Path:
     return directory
 
 
-def _read_family(directory: Path) -> tuple[Family, dict[str, object]]:
-    fields = read_json(directory / "config.json")
-    model_type = fields.get("model_type")
+def _read_family(directory: Path) -> tuple[Family, ConfigFields]:
+    values = read_json(directory / "config.json")
+    fields = ConfigFields(values)
+    model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError("model_type", model_type, ", ".join(FAMILIES))
-    if fields.get("quantization_config") is not None:
+    if "quantization_config" in fields:
         raise ConfigError("quantization_config", "present", "absent: weights must be plain floats")
-    checked = ConfigFields(fields)
-    checked.refuse_unless("per_layer_config", {})
-    checked.refuse_unless("pruned_heads", {})
-    checked.refuse_unless("is_encoder_decoder", False)
+    fields.refuse_unless("pruned_heads", {})
+    fields.refuse_unless("is_encoder_decoder", False)
     return FAMILIES[model_type], fields
 
 

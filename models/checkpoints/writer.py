@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.checkpoints.config_json import ConfigFields
 from models.checkpoints.families import FAMILIES
+from models.checkpoints.head_overrides import parse_layers
 from models.checkpoints.names import find_pieces
 from models.config import HeadConfig, ModelConfig
 from models.errors import ConfigError
@@ -74,7 +75,18 @@ def _llama_fields(config: ModelConfig) -> dict[str, object]:
         "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
         "torch_dtype": config.dtype,
     }
-    read_back = FAMILIES["llama"].parse(ConfigFields(fields))
+    per_layer = {
+        str(index): {
+            "num_attention_heads": layer.num_heads,
+            "num_key_value_heads": layer.num_kv_heads,
+            "head_dim": layer.head_dim,
+        }
+        for index, layer in enumerate(config.layers)
+        if layer != heads
+    }
+    if per_layer:
+        fields["per_layer_config"] = per_layer
+    read_back = parse_layers(FAMILIES["llama"].parse, ConfigFields(fields))
     for theirs, ours in zip(read_back.layers, config.layers, strict=True):
         _check_equal(theirs, ours)
     _check_equal(read_back.replace(layers=config.layers, name=config.name), config)

@@ -40,8 +40,8 @@ def attend(
         query: `[batch, heads, queries, head_dim]`.
         key, value: `[batch, kv_heads, keys, head_dim or value_dim]`; query head `h` reads
             key/value head `h // (heads / kv_heads)`.
-        visible: bool, broadcastable to `[batch, heads, queries, keys]`; None lets all see all.
-        bias: added to the scaled scores, broadcastable likewise.
+        visible: bool `[batch or 1, heads or 1, queries or 1, keys]`; None lets all see all.
+        bias: added to the scaled scores, of such a shape too.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)

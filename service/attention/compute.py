@@ -74,9 +74,6 @@ def _attend_qkv(
         bias = scoring.bias(key_positions)
         if variant.bias is not None:
             added = _with_four_axes(variant.bias, device)
-            hidden = added == float("-inf")
-            visible = visible & ~hidden
-            added = added.masked_fill(hidden, 0.0)
             bias = added if bias is None else bias + added
         computed = _attend(query, key, value, scoring, visible, bias, wanted)
     heads_first = computed.output

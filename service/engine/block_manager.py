@@ -117,6 +117,8 @@ class BlockManager:
         """
         self._release(seq)
         missing = [self._blocks_for(num_tokens) - len(table) for table in seq.block_tables]
+        if max(missing) <= 0:  # most decodes
+            return True
         if not self._has_room(missing, [[] for _ in missing], 0):
             return False
         self._extend(seq, missing)
@@ -172,8 +174,15 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def _extend(self, seq: Sequence, missing: list[int]) -> None:
+        beside_cached = sum(
+            -(-max(num_missing - pool.num_empty, 0) // pool.group.blocks_per_page)
+            for pool, num_missing in zip(self._pools, missing, strict=True)
+        )
+        # A group may only spare its cached blocks where no other group then lacks a page.
+        evict = beside_cached > len(self._free_pages)
         for index, num_missing in enumerate(missing):
-            seq.block_tables[index].extend(self._take(index) for _ in range(num_missing))
+            blocks = [self._take(index, evict=evict) for _ in range(num_missing)]
+            seq.block_tables[index].extend(blocks)
 
     def _has_room(self, missing: list[int], prefix: list[list[int]], reserve: int) -> bool:
         """Whether so many blocks of each group can be taken beside the cached ones of a prefix."""
@@ -194,12 +203,13 @@ class BlockManager:
             pages += -(-max(wanted, 0) // pool.group.blocks_per_page)
         return pages + len(revived) <= len(self._free_pages)
 
-    def _take(self, index: int) -> int:
-        """A block for new content: an empty one of a page in use, else of a free page, and only
-        then one that is cached beside used ones."""
+    def _take(self, index: int, *, evict: bool) -> int:
+        """A block for new content: an empty one of a page in use, else one of a free page; with
+        `evict`, one that is cached beside used ones comes before the free page."""
         pool = self._pools[index]
-        block = pool.take_spare(cached=False)
-        if block is None and self._free_pages:
+        block = pool.take_spare(cached=evict)
+        if block is None:
+            assert self._free_pages, "blocks are taken only where there is room"
             page = next(iter(self._free_pages))
             self._remove_free(page)
             owner = self._owner[page]
@@ -208,9 +218,7 @@ class BlockManager:
             self._owner[page] = index
             pool.add_page(page)
             block = pool.take_spare(cached=False)
-        if block is None:
-            block = pool.take_spare(cached=True)
-        assert block is not None, "blocks are taken only where there is room"
+        assert block is not None, "a new page has empty blocks"
         pool.references[block] = 1
         return block
 

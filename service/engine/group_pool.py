@@ -58,6 +58,11 @@ class GroupPool:
         self.block_of_hash: dict[bytes, int] = {}
         self.hash_of_block: dict[int, bytes] = {}
 
+    @property
+    def num_empty(self) -> int:
+        """Spare blocks without content that can be found again."""
+        return sum(block not in self.hash_of_block for block in self.spare)
+
     def page_of(self, block: int) -> int:
         return block // self.group.blocks_per_page
 

@@ -684,7 +684,7 @@ def test_type_and_kernel_of_an_engine_are_configured(checkpoint: Path) -> None:
     config = EngineConfig(dtype="bfloat16", kernel="reference", num_blocks=8)
     engine = Engine.from_checkpoint(checkpoint, config)
     assert engine.model_runner.model.dtype is torch.bfloat16
-    assert engine.kv_cache.layers[0].key.dtype is torch.bfloat16
+    assert engine.kv_cache.pool.dtype is torch.bfloat16
     assert engine.model_runner.model.kernel_name == "reference"
 
 

@@ -5,12 +5,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from service.engine.errors import NeverFitsError, QueueFullError
+from service.engine.group_pool import BlockGroup
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import FinishReason, Sequence
 from tests.fakes import EOS, SchedulerLoop, continuation, scores
 
 BLOCK_SIZE = 4
 MAX_MODEL_LEN = 40
+# Everything; a window; both, with pages that they cut differently.
+GROUPS = [
+    (BlockGroup(),),
+    (BlockGroup(window=7),),
+    (BlockGroup(blocks_per_page=2), BlockGroup(window=5, sink_tokens=3, blocks_per_page=3)),
+]
 INTERRUPTED = (FinishReason.CANCELLED, FinishReason.DEADLINE)
 
 # Three texts that part after 13 and after 22 tokens; prompts are beginnings of them.
@@ -29,12 +36,12 @@ PARAMS = st.builds(
 
 
 def expected_end(
-    prompt: list[int], params: SamplingParams, max_len: int
+    prompt: list[int], params: SamplingParams, max_len: int, groups: tuple[BlockGroup, ...]
 ) -> tuple[list[int], FinishReason]:
     """Output and end of a request that has the engine for itself, from the definition."""
     output: list[int] = []
     while True:
-        output += continuation([*prompt, *output], 1)
+        output += continuation([*prompt, *output], 1, groups)
         if len(output) >= params.min_tokens:
             if output[-1] in params.stop_token_ids:
                 return output, FinishReason.STOP
@@ -61,6 +68,7 @@ class SchedulerLives(RuleBasedStateMachine):
         extra_tokens=st.integers(0, 30),
         max_bypass=st.integers(0, 3),
         caching=st.booleans(),
+        groups=st.sampled_from(GROUPS),
     )
     def start(
         self,
@@ -69,8 +77,9 @@ class SchedulerLives(RuleBasedStateMachine):
         extra_tokens: int,
         max_bypass: int,
         caching: bool,
+        groups: tuple[BlockGroup, ...],
     ) -> None:
-        self.max_len = min(MAX_MODEL_LEN, num_blocks * BLOCK_SIZE + 1)
+        self.groups = groups
         self.loop = SchedulerLoop(
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
@@ -81,7 +90,11 @@ class SchedulerLives(RuleBasedStateMachine):
             max_waiting_requests=12,
             max_waiting_tokens=200,
             enable_prefix_caching=caching,
+            groups=groups,
         )
+        budget = max_num_seqs + extra_tokens
+        self.capacity = self.loop.blocks.max_tokens(MAX_MODEL_LEN, budget)
+        self.max_len = min(MAX_MODEL_LEN, self.capacity + 1)
 
     @rule(
         prompt=PROMPTS,
@@ -101,7 +114,7 @@ class SchedulerLives(RuleBasedStateMachine):
         cache_namespace: bytes,
     ) -> None:
         num_slots = len(prompt) + (params.max_tokens or 1) - 1 if params else len(prompt)
-        fits = num_slots <= min(MAX_MODEL_LEN, self.loop.blocks.num_pages * BLOCK_SIZE)
+        fits = num_slots <= self.capacity
         has_room = self.loop.scheduler.has_room_for(len(prompt))
         try:
             seq = self.loop.add(
@@ -171,14 +184,14 @@ class SchedulerLives(RuleBasedStateMachine):
         prompt = seq.token_ids[: seq.num_prompt_tokens]
         if seq.params is None:
             assert result.token_ids == ()
-            expected_logprobs = scores(prompt)
+            expected_logprobs = scores(prompt, self.groups)
             if reason not in INTERRUPTED:
                 assert reason is FinishReason.LENGTH
                 assert list(result.prompt_logprobs) == expected_logprobs
             num_told = len(result.prompt_logprobs)
             assert list(result.prompt_logprobs) == expected_logprobs[:num_told]
             return
-        expected, expected_reason = expected_end(prompt, seq.params, self.max_len)
+        expected, expected_reason = expected_end(prompt, seq.params, self.max_len, self.groups)
         if reason not in INTERRUPTED:
             assert reason is expected_reason
             assert list(result.token_ids) == expected

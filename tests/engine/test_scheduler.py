@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.engine.errors import NeverFitsError, QueueFullError
+from service.engine.group_pool import BlockGroup
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import FinishReason, Sequence, SequenceStatus
 from tests.fakes import EOS, SchedulerLoop, continuation, scores
@@ -696,3 +697,56 @@ def test_cached_tokens_are_those_of_the_first_admission() -> None:
     finish = loop.result(victim).finish
     assert finish is not None
     assert finish.usage.cached_tokens == 0, "what preemption finds again is no saving"
+
+
+# A rotation that changes with the length of the sequence
+
+
+@pytest.mark.parametrize("num_prompt", [1, 5, 12, 13, 20])
+def test_a_sequence_is_computed_again_once_when_it_grows_beyond_the_switch(num_prompt: int) -> None:
+    loop = SchedulerLoop(rope_switch_length=12)
+    seq = loop.add(range(1, num_prompt + 1), greedy(20))
+    beside = loop.add([3, 3], greedy(5))
+    loop.drain()
+    assert tokens(loop, seq) == continuation(range(1, num_prompt + 1), 20)
+    assert tokens(loop, beside) == continuation([3, 3], 5)
+    computed = [plan.get(seq.seq_id, 0) for plan in loop.plans]
+    crosses = num_prompt <= 12 < num_prompt + 19
+    assert sum(computed) == num_prompt + 19 + (12 if crosses else 0)
+    assert computed.count(13) == (1 if crosses else 0) + (num_prompt == 13)
+    assert seq.num_preemptions == (1 if crosses else 0)
+    assert seq.min_rope_length == (13 if crosses else num_prompt)
+    assert beside.num_preemptions == 0
+    assert loop.num_preempted == 0, "it gives its blocks back by itself"
+
+
+def test_a_sequence_that_ends_at_the_switch_is_not_computed_again() -> None:
+    loop = SchedulerLoop(rope_switch_length=12)
+    seq = loop.add([1] * 10, greedy(3))
+    loop.drain()
+    assert len(tokens(loop, seq)) == 3
+    assert seq.num_preemptions == 0
+
+
+# Windows
+
+
+WINDOWS = (BlockGroup(), BlockGroup(window=6, sink_tokens=2, blocks_per_page=3))
+
+
+def test_windows_let_a_pool_serve_more_than_it_holds() -> None:
+    groups = (BlockGroup(window=6),)
+    loop = SchedulerLoop(num_blocks=4, groups=groups, max_num_batched_tokens=8)
+    seq = loop.add([1] * 30, greedy(60))
+    loop.drain()
+    assert tokens(loop, seq) == continuation([1] * 30, 60, groups)
+
+
+def test_sequences_of_two_groups_are_preempted_and_go_on() -> None:
+    loop = SchedulerLoop(num_blocks=12, groups=WINDOWS, max_num_batched_tokens=8)
+    seqs = [loop.add([number] * (3 + number), greedy(25)) for number in range(5)]
+    loop.drain()
+    for number, seq in enumerate(seqs):
+        assert tokens(loop, seq) == continuation([number] * (3 + number), 25, WINDOWS)
+    assert loop.num_preempted > 0
+    assert loop.blocks.num_used_pages == 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import numpy as np
 import psutil
 import pytest
 
@@ -121,8 +122,13 @@ async def test_engine_standalone_and_ray_give_the_same_tokens(
         )
 
     assert await through(client) == expected
+    hidden = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
     async with running_server(model_path) as standalone, AsyncClient(standalone.target) as other:
         assert await through(other) == expected
+        attended = [await c.attend_hidden(hidden, layer=1) for c in (client, other)]
+        embedded = [await c.embed(prompts[-1]) for c in (client, other)]
+    assert np.array_equal(attended[0].output, attended[1].output)
+    assert np.array_equal(embedded[0], embedded[1])
 
 
 async def test_64_streams_finish_and_leave_nothing(client: AsyncClient) -> None:

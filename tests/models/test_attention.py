@@ -2,18 +2,20 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from models.attention import Attention
-from models.config import HeadConfig, ModelConfig
+from models.config import HeadConfig, ModelConfig, QKNorm
 from models.kernels import KernelName
 from models.kv_cache import AttentionMetadata, KVCache
 from models.positions import RopeConfig
 from models.rope import rotation
 from models.transformer import random_model
-from tests.models import tiny
+from tests.models import numpy_oracle, tiny
+from tests.models.numpy_oracle import Array, array
 
 NUM_TOKENS = 11
 ROPE = RopeConfig(10_000.0, 8)
@@ -150,3 +152,75 @@ def test_the_scale_of_a_layer_is_used() -> None:
     assert (plain.logits(tokens) - scaled.logits(tokens)).abs().max() > 1e-3
     (chunked,) = tiny.paged_logits(scaled, [tokens[0]], [[6], [1], [1], [1]])
     assert (chunked - scaled.logits(tokens)[0]).abs().max() <= 1e-5
+
+
+# What happens between the projection and the cache
+
+
+def normalised(row: Array, config: QKNorm | None, weight: Array) -> list[Array]:
+    """The heads of one token's queries or keys."""
+    if config is not None and config.scope == "all_heads":
+        row = numpy_oracle.rms_norm(row, weight, config.eps)
+    heads = [row[start : start + 8] for start in range(0, len(row), 8)]
+    if config is not None and config.scope == "head":
+        gain = weight + config.unit_offset
+        return [numpy_oracle.rms_norm(head, gain, config.eps) for head in heads]
+    if config is not None and config.scope == "each_head":
+        return [
+            numpy_oracle.layer_norm(head, own, config.eps)
+            for head, own in zip(heads, weight, strict=True)
+        ]
+    return heads
+
+
+@pytest.mark.parametrize(
+    "qk_norm",
+    [
+        QKNorm("rms_norm", "head", 1e-3),
+        QKNorm("rms_norm", "head", 1e-3, unit_offset=True),
+        QKNorm("layer_norm", "each_head", 1e-3),
+        QKNorm("rms_norm", "all_heads", 1e-3),
+        None,
+    ],
+    ids=["head", "offset", "each", "all", "none"],
+)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_queries_and_keys_are_clipped_then_normalised_then_rotated(
+    qk_norm: QKNorm | None, clip: float | None
+) -> None:
+    heads = HeadConfig(6, 2, 8, rope=ROPE, qk_norm=qk_norm, clip_qkv=clip)
+    attention = make_attention(tiny.llama(layers=(heads,), qkv_bias=True)).double()
+    hidden = torch.randn(NUM_TOKENS, 24, dtype=torch.float64)
+    angles = torch.randn(NUM_TOKENS, 1, 4, dtype=torch.float64)
+    query, key, value = attention.project(hidden, (angles.cos(), angles.sin()))
+    rows = array(hidden) @ array(attention.qkv.weight).T + array(attention.qkv.bias)
+    if clip is not None:
+        rows = np.minimum(np.maximum(rows, -clip), clip)
+    assert np.abs(array(value).reshape(NUM_TOKENS, -1) - rows[:, 64:]).max() <= 1e-12
+    for ours, norm, columns in (
+        (query, attention.query_norm, rows[:, :48]),
+        (key, attention.key_norm, rows[:, 48:64]),
+    ):
+        weight = np.ones(8) if norm is None else array(norm.weight)
+        for token in range(NUM_TOKENS):
+            for head, normed in enumerate(normalised(columns[token], qk_norm, weight)):
+                turned = numpy_oracle.rotate(normed, angles[token, 0].tolist(), interleaved=False)
+                assert np.abs(array(ours[token, head]) - turned).max() <= 1e-12
+
+
+def test_temperature_is_a_factor_on_the_queries_of_a_head() -> None:
+    temperature = (0.5, 1.0, 2.0, 3.0, 0.1, 1.5)
+    plain = make_attention(config_of(num_kv_heads=2)).double()
+    warm = Attention(
+        config_of(num_kv_heads=2),
+        HeadConfig(6, 2, 8, rope=ROPE, temperature=temperature),
+        "dense",
+    ).requires_grad_(False)
+    warm.double().load_state_dict(plain.state_dict())
+    factors = torch.tensor(temperature, dtype=torch.float64).repeat_interleave(8)
+    plain.qkv.weight[:48] *= factors[:, None]
+    plain.qkv.bias[:48] *= factors
+    hidden = torch.randn(NUM_TOKENS, 24, dtype=torch.float64)
+    cos, sin = (part.double() for part in turns())
+    expected = plain.forward_dense(hidden, (cos, sin), batch=1)
+    assert (warm.forward_dense(hidden, (cos, sin), batch=1) - expected).abs().max() <= 1e-6

@@ -1,11 +1,15 @@
 """Configurations name the field that cannot work, and count their own cache."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import DTypeName, HeadConfig, ModelConfig
+from models.config import DTypeName, HeadConfig, ModelConfig, Retention
 from models.errors import ConfigError
+from models.positions import Alibi, DynamicNtkScaling, LongRopeScaling, RopeConfig
 from tests.models import tiny
 
 
@@ -67,12 +71,86 @@ def test_a_model_has_layers() -> None:
     assert caught.value.field == "layers"
 
 
-def test_rotary_positions_need_even_heads_in_every_layer() -> None:
-    layers = (HeadConfig(2, 1, 8), HeadConfig(2, 1, 7))
-    with pytest.raises(ConfigError, match="head_dim is 7; allowed: an even number") as caught:
-        tiny.llama(layers=layers)
-    assert caught.value.field == "head_dim"
-    assert tiny.gpt2(layers=layers).num_layers == 2, "learned positions do not pair dimensions"
+@pytest.mark.parametrize("rotary_dim", [10, 16])
+def test_no_more_than_a_head_is_rotated(rotary_dim: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        HeadConfig(2, 1, 8, rope=RopeConfig(1e4, rotary_dim))
+    assert str(caught.value) == f"rotary_dim is {rotary_dim}; allowed: 1 to head_dim=8"
+    assert HeadConfig(2, 1, 7, rope=RopeConfig(1e4, 6)).rope is not None, "the rest stays"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "allowed"),
+    [
+        ({"window": 0}, "window", "1 or more"),
+        ({"window": (4, -1, None, 2)}, "window", "1 or more"),
+        ({"window": (4, 4)}, "window", "one for each of 4 heads"),
+        ({"sink_tokens": -1}, "sink_tokens", "0 or more"),
+        ({"softcap": 0.0}, "softcap", "more than 0"),
+        ({"clip_qkv": -1.0}, "clip_qkv", "more than 0"),
+        ({"temperature": (1.0,)}, "temperature", "one for each of 4 heads"),
+        ({"alibi": Alibi((0.5,) * 3)}, "alibi", "one for each of 4 heads"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(
+    changes: dict[str, Any], field: str, allowed: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        HeadConfig(4, 2, 8, **changes)
+    assert caught.value.field == field
+    assert str(caught.value).endswith(f"; allowed: {allowed}")
+
+
+def test_heads_are_grouped_by_what_they_have_to_remember() -> None:
+    assert HeadConfig(4, 2, 8).retentions == {Retention(): (0, 1)}
+    assert HeadConfig(4, 2, 8, window=7).retentions == {Retention(7): (0, 1)}
+    assert HeadConfig(4, 2, 8, sink_tokens=3).retentions == {Retention(): (0, 1)}
+    mixed = HeadConfig(8, 4, 8, window=(3, 5, None, 2, 5, 1, 7, None), sink_tokens=2)
+    assert mixed.retentions == {Retention(5, 2): (0, 2), Retention(): (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("window", "label"),
+    [(None, "h4kv2d8"), (512, "h4kv2d8w512"), ((3, None, 3, 9), "h4kv2d8w3/all/9")],
+)
+def test_windows_are_part_of_the_label(
+    window: int | tuple[int | None, ...] | None, label: str
+) -> None:
+    assert HeadConfig(4, 2, 8, window=window).label == label
+
+
+def test_all_layers_look_the_same_way() -> None:
+    both = (HeadConfig(4, 2, 8), HeadConfig(4, 2, 8, causal=False))
+    with pytest.raises(ConfigError, match="allowed: the same in every layer") as caught:
+        tiny.llama(layers=both)
+    assert caught.value.field == "causal"
+    assert tiny.llama(layers=both[:1]).is_causal
+    assert not tiny.llama(layers=both[1:]).is_causal
+
+
+def test_learned_positions_are_enough_for_the_longest_sequence() -> None:
+    with pytest.raises(ConfigError, match="allowed: at most 62") as caught:
+        tiny.gpt2(learned_positions=64, position_offset=2)
+    assert caught.value.field == "max_position_embeddings"
+    assert tiny.gpt2(learned_positions=66, position_offset=2).max_position_embeddings == 64
+
+
+def test_a_model_rotates_by_length_where_one_layer_does() -> None:
+    long = [
+        RopeConfig(1e4, 8, scaling=LongRopeScaling((1.0,) * 4, (2.0,) * 4, length, 1.0))
+        for length in (32, 16)
+    ]
+    dynamic = RopeConfig(1e4, 8, scaling=DynamicNtkScaling(2.0, 16))
+    plain = HeadConfig(4, 2, 8)
+    for ropes, depends, switch in (
+        ((None,), False, None),
+        ((None, dynamic), True, None),
+        ((long[0], None, long[1]), True, 16),
+    ):
+        layers = tuple(replace(plain, rope=rope) for rope in ropes)
+        config = tiny.gpt2(layers=layers)
+        assert config.rope_depends_on_length == depends
+        assert config.rope_switch_length == switch
 
 
 @pytest.mark.parametrize("token_id", [-1, 61])

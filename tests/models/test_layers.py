@@ -1,51 +1,69 @@
 """Normalisation and feed-forward blocks against their formulas in float64."""
 
-import math
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
+from transformers import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 from models.config import Activation, ModelConfig
-from models.layers import MLP, RMSNorm, make_norm
-from tests.models import tiny
-from tests.models.numpy_oracle import Array
-
-ACTIVATIONS: dict[Activation, Callable[[float], float]] = {
-    "silu": lambda x: x / (1 + math.exp(-x)),
-    "gelu": lambda x: x / 2 * (1 + math.erf(x / math.sqrt(2))),
-    "gelu_tanh": lambda x: x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
-    "relu": lambda x: max(x, 0.0),
-}
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    mean_square: Array = (x**2).mean(axis=-1, keepdims=True)
-    return x / np.sqrt(mean_square + eps) * weight
+from models.layers import MLP, MixtureOfExperts, RMSNorm, make_norm, rms_norm
+from tests.models import numpy_oracle, tiny
+from tests.models.numpy_oracle import ACTIVATIONS, array
 
 
 # The smallest inputs are where eps, and where it is added, decides.
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_rms_norm_equals_its_formula(size: float, dtype: torch.dtype, bar: float) -> None:
-    norm = RMSNorm(24, eps=1e-5).to(dtype)
-    torch.nn.init.normal_(norm.weight, 1.0, 0.3)
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_rms_norm_equals_its_formula(
+    size: float, dtype: torch.dtype, bar: float, unit_offset: bool
+) -> None:
+    norm = RMSNorm(24, eps=1e-5, unit_offset=unit_offset).to(dtype)
+    torch.nn.init.normal_(norm.weight, 0.0 if unit_offset else 1.0, 0.3)
     x = size * torch.randn(7, 24, dtype=dtype)
-    weight = norm.weight.detach().double().numpy()
-    expected = rms_norm(x.double().numpy(), weight, 1e-5)
-    assert np.abs(norm(x).detach().double().numpy() - expected).max() <= bar
+    weight = array(norm.weight) + (1.0 if unit_offset else 0.0)
+    for ours, row in zip(norm(x), x, strict=True):
+        expected = numpy_oracle.rms_norm(array(row), weight, 1e-5)
+        assert np.abs(array(ours) - expected).max() <= bar
 
 
-def test_layer_norm_equals_its_formula() -> None:
-    norm = make_norm(tiny.gpt2(norm_eps=1e-3)).double()
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_equals_its_formula(bias: bool) -> None:
+    norm = make_norm(tiny.gpt2(norm_eps=1e-3, norm_bias=bias)).double()
     assert isinstance(norm, torch.nn.LayerNorm)
     torch.nn.init.normal_(norm.weight, 1.0, 0.3)
-    torch.nn.init.normal_(norm.bias, 0.0, 0.3)
+    assert (norm.bias is not None) == bias
+    if bias:
+        torch.nn.init.normal_(norm.bias, 0.0, 0.3)
     x = 0.1 * torch.randn(7, 24, dtype=torch.float64)
-    centred = x.numpy() - x.numpy().mean(axis=-1, keepdims=True)
-    expected = rms_norm(centred, norm.weight.detach().numpy(), 1e-3) + norm.bias.detach().numpy()
-    assert np.abs(norm(x).detach().numpy() - expected).max() <= 1e-12
+    for ours, row in zip(norm(x), x, strict=True):
+        expected = numpy_oracle.layer_norm(array(row), array(norm.weight), 1e-3)
+        if bias:
+            expected += array(norm.bias)
+        assert np.abs(array(ours) - expected).max() <= 1e-12
+
+
+def test_each_head_is_normalised_with_weights_of_its_own() -> None:
+    x, weight = torch.randn(5, 3, 8).double(), torch.randn(3, 8).double()
+    for unit_offset in (False, True):
+        normed = rms_norm(x, weight, 1e-3, unit_offset=unit_offset)
+        for token in range(5):
+            for head in range(3):
+                expected = numpy_oracle.rms_norm(
+                    array(x[token, head]), array(weight[head]) + unit_offset, 1e-3
+                )
+                assert np.abs(array(normed[token, head]) - expected).max() <= 1e-12
+
+
+def test_an_offset_is_added_before_rounding() -> None:
+    """In bfloat16 a weight of 0.003 is lost beside 1, as in Gemma it is not."""
+    norm = RMSNorm(8, eps=0.0, unit_offset=True).bfloat16()
+    torch.nn.init.constant_(norm.weight, 0.003)
+    x = torch.ones(1, 8, dtype=torch.bfloat16)
+    assert torch.equal(norm(255 * x), x), "a scale alone is normalised away"
+    wide = rms_norm(x, torch.tensor([0.003] * 8).bfloat16(), 0.0, unit_offset=True)
+    assert torch.equal(wide, torch.full_like(x, 1.003))
 
 
 def test_the_configuration_chooses_norm_and_eps() -> None:
@@ -77,3 +95,43 @@ def test_mlp_equals_its_formula(activation: Activation, bias: bool, gated: bool)
         expected += mlp.down.bias.numpy()
     assert (mlp.up.bias is not None) == bias
     assert np.abs(mlp(x).numpy() - expected).max() <= 1e-12
+
+
+def make_experts() -> MixtureOfExperts:
+    config = tiny.llama(num_experts=5, num_experts_per_token=2, swiglu_limit=1.5)
+    experts = MixtureOfExperts(config).double().requires_grad_(False)
+    for parameter in experts.parameters():
+        parameter.normal_(0.0, 0.5)
+    return experts
+
+
+def test_a_mixture_of_experts_equals_its_formula() -> None:
+    experts = make_experts()
+    x = 2 * torch.randn(9, 24, dtype=torch.float64)
+    for ours, row in zip(experts(x), x, strict=True):
+        expected = numpy_oracle.experts(
+            array(row),
+            (array(experts.router.weight), array(experts.router.bias)),
+            (array(experts.up_weight), array(experts.up_bias)),
+            (array(experts.down_weight), array(experts.down_bias)),
+            num_picked=2,
+            limit=1.5,
+        )
+        assert np.abs(array(ours) - expected).max() <= 1e-12
+
+
+def test_a_mixture_of_experts_is_that_of_gpt_oss() -> None:
+    experts = make_experts().float()
+    config = GptOssConfig(
+        hidden_size=24, intermediate_size=40, num_local_experts=5, num_experts_per_tok=2
+    )
+    config.swiglu_limit = 1.5
+    theirs = GptOssMLP(config).requires_grad_(False)
+    theirs.router.load_state_dict(experts.router.state_dict())
+    theirs.experts.gate_up_proj.copy_(experts.up_weight)
+    theirs.experts.gate_up_proj_bias.copy_(experts.up_bias)
+    theirs.experts.down_proj.copy_(experts.down_weight)
+    theirs.experts.down_proj_bias.copy_(experts.down_bias)
+    x = 2 * torch.randn(9, 24)
+    expected, _ = theirs(x[None])
+    assert (experts(x) - expected[0]).abs().max() <= 2e-5

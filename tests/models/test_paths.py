@@ -306,6 +306,20 @@ def test_no_prefix_is_cached_where_equal_tokens_can_have_different_keys(name: st
         Engine(model_of(name), config)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_sequence_that_outgrows_its_rotation_is_computed_again_once(kernel: KernelName) -> None:
+    """After 16 tokens; longer prompts are rotated for long sequences from the beginning."""
+    model = model_of("rope-long", kernel)
+    steps: list[StepStats] = []
+    config = EngineConfig(block_size=BLOCK_SIZE, num_blocks=200, max_num_batched_tokens=64)
+    engine = Engine(model, config, on_step=steps.append)
+    prompts = [tokens_of(length, length).tolist() for length in (3, 15, 16, 17, 30)]
+    outputs = finish_all(engine, [EngineRequest(p, greedy(20, logprobs=0)) for p in prompts])
+    check_outputs(model, prompts, outputs)
+    once = sum(len(prompt) + 19 for prompt in prompts)
+    assert sum(step.num_tokens for step in steps) == once + 3 * 16
+
+
 # Windows and memory
 
 

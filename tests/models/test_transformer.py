@@ -10,7 +10,7 @@ from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
 from models.positions import RopeConfig
 from models.transformer import Transformer, random_model
-from tests.models import tiny
+from tests.models import numpy_oracle, tiny
 
 ROPE = RopeConfig(10_000.0, 8)
 CONFIGS: dict[str, ModelConfig] = {
@@ -105,6 +105,17 @@ def test_tied_models_have_no_own_head() -> None:
     assert torch.allclose(tied.project_to_vocab(hidden), hidden @ tied.embed_tokens.weight.T)
     assert untied.lm_head is not None
     assert torch.allclose(untied.project_to_vocab(hidden), hidden @ untied.lm_head.weight.T)
+
+
+def test_logits_are_scaled_then_capped() -> None:
+    plain = tiny.model(tiny.llama())
+    capped = tiny.model(tiny.llama(logit_scale=1.7, logit_softcap=2.0))
+    tokens = tokens_of(5)[None]
+    expected = [
+        numpy_oracle.softcap(1.7 * logit, 2.0) for logit in plain.logits(tokens).flatten().tolist()
+    ]
+    difference = capped.logits(tokens).flatten() - torch.tensor(expected)
+    assert difference.abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

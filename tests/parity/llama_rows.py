@@ -63,8 +63,14 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "llama, yarn scaling",
-        lambda: LlamaConfig(**GROUPED, **scaled("yarn", factor=4.0)),
-        ROPE_SCALING | {"attention factor": scaling(attention_factor=1.0)},
+        lambda: LlamaConfig(
+            **GROUPED, **scaled("yarn", factor=4.0, original_max_position_embeddings=64)
+        ),
+        ROPE_SCALING
+        | {
+            "attention factor": scaling(attention_factor=1.0),
+            "rounded bounds of yarn": scaling(truncate=False),
+        },
     ),
     Row(
         "llama, yarn scaling with two mscales",

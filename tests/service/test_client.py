@@ -1,12 +1,17 @@
 """The typed clients against a real server, and the typed errors."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
+import numpy as np
 import pytest
+import torch
 from google.rpc import code_pb2
+from torch.nn import functional
 
 from service.client import (
     AsyncClient,
@@ -36,7 +41,8 @@ async def test_both_clients_answer_alike(server: RunningServer) -> None:
         stream = client.generate("abc", max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
         text = "".join([part async for part in stream])
         answer = await client.complete("abc", max_tokens=8, temperature=0, ignore_eos=True)
-        score = await client.score("hello")
+        score = await client.score("hello", options=RequestOptions(priority=1))
+        vector = await client.embed("hello", pooling="last", normalize=True)
         ids = await client.tokenize("hello")
         back = await client.detokenize(ids)
         model, load = await client.get_model(), await client.get_load()
@@ -53,6 +59,8 @@ async def test_both_clients_answer_alike(server: RunningServer) -> None:
         assert blocking.complete("abc", max_tokens=8, temperature=0, ignore_eos=True).text == text
         assert blocking.score("hello").logprobs == score.logprobs
         assert blocking.score(ids).token_ids == score.token_ids
+        again_vector = blocking.embed("hello", pooling="last", normalize=True)
+        assert np.array_equal(again_vector, vector)
         assert blocking.tokenize("hello") == ids
         assert blocking.detokenize(ids) == "hello"
         assert blocking.get_model() == model
@@ -80,9 +88,58 @@ async def test_errors_carry_reason_and_fields(server: RunningServer) -> None:
 async def test_options_reach_the_server(server: RunningServer) -> None:
     async with AsyncClient(server.target) as client:
         options = RequestOptions(request_id="a\nb", priority=999, timeout=-1.0)
+        for call in (
+            client.complete([1], options=options, max_tokens=1),
+            client.score([1, 2], options=options),
+            client.embed([1], options=options),
+        ):
+            with pytest.raises(HeadroomError) as caught:
+                await call
+            assert set(caught.value.violations) == {"request_id", "priority", "timeout"}
+
+
+async def test_blocking_attention_answers_in_kind(server: RunningServer) -> None:
+    query = torch.randn(1, 4, 3, 8)
+    key, value = torch.randn(2, 1, 2, 3, 8)
+    theirs = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=True
+    )
+
+    def use(client: Client) -> None:
+        given = (query, key, value)
+        tensors = client.attend(
+            *given, layout="batch_heads_tokens_dim", mask="causal", window=[9, None, 3, None]
+        )
+        arrays = client.attend(
+            *(part.numpy() for part in given),
+            layout="batch_heads_tokens_dim",
+            mask="bidirectional",
+            visible=np.tri(3, dtype=bool),
+            key_positions=np.arange(3, dtype=np.int32),
+            want_lse=True,
+        )
+        assert isinstance(tensors.output, torch.Tensor)
+        assert (tensors.output - theirs).abs().max() <= 2e-6
+        assert (tensors.weights, tensors.lse, tensors.head_outputs) == (None, None, None)
+        assert isinstance(arrays.output, np.ndarray)
+        assert isinstance(arrays.lse, np.ndarray)
+        assert np.abs(arrays.output - theirs.numpy()).max() <= 2e-6
+        arrays.output[:] = 0  # its own memory
+        hidden = client.attend_hidden(torch.randn(3, 64, dtype=torch.float64), layer=0)
+        assert hidden.output.dtype is torch.float32, "the model's"
         with pytest.raises(HeadroomError) as caught:
-            await client.complete([1], options=options, max_tokens=1)
-    assert set(caught.value.violations) == {"request_id", "priority", "timeout"}
+            client.attend_hidden(torch.randn(3, 63), layer=0)
+        assert list(caught.value.violations) == ["hidden.hidden.shape"]
+        wrong: Any = {"layout": "bhtd", "mask": "causal"}
+        with pytest.raises(ValueError, match="LAYOUT_BHTD"):
+            client.attend(*given, **wrong)
+
+    await _blocking(server, use)
+
+
+def test_the_client_needs_no_torch() -> None:
+    code = "import sys, service.client; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 async def test_cancelling_a_stream_frees_the_server(server: RunningServer) -> None:

@@ -22,6 +22,7 @@ from protos.headroom.v1 import generation_pb2_grpc, models_pb2
 from service.client import to_error
 from service.engine import Engine, EngineConfig, SamplingParams
 from service.engine.sequence import SequenceOutput
+from service.servicer import HEALTH_SERVICES
 from tests.bad_requests import BAD_REQUESTS
 from tests.checkpoints import VOCAB_SIZE, headroom_byte_tokenizer
 from tests.serving import RunningServer, running_server
@@ -121,6 +122,8 @@ async def test_get_model_describes_heads_and_cache(server: RunningServer) -> Non
     assert (model.name, model.family, model.num_layers) == ("tiny-gqa", "llama", 2)
     assert [(h.num_heads, h.num_kv_heads, h.head_dim) for h in model.layers] == [(4, 2, 16)] * 2
     assert not model.layers[0].HasField("window")
+    assert (model.layers[0].rope_theta, model.layers[0].scale) == (10_000.0, 0.25)
+    assert (model.is_causal, model.hidden_size) == (True, 64)
     assert model.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
     assert (model.vocab_size, model.max_model_len) == (VOCAB_SIZE, 128)
     assert (model.dtype, model.device, model.backend) == ("float32", "cpu", "dense")
@@ -428,7 +431,7 @@ async def test_64_streams_of_different_lengths_all_finish(server: RunningServer)
 async def test_health_follows_the_engine(server: RunningServer) -> None:
     health = health_pb2_grpc.HealthStub(server.channel)
     serving = health_pb2.HealthCheckResponse.SERVING
-    for service in ("", "headroom.v1.GenerationService", "headroom.v1.ModelService"):
+    for service in HEALTH_SERVICES:
         answer = await health.Check(health_pb2.HealthCheckRequest(service=service))
         assert answer.status == serving
     listed = await health.List(health_pb2.HealthListRequest())

@@ -32,7 +32,7 @@ def _parse(fields: ConfigFields) -> ModelConfig:
     fields.refuse_unless("add_cross_attention", False)
     fields.refuse_unless("position_embedding_type", "absolute")
     head_dim = even_head_dim(fields)
-    num_heads = fields.integer("num_attention_heads")
+    num_heads = fields.count("num_attention_heads")
     num_positions = fields.integer("max_position_embeddings", 512)
     num_types = fields.integer("type_vocab_size", 2)
     if num_types < 1:
@@ -41,7 +41,7 @@ def _parse(fields: ConfigFields) -> ModelConfig:
         fields,
         "bert",
         (HeadConfig(num_heads, num_heads, head_dim, causal=False),)
-        * fields.integer("num_hidden_layers"),
+        * fields.count("num_hidden_layers"),
         tied=True,
         intermediate_size=fields.integer("intermediate_size"),
         max_position_embeddings=num_positions,

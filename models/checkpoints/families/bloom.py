@@ -46,9 +46,9 @@ def _parse_bloom(fields: ConfigFields) -> ModelConfig:
     hidden = fields.spelling("n_embed", "hidden_size")
     heads_field = fields.spelling("n_head", "num_attention_heads")
     head_dim = even_head_dim(fields, hidden=hidden, heads=heads_field)
-    num_heads = fields.integer(heads_field)
+    num_heads = fields.count(heads_field)
     heads = HeadConfig(num_heads, num_heads, head_dim, alibi=Alibi(alibi_slopes(num_heads)))
-    num_layers = fields.integer(fields.spelling("n_layer", "num_hidden_layers"))
+    num_layers = fields.count(fields.spelling("n_layer", "num_hidden_layers"))
     return read_model(
         fields,
         "bloom",
@@ -78,8 +78,8 @@ def _parse_mpt(fields: ConfigFields) -> ModelConfig:
     hidden = fields.spelling("d_model", "hidden_size")
     heads_field = fields.spelling("n_heads", "num_attention_heads")
     head_dim = even_head_dim(fields, hidden=hidden, heads=heads_field)
-    num_layers = fields.integer(fields.spelling("n_layers", "num_hidden_layers"))
-    heads = _mpt_heads(fields.nested("attn_config"), fields.integer(heads_field), head_dim)
+    num_layers = fields.count(fields.spelling("n_layers", "num_hidden_layers"))
+    heads = _mpt_heads(fields.nested("attn_config"), fields.count(heads_field), head_dim)
     return read_model(
         fields,
         "mpt",

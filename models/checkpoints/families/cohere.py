@@ -28,7 +28,7 @@ def _parse(fields: ConfigFields) -> ModelConfig:
     return read_gated_model(
         fields,
         "cohere",
-        (heads,) * fields.integer("num_hidden_layers"),
+        (heads,) * fields.count("num_hidden_layers"),
         tied=True,
         max_position_embeddings=longest_context(rope, max_positions),
         norm="layer_norm",

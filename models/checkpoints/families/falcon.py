@@ -10,9 +10,10 @@ from models.positions import Alibi, alibi_slopes
 
 
 def _parse(fields: ConfigFields) -> ModelConfig:
+    fields.refuse_unless("apply_residual_connection_post_layernorm", False)
     hidden = fields.spelling("n_embed", "hidden_size")
     head_dim = even_head_dim(fields, hidden=hidden)
-    num_heads = fields.integer("num_attention_heads")
+    num_heads = fields.count("num_attention_heads")
     max_positions = fields.integer("max_position_embeddings", 2048)
     parallel, shared_norm = _read_layout(fields)
     alibi, rope, longest = None, None, max_positions
@@ -28,7 +29,7 @@ def _parse(fields: ConfigFields) -> ModelConfig:
     return read_model(
         fields,
         "falcon",
-        (heads,) * fields.integer("num_hidden_layers"),
+        (heads,) * fields.count("num_hidden_layers"),
         tied=True,
         hidden=hidden,
         intermediate_size=fields.integer("ffn_hidden_size", 4 * fields.integer(hidden)),
@@ -46,9 +47,10 @@ def _parse(fields: ConfigFields) -> ModelConfig:
 
 
 def _read_kv_heads(fields: ConfigFields, num_heads: int) -> int:
+    multi_query = fields.flag("multi_query", True)  # of the older architecture only
     if fields.flag("new_decoder_architecture", False):
         return fields.integer("num_kv_heads", num_heads)
-    if fields.flag("multi_query", True):
+    if multi_query:
         return 1
     fields.refuse_unless("num_kv_heads", num_heads)
     return num_heads

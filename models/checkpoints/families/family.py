@@ -14,6 +14,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
@@ -53,9 +54,7 @@ def read_heads(
         num_kv_heads: the family's default of `num_key_value_heads`; None and null are `heads`.
         head_dim: the family's default; None is `hidden / heads`.
     """
-    num_heads = fields.integer(heads)
-    if num_heads < 1:
-        raise ConfigError(heads, num_heads, "1 or more")
+    num_heads = fields.count(heads)
     kv_heads = fields.integer_or_none("num_key_value_heads", num_kv_heads)
     if "head_dim" in fields or head_dim is not None:
         width = fields.integer("head_dim", head_dim)
@@ -68,10 +67,10 @@ def even_head_dim(
     fields: ConfigFields, *, hidden: str = "hidden_size", heads: str = "num_attention_heads"
 ) -> int:
     """The width of a head in families where it is always `hidden / heads`."""
-    hidden_size, num_heads = fields.integer(hidden), fields.integer(heads)
+    hidden_size, num_heads = fields.integer(hidden), fields.count(heads)
     if hidden_size < 1:
         raise ConfigError(hidden, hidden_size, "1 or more")
-    if num_heads < 1 or hidden_size % num_heads:
+    if hidden_size % num_heads:
         raise ConfigError(heads, num_heads, f"a divisor of {hidden}={hidden_size}")
     head_dim = hidden_size // num_heads
     fields.refuse_unless("head_dim", head_dim)

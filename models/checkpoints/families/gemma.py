@@ -40,14 +40,14 @@ def _parse_gemma(fields: ConfigFields) -> ModelConfig:
     return _gemma(
         fields,
         "gemma",
-        (dataclasses.replace(heads, rope=rope),) * fields.integer("num_hidden_layers"),
+        (dataclasses.replace(heads, rope=rope),) * fields.count("num_hidden_layers"),
         activation="gelu_tanh" if activation == "gelu" else activation,
         max_position_embeddings=longest_context(rope, max_positions),
     )
 
 
 def _parse_gemma2(fields: ConfigFields) -> ModelConfig:
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers")
     heads = _gemma2_heads(fields, softcap=50.0)
     max_positions = fields.integer("max_position_embeddings", 8192)
     rope = read_rope(fields, head_dim=heads.head_dim, max_positions=max_positions)
@@ -62,7 +62,7 @@ def _parse_gemma2(fields: ConfigFields) -> ModelConfig:
 
 
 def _parse_gemma3(fields: ConfigFields) -> ModelConfig:
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers")
     norm = QKNorm("rms_norm", "head", eps=fields.number("rms_norm_eps", 1e-6), unit_offset=True)
     heads = dataclasses.replace(_gemma2_heads(fields, softcap=None), qk_norm=norm)
     pattern = fields.integer("sliding_window_pattern", 6)
@@ -79,7 +79,8 @@ def _parse_gemma3(fields: ConfigFields) -> ModelConfig:
             dataclasses.replace(layer, rope=sliding if slides else full)
             for layer, slides in zip(windowed, types, strict=True)
         ),
-        max_position_embeddings=longest_context(full, max_positions),
+        # Checkpoints of this family write the stretched length.
+        max_position_embeddings=max_positions,
         **_gemma2_settings(fields, softcap=None),
     )
 

@@ -56,7 +56,7 @@ def _parse(
     hidden = fields.spelling("n_embd", "hidden_size")
     num_heads = fields.spelling("n_head", "num_attention_heads")
     head_dim = even_head_dim(fields, hidden=hidden, heads=num_heads)
-    count = fields.integer(num_heads)
+    count = fields.count(num_heads)
     scale = head_dim**-0.5 if fields.flag("scale_attn_weights", True) else 1.0
     heads = HeadConfig(count, 1 if multi_query else count, head_dim)
     num_positions = fields.integer(fields.spelling("n_positions", "max_position_embeddings"), 1024)
@@ -65,7 +65,7 @@ def _parse(
         family,
         tuple(
             dataclasses.replace(heads, scale=scale / (index + 1 if by_layer else 1))
-            for index in range(fields.integer(fields.spelling("n_layer", "num_hidden_layers")))
+            for index in range(fields.count(fields.spelling("n_layer", "num_hidden_layers")))
         ),
         tied=True,
         hidden=hidden,

@@ -43,7 +43,7 @@ _GPTJ_NAMES = NameMap(
 
 def _parse_neox(fields: ConfigFields) -> ModelConfig:
     head_dim = even_head_dim(fields)
-    num_heads = fields.integer("num_attention_heads")
+    num_heads = fields.count("num_attention_heads")
     max_positions = fields.integer("max_position_embeddings", 2048)
     rope = read_rope(
         fields,
@@ -61,7 +61,7 @@ def _parse_neox(fields: ConfigFields) -> ModelConfig:
     return read_model(
         fields,
         "gpt_neox",
-        (heads,) * fields.integer("num_hidden_layers"),
+        (heads,) * fields.count("num_hidden_layers"),
         tied=False,
         intermediate_size=fields.integer("intermediate_size"),
         max_position_embeddings=longest_context(rope, max_positions),
@@ -77,6 +77,7 @@ def _parse_neox(fields: ConfigFields) -> ModelConfig:
 
 
 def _parse_gptj(fields: ConfigFields) -> ModelConfig:
+    fields.refuse_unless("rotary", True)
     # The projection to the vocabulary has a bias of its own, which tied ones do not.
     fields.refuse_unless("tie_word_embeddings", False)
     hidden = fields.spelling("n_embd", "hidden_size")
@@ -85,10 +86,10 @@ def _parse_gptj(fields: ConfigFields) -> ModelConfig:
     rotary_dim = fields.integer_or_none("rotary_dim", 64)
     if rotary_dim is None:
         raise ConfigError("rotary_dim", None, f"2 to head_dim={head_dim}")
-    num_heads = fields.integer(heads_field)
+    num_heads = fields.count(heads_field)
     rope = RopeConfig(10_000.0, rotary_dim, interleaved=True)
     heads = HeadConfig(num_heads, num_heads, head_dim, rope=rope)
-    num_layers = fields.integer(fields.spelling("n_layer", "num_hidden_layers"))
+    num_layers = fields.count(fields.spelling("n_layer", "num_hidden_layers"))
     return read_model(
         fields,
         "gptj",

@@ -41,7 +41,7 @@ _DEFAULT_ROPE = {
 def _parse(fields: ConfigFields) -> ModelConfig:
     fields.refuse_unless("hidden_act", "silu")
     fields.refuse_unless("swiglu_alpha", 1.702)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers")
     window = fields.integer_or_none("sliding_window", 128)
     types = read_layer_types(fields, num_layers, slides=lambda index: index % 2 == 0)
     if any(types) and window is None:

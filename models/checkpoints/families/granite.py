@@ -22,7 +22,7 @@ def _parse(fields: ConfigFields) -> ModelConfig:
     return read_gated_model(
         fields,
         "granite",
-        (dataclasses.replace(heads, rope=rope, scale=scale),) * fields.integer("num_hidden_layers"),
+        (dataclasses.replace(heads, rope=rope, scale=scale),) * fields.count("num_hidden_layers"),
         max_position_embeddings=longest_context(rope, max_positions),
         qkv_bias=bias,
         output_bias=bias,

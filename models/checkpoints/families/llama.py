@@ -36,7 +36,7 @@ LLAMA_NAMES = NameMap(
 
 
 def _parse_llama(fields: ConfigFields) -> ModelConfig:
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers")
     fields.refuse_unless("sliding_window")
     refuse_layer_types(fields, num_layers)
     heads = read_heads(fields)
@@ -55,7 +55,7 @@ def _parse_llama(fields: ConfigFields) -> ModelConfig:
 
 
 def _parse_mistral(fields: ConfigFields) -> ModelConfig:
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers")
     window = fields.integer_or_none("sliding_window", 4096)
     refuse_layer_types(fields, num_layers, slides=window is not None)
     fields.refuse_unless("attention_bias", False)
@@ -92,7 +92,7 @@ def _parse_qwen3(fields: ConfigFields) -> ModelConfig:
 def _parse_qwen(
     fields: ConfigFields, family: str, heads: HeadConfig, **biases: bool
 ) -> ModelConfig:
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers")
     window = fields.integer_or_none("sliding_window", 4096)
     if not fields.flag("use_sliding_window", False):
         window = None

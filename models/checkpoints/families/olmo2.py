@@ -30,7 +30,7 @@ def _parse(fields: ConfigFields) -> ModelConfig:
     return read_gated_model(
         fields,
         "olmo2",
-        (heads,) * fields.integer("num_hidden_layers"),
+        (heads,) * fields.count("num_hidden_layers"),
         max_position_embeddings=longest_context(rope, max_positions),
         norm_eps=eps,
         residual="output_norm",

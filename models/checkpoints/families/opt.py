@@ -30,7 +30,7 @@ _NAMES = NameMap(
 def _parse(fields: ConfigFields) -> ModelConfig:
     fields.refuse_unless("layer_norm_elementwise_affine", True)
     head_dim = even_head_dim(fields)
-    num_heads, hidden_size = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    num_heads, hidden_size = fields.count("num_attention_heads"), fields.integer("hidden_size")
     num_positions = fields.integer("max_position_embeddings", 2048)
     embedding_size = fields.integer("word_embed_proj_dim", hidden_size)
     norm_before = fields.flag("do_layer_norm_before", True)
@@ -38,7 +38,7 @@ def _parse(fields: ConfigFields) -> ModelConfig:
     return read_model(
         fields,
         "opt",
-        (HeadConfig(num_heads, num_heads, head_dim),) * fields.integer("num_hidden_layers"),
+        (HeadConfig(num_heads, num_heads, head_dim),) * fields.count("num_hidden_layers"),
         tied=True,
         intermediate_size=fields.integer("ffn_dim"),
         max_position_embeddings=num_positions,

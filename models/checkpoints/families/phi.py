@@ -55,7 +55,7 @@ def _parse_phi(fields: ConfigFields) -> ModelConfig:
     return read_model(
         fields,
         "phi",
-        (dataclasses.replace(heads, rope=rope),) * fields.integer("num_hidden_layers"),
+        (dataclasses.replace(heads, rope=rope),) * fields.count("num_hidden_layers"),
         tied=False,
         intermediate_size=fields.integer("intermediate_size"),
         max_position_embeddings=longest_context(rope, max_positions),
@@ -73,7 +73,7 @@ def _parse_phi(fields: ConfigFields) -> ModelConfig:
 
 
 def _parse_phi3(fields: ConfigFields) -> ModelConfig:
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = fields.count("num_hidden_layers")
     window = fields.integer_or_none("sliding_window", None)
     refuse_layer_types(fields, num_layers, slides=window is not None)
     fields.refuse_unless("attention_bias", False)

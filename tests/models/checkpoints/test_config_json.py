@@ -93,21 +93,22 @@ def test_the_name_is_the_directorys(tmp_path: Path) -> None:
 
 # Names that each family has for sizes; heads enough for every default number of key/value heads.
 _SIZES: dict[str, int] = {"vocab_size": 300_000, "hidden_size": 2048, "num_attention_heads": 32}
-_GPT_SIZES: dict[str, int] = {"vocab_size": 300_000, "n_embd": 2048, "n_head": 32, "n_layer": 2}
+_GPT_SIZES: dict[str, int] = {"vocab_size": 300_000, "n_embd": 2048, "n_head": 32, "n_layer": 12}
 _OWN_SIZES: dict[str, dict[str, int]] = {
     "gpt2": _GPT_SIZES,
     "gpt_bigcode": _GPT_SIZES,
     "gptj": _GPT_SIZES,
-    "bloom": {"vocab_size": 300_000, "hidden_size": 2048, "n_head": 32, "n_layer": 2},
-    "mpt": {"vocab_size": 300_000, "d_model": 2048, "n_heads": 32, "n_layers": 2},
-    "falcon": _SIZES | {"num_hidden_layers": 2},
-    "opt": _SIZES | {"num_hidden_layers": 2, "ffn_dim": 512},
+    "bloom": {"vocab_size": 300_000, "hidden_size": 2048, "n_head": 32, "n_layer": 12},
+    "mpt": {"vocab_size": 300_000, "d_model": 2048, "n_heads": 32, "n_layers": 12},
+    "falcon": _SIZES | {"num_hidden_layers": 12},
+    "opt": _SIZES | {"num_hidden_layers": 12, "ffn_dim": 512},
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_missing_fields_have_the_defaults_of_transformers(tmp_path: Path, family: str) -> None:
-    usual = _SIZES | {"num_hidden_layers": 2, "intermediate_size": 512}
+    # Twelve layers, so that a layer of every type is among them.
+    usual = _SIZES | {"num_hidden_layers": 12, "intermediate_size": 512}
     sizes = _OWN_SIZES.get(family, usual)
     CONFIG_MAPPING[family](**sizes).save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
@@ -115,6 +116,14 @@ def test_missing_fields_have_the_defaults_of_transformers(tmp_path: Path, family
     complete = parse(tmp_path, fields)
     # Which token ends a generation is nobody's guess.
     assert parse(tmp_path, {"model_type": family, **sizes}) == complete.replace(eos_token_ids=())
+
+
+@pytest.mark.parametrize(("family", "absent"), [("mistral", 4096), ("phi3", None)])
+def test_a_window_that_is_null_is_none(tmp_path: Path, family: str, absent: int | None) -> None:
+    fields = LLAMA_V4 | {"model_type": family}
+    assert parse(tmp_path, fields | {"sliding_window": None}).layers[0].window is None
+    assert parse(tmp_path, fields).layers[0].window == absent
+    assert parse(tmp_path, fields | {"sliding_window": 9}).layers[0].window == 9
 
 
 def test_gpt2_scores_may_be_unscaled_or_shrink_with_depth(tmp_path: Path) -> None:
@@ -127,7 +136,7 @@ def test_gpt2_scores_may_be_unscaled_or_shrink_with_depth(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("written", "meant"),
     [("silu", "silu"), ("swish", "silu"), ("gelu", "gelu"), ("gelu_new", "gelu_tanh"),
-     ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu")],
+     ("gelu_fast", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", "relu")],
 )  # fmt: skip
 def test_activations_by_their_published_names(tmp_path: Path, written: str, meant: str) -> None:
     assert parse(tmp_path, LLAMA_V4 | {"hidden_act": written}).activation == meant
@@ -190,6 +199,14 @@ def test_the_spelling_in_use_is_found() -> None:
     fields = ConfigFields({"new": None, "old": 2})
     assert fields.spelling("new", "old") == "old"
     assert fields.spelling("new", "newer") == "new", "which is then reported as missing"
+
+
+def test_fields_that_nobody_asked_for_are_noticed() -> None:
+    fields = ConfigFields({"asked": 1, "off": False, "null": None, "unasked": 2})
+    assert fields.integer("asked") == 1
+    fields.refuse_unread("asked", "off", "null", "absent")
+    with pytest.raises(ConfigError, match="unasked is 2; allowed: False or 'absent'"):
+        fields.refuse_unread("asked", "unasked")
 
 
 def test_token_ids_are_one_or_many_or_none() -> None:

@@ -60,7 +60,7 @@ CONFIGS: dict[str, dict[str, object]] = {
         "rope_scaling": {
             "type": "yarn",
             "factor": 4.0,
-            "original_max_position_embeddings": 16,
+            "original_max_position_embeddings": 64,
             "finetuned": True,
         },
     },

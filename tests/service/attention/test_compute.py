@@ -7,7 +7,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn import functional
+from transformers import BertConfig, BertModel
 
 from models import load_model
 from models.split_attention import split_attention
@@ -28,6 +29,13 @@ LAYOUTS = {
 }
 
 
+def _sdpa(parts: list[torch.Tensor], *, is_causal: bool = False) -> torch.Tensor:
+    query, key, value = parts
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, enable_gqa=True
+    )
+
+
 @pytest.fixture
 async def client(server: RunningServer) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(server.target) as opened:
@@ -39,20 +47,13 @@ async def test_every_variant_is_what_its_formula_says(client: AsyncClient, name:
     case, given = CASES[name], variants.tensors()
     reads = variants.expected(case, *given)
     outputs = np.stack([read.output for read in reads])
-    layout: Any = "batch_heads_tokens_dim"
-    fused = await client.attend(*given, layout=layout, **case.sent)  # type: ignore[misc]
+    sent: Any = {"layout": "batch_heads_tokens_dim", **case.sent}
+    fused = await client.attend(*given, **sent)
     assert fused.backend == "dense"
     assert np.abs(fused.output - outputs).max() <= case.bar
     for implementation, backend in (("fused", "reference"), ("split", "split")):
-        answer = await client.attend(  # type: ignore[misc]
-            *given,
-            layout=layout,
-            implementation=implementation,
-            want_weights=True,
-            want_lse=True,
-            want_head_outputs=implementation == "split",
-            **case.sent,
-        )
+        sent |= {"implementation": implementation, "want_weights": True, "want_lse": True}
+        answer = await client.attend(*given, **sent, want_head_outputs=implementation == "split")
         assert answer.backend == backend
         assert np.abs(answer.output - outputs).max() <= case.bar
         assert answer.weights is not None and answer.lse is not None  # noqa: PT018
@@ -111,10 +112,8 @@ async def test_torch_tensors_of_every_type_against_sdpa(
     )
     assert isinstance(answer.output, torch.Tensor)
     assert answer.output.dtype is kind
-    truth = scaled_dot_product_attention(
-        *(part.double() for part in exact), is_causal=True, enable_gqa=True
-    )
-    theirs = scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+    truth = _sdpa([part.double() for part in exact], is_causal=True)
+    theirs = _sdpa(exact, is_causal=True)
     error = (answer.output.double() - truth).abs().max().item()
     their_error = (theirs.double() - truth).abs().max().item()
     assert error <= max(2 * their_error, 1e-12)
@@ -161,9 +160,7 @@ async def test_data_is_little_endian_in_c_order(server: RunningServer) -> None:
         )
     )
     output = np.frombuffer(answer.output.data, "<f4").reshape(answer.output.shape)
-    theirs = scaled_dot_product_attention(
-        *map(torch.from_numpy, (query, key, value)), enable_gqa=True
-    )
+    theirs = _sdpa([torch.from_numpy(part) for part in (query, key, value)])
     assert np.abs(output - theirs.numpy()).max() <= 2e-6
     assert not answer.HasField("weights")
     assert not answer.HasField("lse")
@@ -175,9 +172,7 @@ async def test_more_queries_than_keys_without_positions(client: AsyncClient) -> 
     answer = await client.attend(
         query, key, value, layout="batch_heads_tokens_dim", mask="bidirectional"
     )
-    theirs = scaled_dot_product_attention(
-        *map(torch.from_numpy, (query, key, value)), enable_gqa=True
-    )
+    theirs = _sdpa([torch.from_numpy(part) for part in (query, key, value)])
     assert np.abs(answer.output - theirs.numpy()).max() <= 1e-12
 
 
@@ -276,6 +271,32 @@ class TestHidden:
         assert apart.head_outputs is not None
         summed = apart.head_outputs[0].sum(dim=0) + attention.output.bias
         assert (summed - truth).abs().max() <= 2e-5, "heads and bias sum to the output"
+
+    async def test_an_encoder_looks_both_ways(self, tmp_path: Path) -> None:
+        config = BertConfig(
+            vocab_size=checkpoints.VOCAB_SIZE,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            attn_implementation="eager",
+        )
+        bert: Any = checkpoints.randomise(BertModel(config, add_pooling_layer=False))
+        path, hidden = checkpoints.save(bert, tmp_path / "bert"), self.hidden(2, 6, 64)
+        module = bert.encoder.layer[0].attention
+        with torch.inference_mode():
+            read, weights = module.self(hidden)
+            truth = module.output.dense(read)
+        async with running_server(path) as server, AsyncClient(server.target) as client:
+            plain = await client.attend_hidden(hidden, layer=0)
+            apart = await client.attend_hidden(
+                hidden, layer=0, implementation="split", want_weights=True
+            )
+        for answer in (plain, apart):
+            assert (answer.output - truth).abs().max() <= 2e-5
+        assert apart.weights is not None
+        assert (apart.weights - weights).abs().max() <= 1e-6
 
     async def test_a_bfloat16_model_computes_and_answers_in_its_type(
         self, model_path: Path

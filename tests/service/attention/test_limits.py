@@ -17,14 +17,13 @@ from tests.bad_attention import hidden_request, qkv_request, tensor
 from tests.engine import tiny
 from tests.serving import RunningServer, running_server
 
-SHAPES = {"query": (2, 6, 3, 8), "key": (2, 2, 5, 8), "value": (2, 2, 5, 4)}
+SHAPES = ((2, 6, 3, 8), (2, 2, 5, 8), (2, 2, 5, 4))
 
 
 def _call(dtype: str = "float32", **wanted: bool) -> AttentionCall:
-    arrays = [WireArray(dtype, np.zeros(shape, dtype)) for shape in SHAPES.values()]
-    return AttentionCall(
-        QKVInput(*arrays, axes=(0, 1, 2, 3)), Variant(causal=True), Wanted(**wanted)
-    )
+    query, key, value = (WireArray(dtype, np.zeros(shape, dtype)) for shape in SHAPES)
+    given = QKVInput(query, key, value, axes=(0, 1, 2, 3))
+    return AttentionCall(given, Variant(causal=True), Wanted(**wanted))
 
 
 @pytest.mark.parametrize(("dtype", "size", "wide"), [("float32", 4, 4), ("float64", 8, 8),

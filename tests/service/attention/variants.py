@@ -229,8 +229,17 @@ CASES: dict[str, Case] = {
         turns=lambda n: numpy_oracle.llama3_frequencies(_THETA, DIM, 8.0, 1.0, 4.0, 64),
     ),
     "rope yarn": Case(
-        **_rope(yarn={"factor": 4.0, "original_length": 16, "beta_fast": 3.0, "truncate": False}),
+        **_rope(
+            yarn={
+                "factor": 4.0,
+                "original_length": 16,
+                "attention_factor": 1.5,
+                "beta_fast": 3.0,
+                "truncate": False,
+            }
+        ),
         turns=lambda n: numpy_oracle.yarn_frequencies(_THETA, DIM, 4.0, 16, 3.0, 1.0, False),
+        scales=(1.5**2 * DIM**-0.5,) * HEADS,
     ),
     "rope long": Case(
         **_rope(
@@ -238,11 +247,13 @@ CASES: dict[str, Case] = {
                 "short_factor": [1.0, 1.0, 1.0, 1.0],
                 "long_factor": [1.0, 2.0, 3.0, 4.0],
                 "original_length": 8,
+                "attention_factor": 1.2,
             }
         ),
         turns=lambda n: numpy_oracle.longrope_frequencies(
             _THETA, DIM, [1.0] * 4, [1.0, 2.0, 3.0, 4.0], 8, n
         ),
+        scales=(1.2**2 * DIM**-0.5,) * HEADS,
     ),
     "all at once": Case(
         {
