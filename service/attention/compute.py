@@ -197,7 +197,8 @@ def _visible(
         visible = visible & masks.padding(variant.key_lengths, num_keys, device=device)
     if variant.segment_ids is not None:
         segments = _to_tensor(variant.segment_ids, device).view(-1, num_keys)
-        visible = visible & masks.documents(segments)[:, :, -query_positions.shape[1] :]
+        own = segments[:, -query_positions.shape[1] :]  # never a mask of keys by keys
+        visible = visible & (own[:, None, :, None] == segments[:, None, None])
     if variant.visible is not None:
         visible = visible & _with_four_axes(variant.visible, device)
     return visible

@@ -15,8 +15,9 @@ class AttentionLimits:
     """Bytes that one attention may take.
 
     Attributes:
-        max_bytes: of inputs, scores and answer together. The scores are counted even where the
-            implementation never holds them all, so that this bounds the time as well.
+        max_bytes: of inputs, scores, keys and values for each query head, and answer together.
+            All are counted even where the implementation never holds them, so that this bounds
+            the time as well.
         max_answer_bytes: of the answer alone.
     """
 
@@ -64,17 +65,19 @@ def footprint_of(call: AttentionCall, config: ModelConfig) -> Footprint:
 
 
 def _of_qkv(call: AttentionCall, given: QKVInput) -> Footprint:
-    batch, num_heads, queries, _ = given.query.shape
+    batch, num_heads, queries, dim = given.query.shape
+    keys, value_dim = given.value.shape[2:]
     arrays = [given.query, given.key, given.value]
     if call.variant is not None:
         arrays.extend(call.variant.arrays)
     rows = batch * num_heads * queries
-    number = max(given.query.values.itemsize, 4)
-    output = rows * given.value.shape[-1] * given.query.values.itemsize
-    scores = rows * given.key.shape[2] * number
+    itemsize = given.query.values.itemsize
+    number = max(itemsize, 4)
+    output = rows * value_dim * itemsize
+    scores = rows * keys * number
     return Footprint(
         input=sum(array.values.nbytes for array in arrays),
-        intermediate=scores,
+        intermediate=scores + batch * num_heads * keys * (dim + value_dim) * itemsize,
         answer=output + _beside(call.wanted, scores, rows * number, output),
     )
 
@@ -82,15 +85,17 @@ def _of_qkv(call: AttentionCall, given: QKVInput) -> Footprint:
 def _of_hidden(call: AttentionCall, given: HiddenInput, config: ModelConfig) -> Footprint:
     *leading, tokens, hidden_size = given.hidden.shape
     batch = leading[0] if leading else 1
-    num_heads = config.layers[given.layer].num_heads
-    rows = batch * num_heads * tokens
+    heads = config.layers[given.layer]
+    rows = batch * heads.num_heads * tokens
     itemsize = ITEMSIZE[config.dtype]
     scores = rows * tokens * 4
     head_outputs = rows * hidden_size * itemsize
     output = batch * tokens * hidden_size * itemsize
     return Footprint(
         input=given.hidden.values.nbytes,
-        intermediate=scores + (head_outputs if call.wanted.split else 0),
+        intermediate=scores
+        + 3 * rows * heads.head_dim * itemsize
+        + (head_outputs if call.wanted.split else 0),
         answer=output + _beside(call.wanted, scores, rows * 4, head_outputs),
     )
 

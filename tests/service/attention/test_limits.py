@@ -7,10 +7,13 @@ import grpc
 import numpy as np
 import pytest
 
+from models.transformer import Transformer
 from protos.headroom.v1 import attention_pb2 as pb
+from service.attention.compute import attend
 from service.attention.limits import AttentionLimits, check_size, footprint_of
 from service.attention.request import AttentionCall, HiddenInput, QKVInput, Variant, Wanted
 from service.client import to_error
+from service.codec import AttentionDecoder
 from service.errors import AttentionTooLargeError
 from service.tensors import WireArray
 from tests.bad_attention import hidden_request, qkv_request, tensor
@@ -31,7 +34,7 @@ def _call(dtype: str = "float32", **wanted: bool) -> AttentionCall:
 def test_footprint_of_queries_keys_and_values(dtype: str, size: int, wide: int) -> None:
     footprint = footprint_of(_call(dtype, weights=True, lse=True), tiny.CONFIG)
     assert footprint.input == (2 * 6 * 3 * 8 + 2 * 2 * 5 * 8 + 2 * 2 * 5 * 4) * size
-    assert footprint.intermediate == 2 * 6 * 3 * 5 * wide
+    assert footprint.intermediate == 2 * 6 * (3 * 5 * wide + 5 * (8 + 4) * size)
     assert footprint.answer == 2 * 6 * 3 * (4 * size + 5 * wide + wide)
 
 
@@ -53,7 +56,7 @@ def test_footprint_of_a_layer_counts_what_single_heads_write() -> None:
         AttentionCall(hidden, None, Wanted(split=True, head_outputs=True)), tiny.CONFIG
     )
     assert fused.input == fused.answer == 3 * 7 * 32 * 4
-    assert fused.intermediate == 3 * 4 * 7 * 7 * 4
+    assert fused.intermediate == 3 * 4 * (7 * 7 + 3 * 7 * 8) * 4
     assert split.intermediate - fused.intermediate == 3 * 4 * 7 * 32 * 4
     assert split.answer - fused.answer == 3 * 4 * 7 * 32 * 4
 
@@ -82,9 +85,37 @@ async def test_many_gigabytes_are_refused_before_they_are_allocated(
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         "ATTENTION_TOO_LARGE",
     )
-    needed = 4 * 150_000**2 + 4 * 150_000 * 2  # scores; query, key, value and output
+    needed = 4 * 150_000**2 + 6 * 150_000 * 2  # scores; query, keys, values and output
     assert f"would take {needed} bytes; this server allows {64 * 2**20}" in str(error)
     assert "attend_max_bytes" in str(error)
+
+
+def _grown(request: pb.AttendRequest, model: Transformer) -> int:
+    """MiB by which this process grows while a request is computed."""
+    decoder = AttentionDecoder(tiny.CONFIG, tiny.MAX_LEN, AttentionLimits(64 * 2**20, 2**30))
+    call = decoder.call(request)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attend(call, model)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+
+
+def test_one_query_over_many_packed_keys_takes_little() -> None:
+    """A mask of all keys by all keys would take 900 MB."""
+    request = _long(30_000)
+    request.qkv.query.CopyFrom(tensor("FLOAT16", np.zeros((1, 1, 1, 1), "<f2")))
+    request.variant.segment_ids.CopyFrom(tensor("INT64", np.zeros(30_000, "<i8")))
+    assert _grown(request, tiny.tiny_model()) < 100
+
+
+def test_many_heads_on_one_key_count_its_copies() -> None:
+    """Their scores alone would fit."""
+    request = qkv_request()
+    for name, heads in (("query", 2000), ("key", 1), ("value", 1)):
+        tokens = 1 if name == "query" else 2000
+        given = tensor("FLOAT16", np.zeros((1, heads, tokens, 64), "<f2"))
+        getattr(request.qkv, name).CopyFrom(given)
+    with pytest.raises(AttentionTooLargeError, match="attend_max_bytes"):
+        _grown(request, tiny.tiny_model())
 
 
 async def test_an_answer_that_fits_no_message_is_refused(server: RunningServer) -> None:
