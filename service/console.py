@@ -24,17 +24,22 @@ def describe(model: "GetModelResponse") -> dict[str, str]:
     labels = Counter(layer.label for layer in model.layers)
     features = Counter(", ".join(_features(layer)) for layer in model.layers)
     kind = "decoder" if model.is_causal else "encoder"
-    tokens = model.kv_blocks_total * model.kv_block_size
-    mebibytes = tokens * model.kv_bytes_per_token / 2**20
     return {
         "model": f"{model.name} ({model.family} {kind}, {model.num_parameters / 1e6:.1f} M "
         f"parameters, {model.dtype} on {model.device}, {model.backend} attention)",
         "heads": ", ".join(f"{label} x {count} layers" for label, count in labels.items()),
         "scores": "; ".join(f"{text} x {count} layers" for text, count in features.items()),
         "context": f"{model.max_model_len} tokens, {model.max_num_seqs} sequences at once",
-        "kv": f"{model.kv_blocks_total} blocks of {model.kv_block_size} = {tokens} tokens, "
-        f"{mebibytes:.1f} MiB, {model.kv_bytes_per_token} bytes per token",
+        "kv": _cache(model),
     }
+
+
+def _cache(model: "GetModelResponse") -> str:
+    size = f"{model.kv_cache_bytes / 2**20:.1f} MiB, {model.kv_bytes_per_token} bytes per token"
+    if any(layer.HasField("window") or layer.head_windows for layer in model.layers):
+        return f"{model.kv_blocks_total} blocks, {size} until it leaves a window"
+    tokens = model.kv_blocks_total * model.kv_block_size
+    return f"{model.kv_blocks_total} blocks of {model.kv_block_size} = {tokens} tokens, {size}"
 
 
 def _features(layer: "LayerHeads") -> list[str]:

@@ -81,9 +81,7 @@ def continuation(
     return token_ids[len(prompt) :]
 
 
-def scores(
-    prompt: SequenceOf[int], groups: SequenceOf[BlockGroup] = EVERYTHING
-) -> list[float]:
+def scores(prompt: SequenceOf[int], groups: SequenceOf[BlockGroup] = EVERYTHING) -> list[float]:
     """The log-probabilities that `FakeModelRunner` gives the tokens of a prompt."""
     reads = _reads(prompt, groups)[:-1]
     return [_logprob(read, token) for read, token in zip(reads, prompt[1:], strict=True)]

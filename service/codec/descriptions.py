@@ -43,6 +43,7 @@ def model_description(engine: Engine) -> models_pb2.GetModelResponse:
         num_parameters=model.num_parameters,
         hidden_size=config.hidden_size,
         is_causal=config.is_causal,
+        kv_cache_bytes=engine.kv_cache.nbytes,
     )
 
 

@@ -137,7 +137,9 @@ def test_a_second_sequence_reuses_the_full_blocks_of_the_first() -> None:
     second = admitted(blocks, make(range(10)))
     assert second.num_computed_tokens == 8
     assert second.block_tables[0][:2] == first.block_tables[0][:2]
-    assert second.block_tables[0][2] != first.block_tables[0][2], "a block that is not full is not shared"
+    assert second.block_tables[0][2] != first.block_tables[0][2], (
+        "a block that is not full is not shared"
+    )
     assert blocks.num_used_pages == 4
     blocks.check_integrity([first, second])
 

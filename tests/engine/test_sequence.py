@@ -120,6 +120,4 @@ def test_merged_outputs_carry_everything_in_order() -> None:
             SequenceOutput(4, finish=finish),
         ]
     )
-    assert merged == SequenceOutput(
-        4, (1, 2), (first, second), (-1.0, -2.0, -3.0), finish=finish
-    )
+    assert merged == SequenceOutput(4, (1, 2), (first, second), (-1.0, -2.0, -3.0), finish=finish)

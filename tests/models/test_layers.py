@@ -57,13 +57,15 @@ def test_each_head_is_normalised_with_weights_of_its_own() -> None:
 
 
 def test_an_offset_is_added_before_rounding() -> None:
-    """In bfloat16 a weight of 0.003 is lost beside 1, as in Gemma it is not."""
-    norm = RMSNorm(8, eps=0.0, unit_offset=True).bfloat16()
-    torch.nn.init.constant_(norm.weight, 0.003)
-    x = torch.ones(1, 8, dtype=torch.bfloat16)
-    assert torch.equal(norm(255 * x), x), "a scale alone is normalised away"
-    wide = rms_norm(x, torch.tensor([0.003] * 8).bfloat16(), 0.0, unit_offset=True)
-    assert torch.equal(wide, torch.full_like(x, 1.003))
+    """In bfloat16 most of a small weight is lost beside 1; Gemma rounds the product only."""
+    x = torch.randn(64, 24).bfloat16()
+    weight = torch.randn(24).mul(0.02).bfloat16()
+    exact = [numpy_oracle.rms_norm(array(row), array(weight) + 1.0, 1e-5) for row in x]
+    expected = torch.from_numpy(np.stack(exact)).bfloat16()
+    ours = rms_norm(x, weight, 1e-5, unit_offset=True)
+    assert ours.dtype == torch.bfloat16
+    assert (ours != expected).float().mean() < 0.01, "rounded once"
+    assert (rms_norm(x, 1 + weight, 1e-5) != expected).float().mean() > 0.1
 
 
 def test_the_configuration_chooses_norm_and_eps() -> None:

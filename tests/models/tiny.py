@@ -78,9 +78,25 @@ def paged_logits(
     *,
     prompt_lengths: Sequence[int] | None = None,
     block_size: int = 4,
+) -> list[Tensor]:
+    """Logits `[tokens, vocab]` of each sequence; see `paged_hidden`."""
+    hidden = paged_hidden(
+        built, sequences, steps, prompt_lengths=prompt_lengths, block_size=block_size
+    )
+    return [built.project_to_vocab(rows) for rows in hidden]
+
+
+@torch.inference_mode()
+def paged_hidden(
+    built: Transformer,
+    sequences: Sequence[Tensor],
+    steps: Sequence[Sequence[int]],
+    *,
+    prompt_lengths: Sequence[int] | None = None,
+    block_size: int = 4,
     seed: int = 0,
 ) -> list[Tensor]:
-    """Logits `[tokens, vocab]` of each sequence, computed through the cache.
+    """Hidden states `[tokens, hidden]` of each sequence, computed through the cache.
 
     Blocks that leave the window of their heads are given back and overwritten with NaN, so that
     whoever still reads them is seen.
@@ -138,7 +154,7 @@ def paged_logits(
                 ]
             ),
         )
-        rows = torch.split(built.project_to_vocab(hidden), [len(span) for span in spans])
+        rows = torch.split(hidden, [len(span) for span in spans])
         for i, row in zip(order, rows, strict=True):
             parts[i].append(row)
             computed[i] += counts[i]

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/headroom/v1/models.proto\x12\x0bheadroom.v1\"\x11\n\x0fGetModelRequest\"\xa1\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\'\n\x06layers\x18\x04 \x03(\x0b\x32\x17.headroom.v1.LayerHeads\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x15\n\rkv_block_size\x18\x0b \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x0c \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\r \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0e \x01(\r\x12\x15\n\reos_token_ids\x18\x0f \x03(\r\x12\x16\n\x0enum_parameters\x18\x10 \x01(\x04\x12\x13\n\x0bhidden_size\x18\x11 \x01(\r\x12\x11\n\tis_causal\x18\x12 \x01(\x08\"\xf0\x02\n\nLayerHeads\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x13\n\x06window\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0chead_windows\x18\x05 \x03(\r\x12\x13\n\x0bsink_tokens\x18\x06 \x01(\r\x12\x15\n\rlearned_sinks\x18\x07 \x01(\x08\x12\x14\n\x07softcap\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05scale\x18\t \x01(\x01\x12\x13\n\x0btemperature\x18\n \x03(\x01\x12\x0f\n\x07qk_norm\x18\x0b \x01(\t\x12\x17\n\nrope_theta\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x12\n\nrotary_dim\x18\r \x01(\r\x12\x14\n\x0crope_scaling\x18\x0e \x01(\t\x12\r\n\x05\x61libi\x18\x0f \x01(\x08\x12\r\n\x05label\x18\x10 \x01(\tB\t\n\x07_windowB\n\n\x08_softcapB\r\n\x0b_rope_theta\"\x10\n\x0eGetLoadRequest\"\x86\x01\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\r2\x9d\x01\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.headroom.v1.GetModelRequest\x1a\x1d.headroom.v1.GetModelResponse\x12\x44\n\x07GetLoad\x12\x1b.headroom.v1.GetLoadRequest\x1a\x1c.headroom.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/headroom/v1/models.proto\x12\x0bheadroom.v1\"\x11\n\x0fGetModelRequest\"\xb9\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\'\n\x06layers\x18\x04 \x03(\x0b\x32\x17.headroom.v1.LayerHeads\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x1a\n\x12kv_bytes_per_token\x18\t \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\n \x01(\t\x12\x15\n\rkv_block_size\x18\x0b \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x0c \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\r \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0e \x01(\r\x12\x15\n\reos_token_ids\x18\x0f \x03(\r\x12\x16\n\x0enum_parameters\x18\x10 \x01(\x04\x12\x13\n\x0bhidden_size\x18\x11 \x01(\r\x12\x11\n\tis_causal\x18\x12 \x01(\x08\x12\x16\n\x0ekv_cache_bytes\x18\x13 \x01(\x04\"\xf0\x02\n\nLayerHeads\x12\x11\n\tnum_heads\x18\x01 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x02 \x01(\r\x12\x10\n\x08head_dim\x18\x03 \x01(\r\x12\x13\n\x06window\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0chead_windows\x18\x05 \x03(\r\x12\x13\n\x0bsink_tokens\x18\x06 \x01(\r\x12\x15\n\rlearned_sinks\x18\x07 \x01(\x08\x12\x14\n\x07softcap\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05scale\x18\t \x01(\x01\x12\x13\n\x0btemperature\x18\n \x03(\x01\x12\x0f\n\x07qk_norm\x18\x0b \x01(\t\x12\x17\n\nrope_theta\x18\x0c \x01(\x01H\x02\x88\x01\x01\x12\x12\n\nrotary_dim\x18\r \x01(\r\x12\x14\n\x0crope_scaling\x18\x0e \x01(\t\x12\r\n\x05\x61libi\x18\x0f \x01(\x08\x12\r\n\x05label\x18\x10 \x01(\tB\t\n\x07_windowB\n\n\x08_softcapB\r\n\x0b_rope_theta\"\x10\n\x0eGetLoadRequest\"\x86\x01\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x03 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x04 \x01(\r\x12\x18\n\x10kv_blocks_cached\x18\x05 \x01(\r2\x9d\x01\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.headroom.v1.GetModelRequest\x1a\x1d.headroom.v1.GetModelResponse\x12\x44\n\x07GetLoad\x12\x1b.headroom.v1.GetLoadRequest\x1a\x1c.headroom.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_start=48
   _globals['_GETMODELREQUEST']._serialized_end=65
   _globals['_GETMODELRESPONSE']._serialized_start=68
-  _globals['_GETMODELRESPONSE']._serialized_end=485
-  _globals['_LAYERHEADS']._serialized_start=488
-  _globals['_LAYERHEADS']._serialized_end=856
-  _globals['_GETLOADREQUEST']._serialized_start=858
-  _globals['_GETLOADREQUEST']._serialized_end=874
-  _globals['_GETLOADRESPONSE']._serialized_start=877
-  _globals['_GETLOADRESPONSE']._serialized_end=1011
-  _globals['_MODELSERVICE']._serialized_start=1014
-  _globals['_MODELSERVICE']._serialized_end=1171
+  _globals['_GETMODELRESPONSE']._serialized_end=509
+  _globals['_LAYERHEADS']._serialized_start=512
+  _globals['_LAYERHEADS']._serialized_end=880
+  _globals['_GETLOADREQUEST']._serialized_start=882
+  _globals['_GETLOADREQUEST']._serialized_end=898
+  _globals['_GETLOADRESPONSE']._serialized_start=901
+  _globals['_GETLOADRESPONSE']._serialized_end=1035
+  _globals['_MODELSERVICE']._serialized_start=1038
+  _globals['_MODELSERVICE']._serialized_end=1195
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "family", "num_layers", "layers", "vocab_size", "max_model_len", "dtype", "device", "kv_bytes_per_token", "backend", "kv_block_size", "kv_blocks_total", "max_num_seqs", "max_num_batched_tokens", "eos_token_ids", "num_parameters", "hidden_size", "is_causal")
+    __slots__ = ("name", "family", "num_layers", "layers", "vocab_size", "max_model_len", "dtype", "device", "kv_bytes_per_token", "backend", "kv_block_size", "kv_blocks_total", "max_num_seqs", "max_num_batched_tokens", "eos_token_ids", "num_parameters", "hidden_size", "is_causal", "kv_cache_bytes")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -30,6 +30,7 @@ class GetModelResponse(_message.Message):
     NUM_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     IS_CAUSAL_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     num_layers: int
@@ -48,7 +49,8 @@ class GetModelResponse(_message.Message):
     num_parameters: int
     hidden_size: int
     is_causal: bool
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerHeads, _Mapping]]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., backend: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_parameters: _Optional[int] = ..., hidden_size: _Optional[int] = ..., is_causal: _Optional[bool] = ...) -> None: ...
+    kv_cache_bytes: int
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerHeads, _Mapping]]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., backend: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_parameters: _Optional[int] = ..., hidden_size: _Optional[int] = ..., is_causal: _Optional[bool] = ..., kv_cache_bytes: _Optional[int] = ...) -> None: ...
 
 class LayerHeads(_message.Message):
     __slots__ = ("num_heads", "num_kv_heads", "head_dim", "window", "head_windows", "sink_tokens", "learned_sinks", "softcap", "scale", "temperature", "qk_norm", "rope_theta", "rotary_dim", "rope_scaling", "alibi", "label")

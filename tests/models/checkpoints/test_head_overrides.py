@@ -30,7 +30,7 @@ def heads_of(directory: Path, layer: int) -> HeadConfig:
 
 def test_head_counts_of_single_layers_equal_transformers_modules(tmp_path: Path) -> None:
     """Their model, with the attention modules of two layers replaced by others of their own."""
-    counts = {0: {"num_key_value_heads": 1}, 2: {"num_attention_heads": 6, "head_dim": 8}}
+    counts = {0: {"num_key_value_heads": 1}, 2: {"num_attention_heads": 6}}
     config = LlamaConfig(
         vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
@@ -43,24 +43,16 @@ def test_head_counts_of_single_layers_equal_transformers_modules(tmp_path: Path)
             setattr(own, name, value)
         theirs.model.layers[index].self_attn = LlamaAttention(own, index)
     checkpoints.randomise(theirs)
-    theirs.model.layers[2].self_attn.o_proj.weight.data.mul_(2.0)
-    # All heads of one model share a rotation there; layer 2 is narrower and must not be rotated.
     theirs.save_pretrained(tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
     fields["per_layer_config"] = {str(index): changes for index, changes in counts.items()}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     ours = load_model(tmp_path)
-    assert [heads.label for heads in ours.config.layers] == ["h4kv1d16", "h4kv2d16", "h6kv2d8"]
-    hidden = torch.randn(17, 64)
-    for index in (0, 1):
-        rotary = theirs.model.rotary_emb(hidden[None], torch.arange(17)[None])
-        mask = torch.full((17, 17), -1e30).triu(1)[None, None]
-        expected, _ = theirs.model.layers[index].self_attn(hidden[None], rotary, mask)
-        attention = ours.layers[index].attention
-        rotation = ours.rotation(attention.heads.rope, torch.arange(17))
-        got = attention.forward_dense(hidden, rotation, batch=1)
-        assert (got - expected[0]).abs().max() <= 1e-5
-    assert ours.logits(TOKENS).isfinite().all()
+    assert [heads.label for heads in ours.config.layers] == ["h4kv1d16", "h4kv2d16", "h6kv2d16"]
+    with torch.inference_mode():
+        expected = theirs(TOKENS).logits
+    assert (ours.logits(TOKENS) - expected).abs().max() <= 1e-5
+    assert expected.std() > 0.1, "logits that all agree prove nothing"
 
 
 def test_settings_of_our_own_apply_to_all_layers_and_single_ones(tmp_path: Path) -> None:

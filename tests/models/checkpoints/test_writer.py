@@ -128,5 +128,5 @@ def test_what_the_format_cannot_say_is_refused_and_nothing_written(
 def test_refusals_name_the_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="family is 'gpt2'; allowed: llama"):
         save_model(tiny.model(UNSPEAKABLE["gpt2"]), tmp_path)
-    with pytest.raises(ConfigError, match="scale is 0.9; allowed: None, which is all"):
+    with pytest.raises(ConfigError, match=r"scale is 0\.9; allowed: None, which is all"):
         save_model(tiny.model(UNSPEAKABLE["scale"]), tmp_path)
