@@ -112,7 +112,7 @@ MODELS: dict[str, dict[str, object]] = {
     "sandwich-norm": {
         "residual": "sandwich_norm",
         "norm_unit_offset": True,
-        "embedding_scale": 4.9,
+        "embedding_scale": 1.7,
         "logit_softcap": 2.0,
     },
     "output-norm": {"residual": "output_norm"},
@@ -154,9 +154,7 @@ def test_however_tokens_are_cut_into_steps_the_logits_are_the_same(
     name: str, kernel: KernelName
 ) -> None:
     sequences = [tokens_of(length, length) for length in (23, 1, 40)]
-    # A norm behind a block makes small differences of small outputs larger.
-    single = 2e-5 if name == "sandwich-norm" else 1e-5
-    for dtype, bar in ((torch.float32, single), (torch.float64, 1e-6)):
+    for dtype, bar in ((torch.float32, 1e-5), (torch.float64, 1e-6)):  # logits are float32
         model = model_of(name, kernel, dtype)
         expected = [model.logits(tokens[None])[0] for tokens in sequences]
         assert expected[0].std() > 0.1, "logits that vanish prove nothing"
