@@ -10,8 +10,6 @@ it is *cached*, and the last to be reused.
 """
 
 import bisect
-import hashlib
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
@@ -130,7 +128,7 @@ class BlockManager:
             return
         first = (seq.num_computed_tokens - num_new_tokens) // self.block_size
         num_full = seq.num_computed_tokens // self.block_size
-        self._extend_hashes(seq, num_full)
+        seq.hash_blocks(num_full, self.block_size)
         for pool, table in zip(self._pools, seq.block_tables, strict=True):
             for index in range(first, num_full):
                 pool.remember(table[index], seq.block_hashes[index])
@@ -280,7 +278,7 @@ class BlockManager:
         if not self._caching or seq.params is None:
             return empty
         num_full = (seq.num_tokens - 1) // self.block_size
-        self._extend_hashes(seq, num_full)
+        seq.hash_blocks(num_full, self.block_size)
         for length in range(num_full, 0, -1):
             prefix = [
                 self._cached_blocks(index, seq.block_hashes[:length])
@@ -308,15 +306,3 @@ class BlockManager:
                 return None
             blocks.append(block)
         return blocks
-
-    def _extend_hashes(self, seq: Sequence, num_full: int) -> None:
-        """Digests chain: equal digests mean equal namespace and equal tokens from the start."""
-        for index in range(len(seq.block_hashes), num_full):
-            parent = (
-                seq.block_hashes[-1]
-                if seq.block_hashes
-                else hashlib.sha256(seq.cache_namespace).digest()
-            )
-            start = index * self.block_size
-            tokens = array("q", seq.token_ids[start : start + self.block_size])
-            seq.block_hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())

@@ -1,7 +1,9 @@
 """One request inside the engine: its tokens, its blocks, how far it is, how it ended."""
 
 import enum
+import hashlib
 import random
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -192,6 +194,21 @@ class Sequence:
         """Before the prompt is computed once more."""
         self.prompt_logprobs.clear()
         self.pooled.clear()
+
+    def hash_blocks(self, num_full: int, block_size: int) -> None:
+        """Know the digests of the first `num_full` blocks of tokens.
+
+        Digests chain: equal ones mean an equal namespace and equal tokens from the start.
+        """
+        for index in range(len(self.block_hashes), num_full):
+            parent = (
+                self.block_hashes[-1]
+                if self.block_hashes
+                else hashlib.sha256(self.cache_namespace).digest()
+            )
+            start = index * block_size
+            tokens = array("q", self.token_ids[start : start + block_size])
+            self.block_hashes.append(hashlib.sha256(parent + tokens.tobytes()).digest())
 
     def finish(
         self, reason: FinishReason, now: float, matched_stop: str | int | None = None
