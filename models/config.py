@@ -292,5 +292,17 @@ class ModelConfig:
         width = sum(2 * heads.num_kv_heads * heads.head_dim for heads in self.layers)
         return width * ITEMSIZE[dtype or self.dtype]
 
+    def kv_bytes(self, num_tokens: int, dtype: DTypeName | None = None) -> int:
+        """Bytes of key/value cache that the next token of a sequence reads: for each key/value
+        head all `num_tokens`, or those in its window and its sink tokens."""
+        width = 0
+        for heads in self.layers:
+            for retention, kv_heads in heads.retentions.items():
+                kept = num_tokens
+                if retention.window is not None:
+                    kept = min(num_tokens, retention.window + retention.sink_tokens)
+                width += 2 * len(kv_heads) * heads.head_dim * kept
+        return width * ITEMSIZE[dtype or self.dtype]
+
     def replace(self, **changes: object) -> "ModelConfig":
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -41,10 +41,11 @@ class BenchShape:
     head_dim: int
     vocab: int
     dtype: DTypeName
+    window: int | None = None
 
     def model_config(self, max_position_embeddings: int) -> ModelConfig:
         rope = RopeConfig(theta=10_000.0, rotary_dim=self.head_dim)
-        heads = HeadConfig(self.heads, self.kv_heads, self.head_dim, rope=rope)
+        heads = HeadConfig(self.heads, self.kv_heads, self.head_dim, rope=rope, window=self.window)
         return ModelConfig(
             family="llama",
             vocab_size=self.vocab,
@@ -142,6 +143,7 @@ class _Run:
     decode_tokens_per_s: float
     total_tokens_per_s: float
     decode_steps: list[float]
+    kv_bytes_peak: int
 
 
 def _measure(engine: Engine, workload: BenchWorkload) -> _Run:
@@ -165,6 +167,7 @@ def _measure(engine: Engine, workload: BenchWorkload) -> _Run:
         decode_tokens_per_s=sum(s.num_tokens for s in decodes) / sum(s.seconds for s in decodes),
         total_tokens_per_s=workload.clients * workload.output / seconds,
         decode_steps=[step.seconds for step in decodes],
+        kv_bytes_peak=max(step.load.kv_blocks_used for step in steps) * _page_bytes(engine),
     )
 
 
@@ -174,8 +177,8 @@ def _summary(
     model = engine.model_runner.model
     steps_ms = sorted(1000 * seconds for run in runs for seconds in run.decode_steps)
     weight_bytes = model.num_parameters * model.dtype.itemsize
-    mean_context = workload.prompt + workload.output / 2
-    kv_bytes = int(workload.clients * mean_context * engine.kv_bytes_per_token)
+    mean_context = workload.prompt + workload.output // 2
+    kv_bytes = workload.clients * engine.served_config.kv_bytes(mean_context)
     floor_ms = 1000 * (weight_bytes + kv_bytes) / bandwidth
     percentiles = statistics.quantiles(steps_ms, n=100)
     return {
@@ -185,6 +188,7 @@ def _summary(
         "dtype": str(model.dtype).removeprefix("torch."),
         "kernel": model.kernel_name,
         "kv_bytes_per_token": engine.kv_bytes_per_token,
+        "kv_bytes_peak": max(run.kv_bytes_peak for run in runs),
         "prefill_tokens_per_s": _median(run.prefill_tokens_per_s for run in runs),
         "decode_tokens_per_s": _median(run.decode_tokens_per_s for run in runs),
         "total_tokens_per_s": _median(run.total_tokens_per_s for run in runs),
@@ -203,6 +207,10 @@ def _summary(
             "reached": round(floor_ms / percentiles[49], 3),
         },
     }
+
+
+def _page_bytes(engine: Engine) -> int:
+    return engine.kv_cache.nbytes // engine.kv_cache.num_pages
 
 
 def _random_engine(

@@ -203,6 +203,10 @@ def bench(
     intermediate: Annotated[int, typer.Option(min=1)] = 2048,
     heads: Annotated[int, typer.Option(min=1)] = 12,
     kv_heads: Annotated[str, typer.Option(help="One number or several, as 12,4,1.")] = "12",
+    window: Annotated[
+        str,
+        typer.Option(help="Tokens that every head sees: all, a number, or several, as all,128."),
+    ] = "all",
     head_dim: Annotated[int, typer.Option(min=1)] = 64,
     vocab: Annotated[int, typer.Option(min=2)] = 32_000,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
@@ -222,9 +226,14 @@ def bench(
         each_kv_heads = [int(part) for part in kv_heads.split(",")]
     except ValueError:
         fail(f"kv-heads is {kv_heads!r}; allowed: numbers joined by commas", code=2)
+    try:
+        windows = [None if part == "all" else int(part) for part in window.split(",")]
+    except ValueError:
+        fail(f"window is {window!r}; allowed: all or numbers, joined by commas", code=2)
     shapes = [
-        BenchShape(layers, hidden, intermediate, heads, number, head_dim, vocab, dtype)
+        BenchShape(layers, hidden, intermediate, heads, number, head_dim, vocab, dtype, size)
         for number in each_kv_heads
+        for size in windows
     ]
     workload = BenchWorkload(clients, prompt, output, repeats, seed)
     path = Path(model) if model else None

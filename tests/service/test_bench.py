@@ -1,5 +1,6 @@
 """The engine benchmark, on shapes so small that only its arithmetic is tested."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -27,10 +28,24 @@ def test_each_shape_is_measured_and_its_floor_is_the_bytes_it_reads() -> None:
     assert document["machine"]["torch"] == torch.__version__
 
 
+def test_a_window_bounds_what_a_decode_reads_and_what_is_held() -> None:
+    whole = BenchShape(1, 32, 48, 4, 2, 8, 64, "float32")
+    windowed = dataclasses.replace(whole, window=4)
+    workload = BenchWorkload(clients=2, prompt=64, output=64, repeats=1, seed=0)
+    document = run_bench([whole, windowed], workload, device="cpu", kernel="auto", path=None)
+    every, some = document["runs"]
+    assert some["heads"] == "h4kv2d8w4"
+    assert some["floor"]["kv_bytes"] == 2 * 4 * some["kv_bytes_per_token"]
+    assert every["floor"]["kv_bytes"] == 2 * 96 * every["kv_bytes_per_token"]
+    assert every["kv_bytes_peak"] == 2 * 8 * 16 * every["kv_bytes_per_token"]
+    # The prompt is computed in one step, so its blocks are there until the next one.
+    assert some["kv_bytes_peak"] == 2 * 4 * 16 * some["kv_bytes_per_token"]
+
+
 def test_the_command_prints_one_json_line() -> None:
     flags = (
-        "--layers 1 --hidden 32 --intermediate 48 --heads 4 --kv-heads 4,2 --head-dim 8 "
-        "--vocab 64 --clients 2 --prompt 4 --output 4 --repeats 1"
+        "--layers 1 --hidden 32 --intermediate 48 --heads 4 --kv-heads 4,2 --window all,3 "
+        "--head-dim 8 --vocab 64 --clients 2 --prompt 4 --output 4 --repeats 1"
     )
     answer = subprocess.run(
         [sys.executable, "-c", "from service.cli import app; app()", "bench", *flags.split()],
@@ -40,7 +55,7 @@ def test_the_command_prints_one_json_line() -> None:
         check=True,
     )
     assert answer.stdout.count("\n") == 1
-    assert len(json.loads(answer.stdout)["runs"]) == 2
+    assert len(json.loads(answer.stdout)["runs"]) == 4
 
 
 def test_a_shape_that_cannot_work_is_refused_in_one_line() -> None:
