@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install serve test lint format proto bench attention parity demo clean
+.PHONY: install serve test lint format proto bench attention parity mutations demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -46,6 +46,9 @@ attention: install  ## fused and split attention; writes loadtests/results
 
 parity: install  ## compare every family with transformers; writes docs/parity.md
 	$(BIN)/python -m tests.parity.report
+
+mutations: install  ## break the code on purpose, expect red tests; writes docs/mutations.md
+	$(BIN)/python -m tests.mutations
 
 demo: install  ## train the bundled model again
 	$(BIN)/headroom train-demo --output models/demo
