@@ -277,9 +277,12 @@ class BlockManager:
         empty: list[list[int]] = [[] for _ in self.groups]
         if not self._caching or seq.params is None:
             return empty
-        num_full = (seq.num_tokens - 1) // self.block_size
-        seq.hash_blocks(num_full, self.block_size)
-        for length in range(num_full, 0, -1):
+        longest = (seq.num_tokens - 1) // self.block_size
+        seq.hash_blocks(longest, self.block_size)
+        for group, pool in zip(self.groups, self._pools, strict=True):
+            if group.window is None:
+                longest = pool.num_known(seq.block_hashes[:longest])
+        for length in range(longest, 0, -1):
             prefix = [
                 self._cached_blocks(index, seq.block_hashes[:length])
                 for index in range(len(self.groups))
@@ -296,13 +299,11 @@ class BlockManager:
             computed = len(hashes) * self.block_size
             first_needed = max(computed - group.window + 1, 0) // self.block_size
             num_sinks = self._blocks_for(group.sink_tokens)
-        blocks: list[int] = []
-        for at, digest in enumerate(hashes):
-            if num_sinks <= at < first_needed:
-                blocks.append(RELEASED)
-                continue
-            block = pool.block_of_hash.get(digest)
-            if block is None:
-                return None
-            blocks.append(block)
+        needed = [*range(min(num_sinks, first_needed)), *range(first_needed, len(hashes))]
+        # The newest first: of a prefix that is not cached, they are the ones that are missing.
+        if not all(hashes[at] in pool.block_of_hash for at in reversed(needed)):
+            return None
+        blocks = [RELEASED] * len(hashes)
+        for at in needed:
+            blocks[at] = pool.block_of_hash[hashes[at]]
         return blocks

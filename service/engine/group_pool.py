@@ -1,7 +1,7 @@
 """The KV blocks of heads that remember the same stretch of the past: integers only."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -96,6 +96,11 @@ class GroupPool:
         del self.spare[block]
         self._forget(block)
         return block
+
+    def num_known(self, hashes: Sequence[bytes]) -> int:
+        """How many of the first digests belong to blocks that can be found again."""
+        unknown = (at for at, digest in enumerate(hashes) if digest not in self.block_of_hash)
+        return next(unknown, len(hashes))
 
     def remember(self, block: int, digest: bytes) -> None:
         if block not in self.hash_of_block and digest not in self.block_of_hash:
