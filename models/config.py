@@ -1,6 +1,7 @@
 """The shape of a model. Knows every number that the tensors depend on; knows no tensor."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,6 +14,8 @@ DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 NormKind: TypeAlias = Literal["rms_norm", "layer_norm"]
 Residual: TypeAlias = Literal["pre_norm", "post_norm", "sandwich_norm", "output_norm"]
 
+# Longer than any sequence; positions are compared as 64-bit numbers.
+MAX_WINDOW = 2**31 - 1
 ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -100,20 +103,25 @@ class HeadConfig:
                 "window", f"{len(self.window)} windows", f"one for each of {self.num_heads} heads"
             )
         for window in self.windows:
-            if window is not None and window < 1:
-                raise ConfigError("window", window, "1 or more")
+            if window is not None and not 1 <= window <= MAX_WINDOW:
+                raise ConfigError("window", window, f"1 to {MAX_WINDOW}")
+        if not 0 < self.softmax_scale < math.inf:
+            raise ConfigError("scale", self.scale, "a finite number above 0")
         if self.sink_tokens < 0:
             raise ConfigError("sink_tokens", self.sink_tokens, "0 or more")
         for field in ("softcap", "clip_qkv"):
             value = getattr(self, field)
-            if value is not None and value <= 0:
-                raise ConfigError(field, value, "more than 0")
-        if self.temperature is not None and len(self.temperature) != self.num_heads:
-            raise ConfigError(
-                "temperature",
-                f"{len(self.temperature)} numbers",
-                f"one for each of {self.num_heads} heads",
-            )
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(field, value, "a finite number above 0")
+        if self.temperature is not None:
+            if len(self.temperature) != self.num_heads:
+                raise ConfigError(
+                    "temperature",
+                    f"{len(self.temperature)} numbers",
+                    f"one for each of {self.num_heads} heads",
+                )
+            if not all(math.isfinite(value) for value in self.temperature):
+                raise ConfigError("temperature", self.temperature, "finite numbers")
         if self.alibi is not None and len(self.alibi.slopes) != self.num_heads:
             raise ConfigError(
                 "alibi",
@@ -243,6 +251,8 @@ class ModelConfig:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             if getattr(self, field) < 1:
                 raise ConfigError(field, getattr(self, field), "1 or more")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ConfigError("norm_eps", self.norm_eps, "a finite number, 0 or more")
         if not self.layers:
             raise ConfigError("layers", self.layers, "at least one layer")
         if len({heads.causal for heads in self.layers}) > 1:
@@ -256,6 +266,16 @@ class ModelConfig:
         for token_id in self.eos_token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ConfigError("eos_token_id", token_id, f"0 to {self.vocab_size - 1}")
+
+    def retentions(self, layer: int) -> dict[Retention, tuple[int, ...]]:
+        """`HeadConfig.retentions`, where a window that no sequence outgrows is none."""
+        found: dict[Retention, tuple[int, ...]] = {}
+        for retention, kv_heads in self.layers[layer].retentions.items():
+            window = retention.window
+            if window is not None and window >= self.max_position_embeddings:
+                retention = Retention()
+            found[retention] = tuple(sorted((*found.get(retention, ()), *kv_heads)))
+        return found
 
     @property
     def num_layers(self) -> int:
@@ -296,8 +316,8 @@ class ModelConfig:
         """Bytes of key/value cache that the next token of a sequence reads: for each key/value
         head all `num_tokens`, or those in its window and its sink tokens."""
         width = 0
-        for heads in self.layers:
-            for retention, kv_heads in heads.retentions.items():
+        for index, heads in enumerate(self.layers):
+            for retention, kv_heads in self.retentions(index).items():
                 kept = num_tokens
                 if retention.window is not None:
                     kept = min(num_tokens, retention.window + retention.sink_tokens)

@@ -64,12 +64,13 @@ class KVLayout:
 
     @staticmethod
     def of(config: ModelConfig, block_size: int) -> "KVLayout":
-        retentions = list(dict.fromkeys(r for heads in config.layers for r in heads.retentions))
+        every = [config.retentions(index) for index in range(config.num_layers)]
+        retentions = list(dict.fromkeys(retention for own in every for retention in own))
         sizes = [0] * len(retentions)
         layers: list[tuple[LayerPart, ...]] = []
         for index, heads in enumerate(config.layers):
             parts: list[LayerPart] = []
-            for retention, kv_heads in heads.retentions.items():
+            for retention, kv_heads in every[index].items():
                 group = retentions.index(retention)
                 parts.append(LayerPart(index, group, kv_heads, heads.head_dim, sizes[group]))
                 sizes[group] += 2 * len(kv_heads) * block_size * heads.head_dim

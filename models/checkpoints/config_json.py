@@ -153,7 +153,9 @@ class ConfigFields:
 
     def nested(self, name: str) -> "ConfigFields":
         """The fields of an object; none if it is absent."""
-        value = self._fields.get(name) or {}
+        value = self._fields.get(name)
+        if value is None:
+            value = {}
         if not isinstance(value, dict):
             raise ConfigError(self._prefix + name, value, "an object")
         return ConfigFields(value, prefix=f"{self._prefix}{name}.")

@@ -23,11 +23,13 @@ _SINGLE = "model.safetensors"
 _MAX_NAMED = 8
 # Fields that change what some family computes; the others have to say so, not to pass them over.
 _FEATURES = (
-    "alibi", "attention_multiplier", "attn_logit_softcapping", "clip_qkv", "embedding_multiplier",
+    "alibi", "attention_chunk_size", "attention_multiplier", "attn_logit_softcapping", "clip_qkv",
+    "embedding_multiplier",
     "final_logit_softcapping", "layer_types", "logit_scale", "logits_scaling", "multi_query",
     "no_rope_layers", "num_local_experts", "parallel_attn",
     "qk_layernorm", "query_pre_attn_scalar", "residual_multiplier", "sliding_window",
-    "use_parallel_residual", "use_qk_norm",
+    "rope_interleaved", "rope_local_base_freq", "rotary_dim", "rotary_pct",
+    "use_parallel_residual", "use_qk_norm", "use_sliding_window",
 )  # fmt: skip
 
 

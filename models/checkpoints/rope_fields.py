@@ -164,7 +164,7 @@ def _read_scaling(
         short_factor=settings.numbers("short_factor"),
         long_factor=settings.numbers("long_factor"),
         original_length=original_length,
-        attention_factor=settings.number("attention_factor", grown),
+        attention_factor=_positive(settings, "attention_factor", grown),
     )
 
 
@@ -177,6 +177,8 @@ def _positive(settings: ConfigFields, name: str, default: float) -> float:
 
 def _read_llama3(settings: ConfigFields, original_length: int) -> Llama3Scaling:
     low, high = settings.number("low_freq_factor"), settings.number("high_freq_factor")
+    for name in ("low_freq_factor", "high_freq_factor"):
+        _positive(settings, name, 1.0)
     if high <= low:
         raise ConfigError("rope_scaling.high_freq_factor", high, f"more than low_freq_factor={low}")
     return Llama3Scaling(
@@ -196,4 +198,4 @@ def _yarn_attention_factor(settings: ConfigFields, factor: float) -> float:
         inferred = mscale(_positive(settings, "mscale", 1.0)) / mscale(
             _positive(settings, "mscale_all_dim", 1.0)
         )
-    return settings.number("attention_factor", inferred)
+    return _positive(settings, "attention_factor", inferred)

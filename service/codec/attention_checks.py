@@ -235,8 +235,8 @@ def _scoring_violations(variant: pb.Variant, shapes: Shapes) -> Iterator[Violati
             yield Violation("variant.head_windows", "set beside window", "one of the two")
     if variant.HasField("softcap") and not 0 < variant.softcap < math.inf:
         yield Violation("variant.softcap", f"{variant.softcap:g}", "a finite number above 0")
-    if variant.HasField("scale") and not math.isfinite(variant.scale):
-        yield Violation("variant.scale", f"{variant.scale:g}", "a finite number")
+    if variant.HasField("scale") and not 0 < variant.scale < math.inf:
+        yield Violation("variant.scale", f"{variant.scale:g}", "a finite number above 0")
     slopes = variant.alibi.slopes
     if variant.HasField("alibi") and not slopes:
         yield Violation("variant.alibi.slopes", "empty", "one for each head")

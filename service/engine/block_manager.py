@@ -12,6 +12,7 @@ it is *cached*, and the last to be reused.
 import bisect
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 from service.engine.group_pool import BlockGroup, GroupPool, pages_for
 from service.engine.sequence import RELEASED, Sequence
@@ -74,14 +75,37 @@ class BlockManager:
             lengths, self.num_pages, key=lambda length: self.pages_for(length, max_new_tokens)
         )
 
-    def admit(self, seq: Sequence, *, max_new_tokens: int, reserve: int) -> bool:
-        """Give a sequence without blocks those for all its tokens, reusing cached ones.
-
-        Groups with a window get blocks for the first step only. Sets `num_computed_tokens` to
-        what the cache supplied.
+    def outstanding(self, running: Iterable[Sequence], max_new_tokens: int) -> list[int]:
+        """Blocks of each group that running sequences may still take while they compute the
+        tokens they have, and one for each that goes on.
 
         Args:
-            max_new_tokens: tokens of the first step.
+            max_new_tokens: tokens of one step.
+        """
+        blocks = [0] * len(self.groups)
+        for seq in running:
+            for index, group in enumerate(self.groups):
+                table = seq.block_tables[index]
+                most = group.blocks_at_once(self.block_size, seq.num_tokens, max_new_tokens)
+                blocks[index] += max(1, most - (len(table) - table.count(RELEASED)))
+        return blocks
+
+    def admit(
+        self,
+        seq: Sequence,
+        *,
+        first_step: int,
+        max_new_tokens: int,
+        reserve: SequenceOf[int],
+    ) -> bool:
+        """Give a sequence without blocks those for all its tokens, reusing cached ones.
+
+        Groups with a window get blocks for the first step only, but there must be room for what
+        they hold at most. Sets `num_computed_tokens` to what the cache supplied.
+
+        Args:
+            first_step: tokens of the first step.
+            max_new_tokens: tokens of any later step.
             reserve: blocks of each group that must remain for sequences that already run.
 
         Returns:
@@ -89,23 +113,13 @@ class BlockManager:
         """
         assert not seq.block_tables, "only a sequence without blocks is admitted"
         prefix = self._cached_prefix(seq)
-        num_cached = len(prefix[0])
-        computed = num_cached * self.block_size
-        first_step = min(seq.num_tokens, computed + max_new_tokens)
-        missing = [
-            self._blocks_for(seq.num_tokens if group.window is None else first_step) - num_cached
-            for group in self.groups
-        ]
-        if not self._has_room(missing, prefix, reserve):
-            return False
-        for index, blocks in enumerate(prefix):
-            for block in blocks:
-                if block != RELEASED:
-                    self._reference(index, block)
-        seq.block_tables.extend(prefix)
-        self._extend(seq, missing)
-        seq.num_computed_tokens = computed
-        return True
+        if self._admit_behind(prefix, seq, first_step, max_new_tokens, reserve):
+            return True
+        # Cached blocks may lie on more pages than as many new ones would take.
+        nothing: list[list[int]] = [[] for _ in self.groups]
+        return bool(prefix[0]) and self._admit_behind(
+            nothing, seq, first_step, max_new_tokens, reserve
+        )
 
     def grow(self, seq: Sequence, num_tokens: int) -> bool:
         """Make the block tables reach `num_tokens`, after giving back what left the windows.
@@ -117,7 +131,7 @@ class BlockManager:
         missing = [self._blocks_for(num_tokens) - len(table) for table in seq.block_tables]
         if max(missing) <= 0:  # most decodes
             return True
-        if not self._has_room(missing, [[] for _ in missing], 0):
+        if not self._has_room(missing, [[] for _ in missing], [0] * len(missing)):
             return False
         self._extend(seq, missing)
         return True
@@ -168,6 +182,36 @@ class BlockManager:
             assert all(count == 1 for count in counted.values()), "a block has two owners"
             assert not any(pool.block_of_hash for pool in self._pools), "cached without caching"
 
+    def _admit_behind(
+        self,
+        prefix: list[list[int]],
+        seq: Sequence,
+        first_step: int,
+        max_new_tokens: int,
+        reserve: SequenceOf[int],
+    ) -> bool:
+        """`admit` with a given prefix, equally many blocks of each group."""
+        num_cached = len(prefix[0])
+        computed = num_cached * self.block_size
+        first_end = min(seq.num_tokens, computed + first_step)
+        missing, spoken_for = [], []
+        for group, blocks, num_reserved in zip(self.groups, prefix, reserve, strict=True):
+            end = seq.num_tokens if group.window is None else first_end
+            missing.append(self._blocks_for(end) - num_cached)
+            most = group.blocks_at_once(self.block_size, seq.num_tokens, max_new_tokens)
+            held = num_cached - blocks.count(RELEASED) + missing[-1]
+            spoken_for.append(num_reserved + max(most - held, 0))
+        if not self._has_room(missing, prefix, spoken_for):
+            return False
+        for index, blocks in enumerate(prefix):
+            for block in blocks:
+                if block != RELEASED:
+                    self._reference(index, block)
+        seq.block_tables.extend(prefix)
+        self._extend(seq, missing)
+        seq.num_computed_tokens = computed
+        return True
+
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
@@ -182,11 +226,15 @@ class BlockManager:
             blocks = [self._take(index, evict=evict) for _ in range(num_missing)]
             seq.block_tables[index].extend(blocks)
 
-    def _has_room(self, missing: list[int], prefix: list[list[int]], reserve: int) -> bool:
+    def _has_room(
+        self, missing: list[int], prefix: list[list[int]], reserve: SequenceOf[int]
+    ) -> bool:
         """Whether so many blocks of each group can be taken beside the cached ones of a prefix."""
         pages = 0
         revived: set[int] = set()
-        for pool, num_missing, blocks in zip(self._pools, missing, prefix, strict=True):
+        for pool, num_missing, blocks, num_reserved in zip(
+            self._pools, missing, prefix, reserve, strict=True
+        ):
             spare = set(pool.spare)
             for block in blocks:
                 if block == RELEASED:
@@ -197,7 +245,7 @@ class BlockManager:
                     revived.add(page)
                     spare.update(pool.blocks_of(page))
                     spare.discard(block)
-            wanted = max(num_missing, 0) + reserve - len(spare)
+            wanted = max(num_missing, 0) + num_reserved - len(spare)
             pages += -(-max(wanted, 0) // pool.group.blocks_per_page)
         return pages + len(revived) <= len(self._free_pages)
 
@@ -283,27 +331,20 @@ class BlockManager:
             if group.window is None:
                 longest = pool.num_known(seq.block_hashes[:longest])
         for length in range(longest, 0, -1):
-            prefix = [
-                self._cached_blocks(index, seq.block_hashes[:length])
-                for index in range(len(self.groups))
-            ]
-            if all(blocks is not None for blocks in prefix):
-                return [blocks for blocks in prefix if blocks is not None]
+            if all(
+                group.window is None or pool.knows(seq.block_hashes, self._needed(group, length))
+                for group, pool in zip(self.groups, self._pools, strict=True)
+            ):
+                return [
+                    pool.find(seq.block_hashes[:length], self._needed(group, length))
+                    for group, pool in zip(self.groups, self._pools, strict=True)
+                ]
         return empty
 
-    def _cached_blocks(self, index: int, hashes: list[bytes]) -> list[int] | None:
-        """The blocks that a group needs after so many cached ones; None if one is missing."""
-        group, pool = self.groups[index], self._pools[index]
-        first_needed, num_sinks = 0, 0
-        if group.window is not None:
-            computed = len(hashes) * self.block_size
-            first_needed = max(computed - group.window + 1, 0) // self.block_size
-            num_sinks = self._blocks_for(group.sink_tokens)
-        needed = [*range(min(num_sinks, first_needed)), *range(first_needed, len(hashes))]
-        # The newest first: of a prefix that is not cached, they are the ones that are missing.
-        if not all(hashes[at] in pool.block_of_hash for at in reversed(needed)):
-            return None
-        blocks = [RELEASED] * len(hashes)
-        for at in needed:
-            blocks[at] = pool.block_of_hash[hashes[at]]
-        return blocks
+    def _needed(self, group: BlockGroup, length: int) -> tuple[range, range]:
+        """Which of the first `length` blocks are needed after them: those of the window, and
+        before it those of the sink tokens."""
+        if group.window is None:
+            return range(length), range(0)
+        first = max(length * self.block_size - group.window + 1, 0) // self.block_size
+        return range(first, length), range(min(self._blocks_for(group.sink_tokens), first))

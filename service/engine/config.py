@@ -10,7 +10,8 @@ class EngineConfig:
 
     Attributes:
         block_size: tokens per KV block.
-        num_blocks: KV blocks; None derives them from `kv_cache_bytes`.
+        num_blocks: KV blocks, or pages that are cut into blocks where heads remember different
+            stretches of the past; None derives them from `kv_cache_bytes`.
         kv_cache_bytes: memory for the KV cache; None takes what `max_num_seqs` full contexts
             need, at most a share of the free memory.
         max_num_seqs: sequences that run at once.

@@ -1,8 +1,11 @@
 """The KV blocks of heads that remember the same stretch of the past: integers only."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from service.engine.sequence import RELEASED
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,17 @@ class GroupPool:
         """How many of the first digests belong to blocks that can be found again."""
         unknown = (at for at, digest in enumerate(hashes) if digest not in self.block_of_hash)
         return next(unknown, len(hashes))
+
+    def knows(self, hashes: Sequence[bytes], needed: tuple[range, range]) -> bool:
+        """Whether blocks can be found again; asks for the newest first, which are missing most."""
+        return all(hashes[at] in self.block_of_hash for part in needed for at in reversed(part))
+
+    def find(self, hashes: Sequence[bytes], needed: tuple[range, range]) -> list[int]:
+        """Known blocks where they are needed, `RELEASED` elsewhere."""
+        blocks = [RELEASED] * len(hashes)
+        for at in itertools.chain(*needed):
+            blocks[at] = self.block_of_hash[hashes[at]]
+        return blocks
 
     def remember(self, block: int, digest: bytes) -> None:
         if block not in self.hash_of_block and digest not in self.block_of_hash:

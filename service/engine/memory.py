@@ -1,6 +1,7 @@
 """From a configuration to a loaded model, and from memory to a number of KV blocks."""
 
 import contextlib
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -52,11 +53,18 @@ def resolve_device(name: str) -> torch.device:
 def check_kv_cache_bytes(model_config: ModelConfig, config: EngineConfig) -> None:
     """Raise ValueError if the configured memory does not hold a single block."""
     dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-    needed = page_bytes(model_config, config.block_size, dtype)
+    groups = block_groups(model_config, config.block_size)
+    num_pages = pages_for(groups, config.block_size, 1, config.max_num_batched_tokens)
+    needed = num_pages * page_bytes(model_config, config.block_size, dtype)
     if config.kv_cache_bytes is not None and config.kv_cache_bytes < needed:
         raise ValueError(
             f"kv_cache_bytes is {config.kv_cache_bytes}; one block of {config.block_size} tokens "
             f"takes {needed} bytes"
+        )
+    if config.num_blocks is not None and config.num_blocks < num_pages:
+        raise ValueError(
+            f"num_blocks is {config.num_blocks}; allowed: at least {num_pages}, one for each "
+            "group of heads that remembers a different stretch of the past"
         )
 
 
@@ -79,9 +87,10 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
     Raises:
         ValueError: the memory does not hold a single block.
     """
-    if config.num_blocks is not None:
-        return config.num_blocks
     model_config = model.config.replace(dtype=str(model.dtype).removeprefix("torch."))
+    if config.num_blocks is not None:
+        check_kv_cache_bytes(model_config, dataclasses.replace(config, kv_cache_bytes=None))
+        return config.num_blocks
     check_kv_cache_bytes(model_config, config)
     per_block = page_bytes(model_config, config.block_size, model_config.dtype)
     groups = block_groups(model_config, config.block_size)
@@ -91,8 +100,8 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
         num_blocks = config.kv_cache_bytes // per_block
     else:
         num_blocks = min(useful, _memory_share(model.device) // per_block)
-    if num_blocks < 1:
-        raise ValueError(f"the free memory holds no KV block of {per_block} bytes")
+    if num_blocks < len(groups):
+        raise ValueError(f"the free memory holds no KV block of {len(groups) * per_block} bytes")
     return num_blocks
 
 

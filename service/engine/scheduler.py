@@ -179,6 +179,8 @@ class Scheduler:
             if seq.status is SequenceStatus.RUNNING:
                 scheduled.append(ScheduledSequence(seq, num_tokens))
                 budget -= num_tokens
+        # A chunk of a prompt may need blocks too, and take them from a decode planned before it.
+        scheduled = [item for item in scheduled if item.seq.status is SequenceStatus.RUNNING]
         while budget and not num_preempted and len(self.running) < self._config.max_num_seqs:
             admitted = self._admit_next(budget)
             if admitted is None:
@@ -195,6 +197,7 @@ class Scheduler:
         outputs = list(plan.expired)
         for item, result in zip(plan.scheduled, results, strict=True):
             seq, samples = item.seq, item.samples
+            assert seq.status is SequenceStatus.RUNNING, "only running sequences are planned"
             if result.failed:
                 outputs.append(self._end(seq, FinishReason.ERROR))
                 continue
@@ -267,12 +270,16 @@ class Scheduler:
 
     def _admit_next(self, budget: int) -> Sequence | None:
         """Move the first waiting sequence that fits to the running ones."""
+        if not self.waiting:
+            return None
+        most = self._config.max_num_batched_tokens
+        reserve = self.block_manager.outstanding(self.running, most)
         for seq in self.waiting.candidates():
             if self._whole_prompts and seq.num_tokens > budget:
                 continue
-            # Every running sequence may need one more block before anything ends.
-            reserve = len(self.running)
-            if self.block_manager.admit(seq, max_new_tokens=budget, reserve=reserve):
+            if self.block_manager.admit(
+                seq, first_step=budget, max_new_tokens=most, reserve=reserve
+            ):
                 self.waiting.admit(seq)
                 seq.status = SequenceStatus.RUNNING
                 if seq.first_scheduled_time is None:

@@ -127,7 +127,12 @@ class BlockLives(RuleBasedStateMachine):
 
     def try_to_admit(self, seq: Sequence, max_new_tokens: int, reserve: int) -> None:
         before = self.blocks.num_free_pages, self.blocks.num_cached_pages
-        if not self.blocks.admit(seq, max_new_tokens=max_new_tokens, reserve=reserve):
+        if not self.blocks.admit(
+            seq,
+            first_step=max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            reserve=[reserve] * len(self.blocks.groups),
+        ):
             assert (self.blocks.num_free_pages, self.blocks.num_cached_pages) == before
             assert seq.block_tables == []
             assert seq.num_computed_tokens == 0
@@ -202,7 +207,9 @@ def run_alone(
     """One sequence from its prompt to so many tokens; returns the most pages it used."""
     blocks = memory.blocks
     seq = make(list(range(num_prompt)))
-    assert blocks.admit(seq, max_new_tokens=chunk, reserve=0)
+    assert blocks.admit(
+        seq, first_step=chunk, max_new_tokens=chunk, reserve=[0] * len(blocks.groups)
+    )
     most = 0
     num_tokens = max(num_tokens, num_prompt)
     while seq.num_computed_tokens < num_tokens:
@@ -313,7 +320,7 @@ def test_a_window_gives_back_what_no_later_query_sees() -> None:
     blocks = BlockManager(40, 4, enable_prefix_caching=False, groups=groups)
     memory = Memory(blocks)
     seq = make([1] * 21)
-    assert blocks.admit(seq, max_new_tokens=6, reserve=0)
+    assert blocks.admit(seq, first_step=6, max_new_tokens=6, reserve=[0] * len(blocks.groups))
     assert [len(table) for table in seq.block_tables] == [6, 2, 2], "a window begins small"
     memory.run(seq, 6)
     for num_tokens in (6, 6):
@@ -337,10 +344,12 @@ def test_pages_change_between_groups() -> None:
     seqs = [make([1] * 4) for _ in range(3)]
     used: list[int] = []
     for seq in seqs:
-        assert blocks.admit(seq, max_new_tokens=4, reserve=0)
+        assert blocks.admit(seq, first_step=4, max_new_tokens=4, reserve=[0] * len(blocks.groups))
         used.append(blocks.num_used_pages)
     assert used == [2, 2, 3], "the second uses what the first left over, the third half a page"
-    assert not blocks.admit(make([1] * 9), max_new_tokens=4, reserve=0)
+    assert not blocks.admit(
+        make([1] * 9), first_step=4, max_new_tokens=4, reserve=[0] * len(blocks.groups)
+    )
     for seq in seqs:
         blocks.free(seq)
     assert run_alone(Memory(blocks), 16, 4, 16) == 3
@@ -352,11 +361,11 @@ def test_a_cached_prefix_has_the_blocks_that_are_still_seen_and_no_others() -> N
     memory = Memory(blocks)
     tokens = list(range(30))
     first = make(tokens[:21])
-    assert blocks.admit(first, max_new_tokens=99, reserve=0)
+    assert blocks.admit(first, first_step=99, max_new_tokens=99, reserve=[0] * len(blocks.groups))
     memory.run(first, 21)
     blocks.free(first)
     again = make(tokens[:20] + [99] * 9)
-    assert blocks.admit(again, max_new_tokens=3, reserve=0)
+    assert blocks.admit(again, first_step=3, max_new_tokens=3, reserve=[0] * len(blocks.groups))
     assert again.num_computed_tokens == 20
     # The next query is at 20 and sees 15 to 20: block 3 and later, and block 0 for the sink.
     assert tables(again) == [
@@ -370,15 +379,15 @@ def test_a_cached_prefix_has_the_blocks_that_are_still_seen_and_no_others() -> N
 def test_a_prefix_that_a_window_has_lost_is_computed_again() -> None:
     """Of the window's blocks only the last are still known; the pool was small."""
     groups = (BlockGroup(), BlockGroup(window=3))
-    blocks = BlockManager(8, 4, enable_prefix_caching=True, groups=groups)
+    blocks = BlockManager(9, 4, enable_prefix_caching=True, groups=groups)
     memory = Memory(blocks)
     run_alone(memory, 24, 4, 24)
     again, shorter = make([*range(24)]), make([*range(9), 99])
-    assert blocks.admit(again, max_new_tokens=4, reserve=0)
+    assert blocks.admit(again, first_step=4, max_new_tokens=4, reserve=[0] * len(blocks.groups))
     assert again.num_computed_tokens == 20
     memory.run(again, 4)
     blocks.free(again)
-    assert blocks.admit(shorter, max_new_tokens=4, reserve=0)
+    assert blocks.admit(shorter, first_step=4, max_new_tokens=4, reserve=[0] * len(blocks.groups))
     assert shorter.num_computed_tokens == 0
     memory.run(shorter, 4)
     blocks.check_integrity([shorter])
@@ -394,17 +403,19 @@ def test_cached_blocks_make_way_only_where_another_group_needs_the_last_page(
     memory = Memory(blocks)
     first, second, third = make([1]), make([2]), make([3])
     for seq in (first, second):
-        assert blocks.admit(seq, max_new_tokens=1, reserve=0)
+        assert blocks.admit(seq, first_step=1, max_new_tokens=1, reserve=[0] * len(blocks.groups))
         memory.run(seq, 1)
     blocks.free(second)
     assert blocks.num_free_pages == num_pages - 2
-    assert blocks.admit(third, max_new_tokens=1, reserve=0)
+    assert blocks.admit(third, first_step=1, max_new_tokens=1, reserve=[0] * len(blocks.groups))
     memory.run(third, 1)
     blocks.check_integrity([first, third])
     blocks.free(third)
     again = make([2, 9])
     if kept:
-        assert blocks.admit(again, max_new_tokens=1, reserve=0)
+        assert blocks.admit(again, first_step=1, max_new_tokens=1, reserve=[0] * len(blocks.groups))
         assert again.num_computed_tokens == 1
     else:
-        assert not blocks.admit(again, max_new_tokens=1, reserve=0)
+        assert not blocks.admit(
+            again, first_step=1, max_new_tokens=1, reserve=[0] * len(blocks.groups)
+        )

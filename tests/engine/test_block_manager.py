@@ -43,7 +43,7 @@ def compute(blocks: BlockManager, seq: Sequence, num_tokens: int | None = None) 
 
 
 def admitted(blocks: BlockManager, seq: Sequence) -> Sequence:
-    assert blocks.admit(seq, max_new_tokens=MANY, reserve=0)
+    assert blocks.admit(seq, first_step=MANY, max_new_tokens=MANY, reserve=[0])
     return seq
 
 
@@ -96,10 +96,10 @@ def test_growing_gives_all_missing_blocks_or_none() -> None:
 def test_admission_keeps_the_reserve() -> None:
     blocks = manager(4)
     seq = make(range(12))
-    assert not blocks.admit(seq, max_new_tokens=MANY, reserve=2)
+    assert not blocks.admit(seq, first_step=MANY, max_new_tokens=MANY, reserve=[2])
     assert seq.block_tables == []
     assert blocks.num_free_pages == 4
-    assert blocks.admit(seq, max_new_tokens=MANY, reserve=1)
+    assert blocks.admit(seq, first_step=MANY, max_new_tokens=MANY, reserve=[1])
     assert blocks.num_free_pages == 1
 
 
@@ -107,14 +107,14 @@ def test_the_whole_pool_can_be_one_sequence() -> None:
     blocks = manager(4)
     admitted(blocks, make(range(16)))
     assert blocks.num_free_pages == 0
-    assert not blocks.admit(make([1]), max_new_tokens=MANY, reserve=0)
+    assert not blocks.admit(make([1]), first_step=MANY, max_new_tokens=MANY, reserve=[0])
 
 
 def test_a_sequence_with_blocks_is_not_admitted_again() -> None:
     blocks = manager()
     seq = admitted(blocks, make([1]))
     with pytest.raises(AssertionError, match="without blocks"):
-        blocks.admit(seq, max_new_tokens=MANY, reserve=0)
+        blocks.admit(seq, first_step=MANY, max_new_tokens=MANY, reserve=[0])
 
 
 def test_integrity_notices_a_block_without_owner() -> None:
@@ -288,9 +288,9 @@ def test_revived_blocks_are_not_counted_as_free_a_second_time() -> None:
     assert blocks.num_free_pages == 3
     again = make(range(9))
     # Two cached blocks and one new one: all three free blocks, and none for the reserve.
-    assert not blocks.admit(again, max_new_tokens=MANY, reserve=1)
+    assert not blocks.admit(again, first_step=MANY, max_new_tokens=MANY, reserve=[1])
     blocks.check_integrity([other])
-    assert blocks.admit(again, max_new_tokens=MANY, reserve=0)
+    assert blocks.admit(again, first_step=MANY, max_new_tokens=MANY, reserve=[0])
     assert again.num_computed_tokens == 8
     blocks.check_integrity([other, again])
 

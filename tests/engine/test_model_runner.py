@@ -43,7 +43,7 @@ def blocks() -> BlockManager:
 
 def admit(blocks: BlockManager, token_ids: list[int], params: SamplingParams | None) -> Sequence:
     seq = Sequence(seq_id=0, token_ids=list(token_ids), params=params, arrival_time=0.0)
-    assert blocks.admit(seq, max_new_tokens=1000, reserve=0)
+    assert blocks.admit(seq, first_step=1000, max_new_tokens=1000, reserve=[0])
     return seq
 
 

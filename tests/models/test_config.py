@@ -1,5 +1,6 @@
 """Configurations name the field that cannot work, and count their own cache."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import DTypeName, HeadConfig, ModelConfig, Retention
+from models.config import MAX_WINDOW, DTypeName, HeadConfig, ModelConfig, Retention
 from models.errors import ConfigError
 from models.positions import Alibi, DynamicNtkScaling, LongRopeScaling, RopeConfig
 from tests.models import tiny
@@ -82,12 +83,17 @@ def test_no_more_than_a_head_is_rotated(rotary_dim: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "allowed"),
     [
-        ({"window": 0}, "window", "1 or more"),
-        ({"window": (4, -1, None, 2)}, "window", "1 or more"),
+        ({"window": 0}, "window", f"1 to {MAX_WINDOW}"),
+        ({"window": (4, -1, None, 2)}, "window", f"1 to {MAX_WINDOW}"),
         ({"window": (4, 4)}, "window", "one for each of 4 heads"),
+        ({"window": 10**30}, "window", f"1 to {MAX_WINDOW}"),
+        ({"scale": 0.0}, "scale", "a finite number above 0"),
+        ({"scale": -0.5}, "scale", "a finite number above 0"),
+        ({"softcap": math.nan}, "softcap", "a finite number above 0"),
+        ({"temperature": (1.0, math.nan, 1.0, 1.0)}, "temperature", "finite numbers"),
         ({"sink_tokens": -1}, "sink_tokens", "0 or more"),
-        ({"softcap": 0.0}, "softcap", "more than 0"),
-        ({"clip_qkv": -1.0}, "clip_qkv", "more than 0"),
+        ({"softcap": 0.0}, "softcap", "a finite number above 0"),
+        ({"clip_qkv": -1.0}, "clip_qkv", "a finite number above 0"),
         ({"temperature": (1.0,)}, "temperature", "one for each of 4 heads"),
         ({"alibi": Alibi((0.5,) * 3)}, "alibi", "one for each of 4 heads"),
     ],

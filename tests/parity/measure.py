@@ -116,6 +116,31 @@ def our_greedy(pair: Pair, prompts: list[list[int]]) -> list[list[int]]:
     return [output.token_ids for output in engine.generate(prompts, sampling)]
 
 
+def sampled_error(pair: Pair) -> tuple[float, int]:
+    """Largest difference of the log-probability of any sampled token, and the fewest distinct
+    tokens of any request.
+
+    Ours from the paged engine while it generates, theirs of the whole text at once: greedy
+    tokens alone say little where a model repeats one.
+    """
+    engine = Engine.from_checkpoint(
+        pair.path, EngineConfig(max_num_seqs=8, max_num_batched_tokens=24)
+    )
+    prompts = greedy_prompts()
+    sampling = SamplingParams(
+        temperature=3.0, seed=5, max_tokens=NUM_GENERATED, ignore_eos=True, logprobs=0
+    )
+    error, distinct = 0.0, NUM_GENERATED
+    for prompt, output in zip(prompts, engine.generate(prompts, sampling), strict=True):
+        text = torch.tensor([prompt + output.token_ids])
+        logprobs = expected(pair.theirs, text)[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+        theirs = logprobs.gather(1, text[0, len(prompt) :, None]).squeeze(1)
+        ours = torch.tensor([token.logprob for token in output.logprobs])
+        error = max(error, _distance(ours, theirs))
+        distinct = min(distinct, len(set(output.token_ids)))
+    return error, distinct
+
+
 def their_greedy(pair: Pair, prompts: list[list[int]]) -> list[list[int]]:
     if not has_batches(pair):
         return [_generate(pair, [prompt])[0] for prompt in prompts]

@@ -46,6 +46,14 @@ def test_greedy_tokens_equal(pair: Pair) -> None:
     assert len({token for tokens in outputs for token in tokens}) > 1, "constants prove nothing"
 
 
+def test_log_probabilities_of_sampled_tokens_equal(pair: Pair) -> None:
+    if not pair.ours.config.is_causal or not measure.has_batches(pair):
+        return  # of a rotation that depends on the length, theirs knows the final one only
+    error, distinct = measure.sampled_error(pair)
+    assert error <= 2 * measure.LOGIT_BAR, "of the token's logit, and of the sum of all"
+    assert distinct > 5, "constants prove nothing"
+
+
 def test_every_feature_matters(pair: Pair) -> None:
     """What moves nothing when it is switched off could as well be wrong."""
     for name, change in pair.row.switches.items():

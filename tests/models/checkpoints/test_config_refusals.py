@@ -13,6 +13,16 @@ from tests.models.checkpoints.config_files import GPT2_V4, LLAMA_V4, parse
 from tests.models.checkpoints.refusals import FAMILY_REFUSALS
 
 LLAMA_REFUSALS: list[tuple[dict[str, object], str]] = [
+    ({"rope_scaling": False}, "rope_scaling"),
+    ({"rope_scaling": []}, "rope_scaling"),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": -3}},
+        "rope_scaling.attention_factor",
+    ),
+    ({"attention_chunk_size": 16}, "attention_chunk_size"),
+    ({"rotary_pct": 0.5}, "rotary_pct"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"rms_norm_eps": -1.0}, "norm_eps"),
     ({"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope_scaling.type"),
     ({"rope_scaling": {"rope_type": "proportional"}}, "rope_scaling.rope_type"),
     ({"rope_scaling": {"rope_type": "su"}}, "rope_scaling.rope_type"),
