@@ -230,7 +230,14 @@ MUTATIONS = (
         parity("falcon"),
     ),
     Mutation(
-        "epsilon of the norms",
+        "epsilon of the layer norms",
+        "models/layers.py",
+        "nn.LayerNorm(config.hidden_size, eps=config.norm_eps,",
+        "nn.LayerNorm(config.hidden_size, eps=config.norm_eps * 2,",
+        parity("neox"),
+    ),
+    Mutation(
+        "epsilon of the RMS norms",
         "models/layers.py",
         "RMSNorm(config.hidden_size, config.norm_eps,",
         "RMSNorm(config.hidden_size, config.norm_eps * 2,",
