@@ -82,11 +82,6 @@ class KVLayout:
         )
         return KVLayout(block_size, groups, tuple(layers), page_elements)
 
-    @property
-    def wasted_elements(self) -> int:
-        """Elements at the end of a page that its blocks leave over, for the worst group."""
-        return max(self.page_elements % group.block_elements for group in self.groups)
-
 
 def query_heads(heads: HeadConfig, part: LayerPart) -> list[int]:
     """The query heads that read the key/value heads of a part."""

@@ -95,7 +95,8 @@ def _attend_by_scores(
     *,
     is_causal: bool,
 ) -> Tensor:
-    """For what scaled_dot_product_attention cannot say; one product for each key/value head."""
+    """For what scaled_dot_product_attention cannot say, or not with enough digits; one product
+    for each key/value head."""
     if is_causal:
         visible = _causal(query.shape[2], query.device)
     batch, num_heads, num_queries, _ = query.shape
