@@ -4,7 +4,9 @@ They have to be set before `ray` is imported, in the driver; a local cluster pas
 processes. On a cluster that is already running, its nodes must have been started with them.
 """
 
+import contextlib
 import os
+import random
 import secrets
 import socket
 import tempfile
@@ -16,6 +18,10 @@ from service.config import ServiceConfig
 DEREGISTER_SECONDS = 2
 # Serve's HAProxy ingress. One without the other is another ingress altogether.
 _REQUIRED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
+
+# Above the ports of Ray's workers, below those that Linux takes for outgoing connections: one of
+# those may be gone before the server that was told it has bound it.
+_PORTS = range(20_000, 32_768)
 
 
 def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
@@ -58,9 +64,11 @@ def set_ray_environment(config: ServiceConfig) -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Loopback ports that were free a moment ago."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
+    """Loopback ports that were free a moment ago, and that the system gives to nobody unasked."""
+    ports: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.append(port)
+        if len(ports) == count:
+            return ports
+    raise OSError(f"fewer than {count} ports are free from {_PORTS[0]} to {_PORTS[-1]}")

@@ -1,12 +1,13 @@
 """What Ray is told before it is imported."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from service.config import ServiceConfig
-from service.runtimes.ray_environment import ray_environment, set_ray_environment
+from service.runtimes.ray_environment import free_ports, ray_environment, set_ray_environment
 
 
 def test_haproxy_mode_and_limits_are_set(tmp_path: Path) -> None:
@@ -26,6 +27,15 @@ def test_two_servers_share_no_port_file_or_token(tmp_path: Path) -> None:
             assert first[name] != second[name], name
     ports = [value for name, value in first.items() if name.endswith("_PORT")]
     assert len(set(ports)) == len(ports) == 4
+
+
+def test_free_ports_are_distinct_bindable_and_given_to_nobody_unasked() -> None:
+    ports = free_ports(50)
+    assert len(set(ports)) == 50
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(19_999 < port < lowest for port in ports)
+    with socket.create_server(("127.0.0.1", ports[0])):
+        assert ports[0] not in free_ports(200)
 
 
 def test_what_the_operator_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
