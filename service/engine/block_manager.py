@@ -332,19 +332,12 @@ class BlockManager:
                 longest = pool.num_known(seq.block_hashes[:longest])
         for length in range(longest, 0, -1):
             if all(
-                group.window is None or pool.knows(seq.block_hashes, self._needed(group, length))
+                group.window is None
+                or pool.knows(seq.block_hashes, group.needed(self.block_size, length))
                 for group, pool in zip(self.groups, self._pools, strict=True)
             ):
                 return [
-                    pool.find(seq.block_hashes[:length], self._needed(group, length))
+                    pool.find(seq.block_hashes[:length], group.needed(self.block_size, length))
                     for group, pool in zip(self.groups, self._pools, strict=True)
                 ]
         return empty
-
-    def _needed(self, group: BlockGroup, length: int) -> tuple[range, range]:
-        """Which of the first `length` blocks are needed after them: those of the window, and
-        before it those of the sink tokens."""
-        if group.window is None:
-            return range(length), range(0)
-        first = max(length * self.block_size - group.window + 1, 0) // self.block_size
-        return range(first, length), range(min(self._blocks_for(group.sink_tokens), first))

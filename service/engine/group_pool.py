@@ -35,6 +35,14 @@ class BlockGroup:
         recent = -(-(in_a_row - 1) // block_size) + 1
         return min(every, recent + -(-self.sink_tokens // block_size))
 
+    def needed(self, block_size: int, length: int) -> tuple[range, range]:
+        """Which of the first `length` blocks are needed after them: those of the window, and
+        before it those of the sink tokens."""
+        if self.window is None:
+            return range(length), range(0)
+        first = max(length * block_size - self.window + 1, 0) // block_size
+        return range(first, length), range(min(-(-self.sink_tokens // block_size), first))
+
 
 def pages_for(
     groups: Iterable[BlockGroup], block_size: int, num_tokens: int, max_new_tokens: int
