@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install serve test lint format proto bench attention parity mutations demo clean
+.PHONY: install tools serve test lint format proto bench attention parity mutations demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -16,7 +16,10 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 serve: install  ## serve the demo model under Ray Serve
 	$(BIN)/headroom serve
 
-test: install  ## all tests
+tools:  ## programs that tests run: Prometheus, Chromium
+	tests/install-tools.sh
+
+test: install tools  ## all tests
 	$(BIN)/python -m pytest
 
 lint: install node_modules/.installed  ## format, style, types, layers, protos

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -14,15 +15,16 @@ class Process:
     """A child whose output is read line by line.
 
     Args:
-        arguments: of this Python interpreter.
+        arguments: of the program.
+        program: this Python interpreter, if no other is named.
     """
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, program: Path = Path(sys.executable)) -> None:
         self.lines: list[str] = []
         self._ended = False
         self._changed = threading.Condition()
         self._popen = subprocess.Popen(
-            [sys.executable, *arguments],
+            [program, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
