@@ -12,7 +12,15 @@ from google.protobuf.json_format import MessageToDict
 from rich.progress import Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from service.console import describe, err, fail, out, print_ready, require_free_port
+from service.console import (
+    describe,
+    err,
+    fail,
+    models_by_application,
+    out,
+    print_ready,
+    require_free_port,
+)
 
 app = typer.Typer(
     name="headroom",
@@ -46,7 +54,11 @@ def main(
 @app.command(epilog="Example: headroom serve --model ./llama-1b --port 9000 --replicas 2")
 def serve(
     model: Annotated[
-        str | None, typer.Option(help="Hugging Face directory, or 'demo'. [default: demo]")
+        list[str] | None,
+        typer.Option(
+            help="Hugging Face directory, or 'demo'; NAME=DIRECTORY, several times, serves each "
+            "as an application of its own. [default: demo]"
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]")] = None,
@@ -59,7 +71,7 @@ def serve(
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Ray replicas. [default: 1]")] = None,
 ) -> None:
-    """Serve a model over gRPC until Ctrl-C.
+    """Serve a model, or several side by side, over gRPC until Ctrl-C.
 
     Settings come from flags, then HEADROOM_* variables, then --config, then defaults.
     """
@@ -69,7 +81,7 @@ def serve(
     try:
         settings = load_config(
             config,
-            model=model,
+            model=models_by_application(model or []),
             host=host,
             port=port,
             http_port=http_port,
@@ -84,7 +96,8 @@ def serve(
     from service.replica import check_model
 
     try:
-        check_model(settings)
+        for application in settings.applications:
+            check_model(application)
         require_free_port(settings.host, settings.port, "--port")
         if settings.runtime == "ray":
             require_free_port(settings.host, settings.http_port, "--http-port")
@@ -92,7 +105,7 @@ def serve(
         fail(str(error))
 
     def announce(logs: Path | None = None) -> None:
-        print_ready(settings.host, settings.port, settings.application, started, logs)
+        print_ready(settings, started, logs)
 
     try:
         if settings.runtime == "standalone":

@@ -6,7 +6,7 @@ This is the only place that reads files of settings or environment variables.
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -21,6 +21,9 @@ from service.engine.config import EngineConfig
 DEMO_DIRECTORY = Path(__file__).parent.parent / "models" / "demo"
 
 
+ApplicationName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
 class SettingsError(ValueError):
     """Settings that cannot be used; the message has one line per wrong setting."""
 
@@ -32,11 +35,13 @@ class ServiceConfig(BaseSettings):
     two underscores, for example `HEADROOM_ENGINE__MAX_NUM_SEQS`.
 
     Attributes:
-        model: a Hugging Face directory, or `demo` for the bundled model.
-        application: name of the Ray Serve application; clients send it as metadata.
+        model: a Hugging Face directory, or `demo` for the bundled model; or several, by the name
+            of the application that serves each.
+        application: name of the Ray Serve application, if there is one; clients send it as
+            metadata.
         host, port: where gRPC is served.
         http_port: where Ray Serve answers HTTP health checks.
-        replicas: processes that each hold the model, under Ray Serve.
+        replicas: processes that each hold the model, under Ray Serve; of each application.
         max_message_bytes: a larger gRPC message is refused before it is parsed.
         attend_max_bytes: inputs, scores and answer of one AttentionService call; more is refused.
         drain_seconds: how long open requests may go on after the server was told to stop.
@@ -48,8 +53,8 @@ class ServiceConfig(BaseSettings):
         env_prefix="HEADROOM_", env_nested_delimiter="__", extra="forbid", frozen=True
     )
 
-    model: str = "demo"
-    application: str = Field("headroom", pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    model: str | dict[ApplicationName, str] = "demo"
+    application: ApplicationName = "headroom"
     host: str = "127.0.0.1"
     port: int = Field(9000, ge=1, le=65535)
     http_port: int = Field(8000, ge=1, le=65535)
@@ -62,8 +67,27 @@ class ServiceConfig(BaseSettings):
     engine: EngineConfig = EngineConfig()
 
     @property
+    def applications(self) -> tuple[Self, ...]:
+        """The settings of each application, which has one model."""
+        if isinstance(self.model, str):
+            return (self,)
+        return tuple(
+            self.model_copy(update={"application": name, "model": model})
+            for name, model in self.model.items()
+        )
+
+    @property
     def model_path(self) -> Path:
+        """The directory of an application's model."""
+        assert isinstance(self.model, str), "one of `applications`"
         return DEMO_DIRECTORY if self.model == "demo" else Path(self.model)
+
+    @field_validator("model")
+    @classmethod
+    def _some_model(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        if not value:
+            raise ValueError("allowed: a directory, or one for each application")
+        return value
 
     @field_validator("engine", mode="before")
     @classmethod
@@ -77,6 +101,15 @@ class ServiceConfig(BaseSettings):
                     f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}"
                 )
         return value
+
+    @model_validator(mode="after")
+    def _one_model_alone(self) -> Self:
+        if self.runtime == "standalone" and len(self.applications) > 1:
+            raise ValueError(
+                f"model names {len(self.applications)} applications; allowed: 1 with the "
+                "standalone runtime"
+            )
+        return self
 
     @model_validator(mode="after")
     def _two_ports(self) -> Self:

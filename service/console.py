@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -14,6 +15,7 @@ from service.client import Client
 
 if TYPE_CHECKING:
     from protos.headroom.v1.models_pb2 import GetModelResponse, LayerHeads
+    from service.config import ServiceConfig
 
 out = Console(highlight=False, soft_wrap=True, markup=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -66,18 +68,35 @@ def _features(layer: "LayerHeads") -> list[str]:
     return [*found, f"scale {layer.scale:.4g}"]
 
 
-def print_ready(
-    host: str, port: int, application: str, started: float, logs: Path | None = None
-) -> None:
+def models_by_application(values: Sequence[str]) -> str | dict[str, str] | None:
+    """One directory, or one for each NAME=DIRECTORY; None if nothing is given."""
+    if len(values) <= 1 and not any("=" in value for value in values):
+        return values[0] if values else None
+    named = [value.partition("=") for value in values]
+    for value, (name, _, directory) in zip(values, named, strict=True):
+        if not name or not directory:
+            fail(f"--model is {value!r}; allowed, if there are several: NAME=DIRECTORY", code=2)
+    names = Counter(name for name, _, _ in named)
+    for name, count in names.items():
+        if count > 1:
+            fail(f"--model names application {name!r} {count} times; allowed: once", code=2)
+    return {name: directory for name, _, directory in named}
+
+
+def print_ready(config: "ServiceConfig", started: float, logs: Path | None = None) -> None:
     """Ask the server about itself, through its own front, and say that it is ready."""
-    with Client(f"{host}:{port}", application=application) as client:
-        lines = describe(client.get_model())
-    for name, text in lines.items():
-        out.print(f"{name:<8}{text}")
+    target = f"{config.host}:{config.port}"
+    for application in config.applications:
+        with Client(target, application=application.application) as client:
+            lines = describe(client.get_model())
+        if len(config.applications) > 1:
+            out.print(f"app     {application.application}")
+        for name, text in lines.items():
+            out.print(f"{name:<8}{text}")
     if logs is not None:
         out.print(f"logs    {logs}")
     seconds = time.monotonic() - started
-    out.print(f"ready   grpc://{host}:{port} after {seconds:.1f} s; Ctrl-C drains and stops")
+    out.print(f"ready   grpc://{target} after {seconds:.1f} s; Ctrl-C drains and stops")
 
 
 def require_free_port(host: str, port: int, name: str) -> None:

@@ -5,6 +5,7 @@ replica, so a token crosses no process on its way out. Import this module only a
 of `ray_environment` are set.
 """
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -65,14 +66,13 @@ class HeadroomReplica(HeadroomServicer):
 
 
 def build_app(config: ServiceConfig) -> Application:
-    """The application of a configuration; Serve's typed application builder."""
+    """The application of a configuration with one model; Serve's typed application builder."""
     on_gpu = _device(config) == "cuda"
     max_open = config.engine.max_num_seqs + config.engine.max_waiting_requests + _OTHER_CALLS
     settings = config.model_dump()
     # A replica finds its model from wherever it runs.
     settings["model"] = str(config.model_path.resolve())
     settings["engine"]["device"] = _device(config)
-    settings["engine"]["num_threads"] = config.engine.num_threads or _threads_per_replica(config)
     return (
         serve.deployment(HeadroomReplica)
         .options(
@@ -102,7 +102,7 @@ def start(config: ServiceConfig) -> Path:
     context = ray.init(
         address="local",  # never a cluster that somebody else has started
         # Replicas share the cores by threads; a rolling update needs room for one more.
-        num_cpus=2 * config.replicas + 1,
+        num_cpus=2 * _num_replicas(config) + 1,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         logging_level=logging.WARNING,
@@ -119,21 +119,31 @@ def start(config: ServiceConfig) -> Path:
 
 
 def deploy(config: ServiceConfig) -> None:
-    """Deploy or, if it runs already, update the application without losing requests."""
-    # HAProxy knows no application without a route prefix.
-    serve.run(build_app(config), name=config.application, route_prefix="/")
+    """Deploy the applications or, if they run already, update them without losing requests."""
+    num_threads = config.engine.num_threads or _threads_per_replica(config)
+    engine = dataclasses.replace(config.engine, num_threads=num_threads)
+    applications = config.model_copy(update={"engine": engine}).applications
+    # HAProxy knows no application without a route prefix, and each needs its own.
+    prefixes = ["/"] if len(applications) == 1 else [f"/{one.application}" for one in applications]
+    serve.run_many(
+        [
+            serve.RunTarget(build_app(one), name=one.application, route_prefix=prefix)
+            for one, prefix in zip(applications, prefixes, strict=True)
+        ]
+    )
 
 
 def stop(config: ServiceConfig) -> None:
     """Drain the replicas and end every process of the local cluster."""
     if not ray.is_initialized():
         return
-    # Shutting Serve down at once would end HAProxy, and with it every open stream. Without the
-    # application no new requests arrive, and its replicas end when their streams have.
+    # Shutting Serve down at once would end HAProxy, and with it every open stream. Without its
+    # applications no new requests arrive, and their replicas end when their streams have.
     try:
-        serve.delete(config.application, _blocking=False)
+        for application in config.applications:
+            serve.delete(application.application, _blocking=False)
         deadline = time.monotonic() + config.drain_seconds + _STOP_MARGIN_SECONDS
-        while config.application in serve.status().applications and time.monotonic() < deadline:
+        while serve.status().applications and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
     except Exception:  # Serve may never have run; the cluster has to end all the same
         log.exception("replicas were not drained")
@@ -174,10 +184,10 @@ def check_devices(config: ServiceConfig) -> None:
             f"engine.device is {config.engine.device!r}; allowed with Ray: auto, cpu, cuda: Ray "
             "gives each replica a GPU of its own"
         )
-    if _device(config) == "cuda" and config.replicas > torch.cuda.device_count():
+    if _device(config) == "cuda" and _num_replicas(config) > torch.cuda.device_count():
         raise ValueError(
-            f"replicas is {config.replicas}; allowed: at most {torch.cuda.device_count()}, one per "
-            "GPU of this machine"
+            f"replicas is {config.replicas}, of {len(config.applications)} applications; allowed: "
+            f"at most {torch.cuda.device_count()} in all, one per GPU of this machine"
         )
 
 
@@ -185,5 +195,9 @@ def _device(config: ServiceConfig) -> str:
     return resolve_device(config.engine.device).type
 
 
+def _num_replicas(config: ServiceConfig) -> int:
+    return config.replicas * len(config.applications)
+
+
 def _threads_per_replica(config: ServiceConfig) -> int:
-    return max(len(os.sched_getaffinity(0)) // config.replicas, 1)
+    return max(len(os.sched_getaffinity(0)) // _num_replicas(config), 1)

@@ -172,6 +172,22 @@ def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -
         assert expected in answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ("a=x y", "--model is 'y'; allowed, if there are several: NAME=DIRECTORY"),
+        ("a=x b=", "--model is 'b='"),
+        ("a=x a=y", "--model names application 'a' 2 times; allowed: once"),
+        ("a=x b!=y", "should match pattern"),
+    ],
+)
+def test_applications_that_are_wrong_exit_with_2(models: str, expected: str) -> None:
+    arguments = [part for model in models.split() for part in ("--model", model)]
+    answer = _run("serve", *arguments)
+    assert answer.returncode == 2
+    assert expected in answer.stderr
+
+
 def test_limits_that_the_model_cannot_keep_are_refused(model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("engine:\n  max_model_len: 5000\n")

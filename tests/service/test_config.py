@@ -38,6 +38,9 @@ def test_flags_win_over_environment_over_file_over_defaults(
         ("application: 'a b'", "application"),
         ("- a list", "cannot be read"),
         ("port: [", "cannot be read"),
+        ("model: {}", "allowed: a directory, or one for each application"),
+        ("model: {'a b': x}", "should match pattern"),
+        ("runtime: standalone\nmodel: {a: x, b: y}", "model names 2 applications; allowed: 1"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -50,6 +53,18 @@ def test_a_wrong_setting_is_named(tmp_path: Path, text: str, named: str) -> None
 def test_settings_survive_the_way_to_a_replica(file: Path) -> None:
     config = load_config(file)
     assert ServiceConfig(**config.model_dump()).model_dump() == config.model_dump()
+
+
+def test_applications_share_all_but_their_model(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("model: {mha: ./a, mqa: ./b}\nreplicas: 2\n")
+    config = load_config(file)
+    assert [(one.application, one.model, one.replicas) for one in config.applications] == [
+        ("mha", "./a", 2),
+        ("mqa", "./b", 2),
+    ]
+    alone = load_config(model="demo")
+    assert alone.applications == (alone,)
 
 
 def test_every_setting_is_documented() -> None:
