@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
+from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, QKNorm
 from models.kernels import KernelName, get_kernel
 from models.kernels.dense import attend
-from models.kv_cache import AttentionMetadata, CachePart
+from models.kv_cache import CachePart
 from models.kv_layout import query_heads
 from models.layers import rms_norm
 from models.rope import apply_rope

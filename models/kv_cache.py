@@ -1,18 +1,17 @@
 """Paged storage of keys and values: tensors only. Who owns which block is decided elsewhere."""
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from models.config import ModelConfig
 from models.kv_layout import KVLayout, LayerPart
-from models.scoring import Scoring
 
-# In a block table: a block whose tokens nobody needs any more, and that was given back.
-RELEASED = -1
+# What one gather copies at most where decodes share it: small enough to be read again from a
+# cache of the CPU, large enough that calls cost little.
+_GATHER_BYTES = 8 * 2**20
 
 
 class CachePart:
@@ -26,11 +25,15 @@ class CachePart:
         pool: the memory of all layers, one dimension.
         part: which heads, and where in a block.
         layout: how the pool is cut.
+        scratch: where gathered blocks are put together.
     """
 
-    def __init__(self, pool: Tensor, part: LayerPart, layout: KVLayout) -> None:
+    def __init__(
+        self, pool: Tensor, part: LayerPart, layout: KVLayout, scratch: "_Scratch"
+    ) -> None:
         self.pool = pool
         self.part = part
+        self._scratch = scratch
         self.block_size = layout.block_size
         self._block_rows = _Rows(pool, part, layout, layout.block_size * part.head_dim)
         self._token_rows = _Rows(pool, part, layout, part.head_dim)
@@ -52,13 +55,16 @@ class CachePart:
             block_tables: `[batch, blocks]` block numbers.
 
         Returns:
-            Keys and values, each `[batch, kv_heads, blocks * block_size, head_dim]`.
+            Keys and values, each `[batch, kv_heads, blocks * block_size, head_dim]`; the next
+            gather from any part of the same cache overwrites them.
         """
         rows = self._block_rows.first(block_tables)[None, :, None, :, None]
         num_heads = len(self.part.kv_heads)
         rows = rows + self._block_rows.of_heads.view(2, 1, num_heads, 1, -1)
         # index_select copies rows; plain indexing copies elements and is 20 times slower.
-        read = self._block_rows.memory.index_select(0, rows.flatten())
+        memory, rows = self._block_rows.memory, rows.flatten()
+        read = self._scratch.take(len(rows), memory.shape[1])
+        torch.index_select(memory, 0, rows, out=read)
         key, value = read.view(2, block_tables.shape[0], num_heads, -1, self.part.head_dim)
         return key, value
 
@@ -67,6 +73,21 @@ class CachePart:
         rows = self._token_rows
         first = rows.first(slots // self.block_size) + slots % self.block_size * rows.per_item
         return (first[:, None] + rows.of_heads).flatten()
+
+
+class _Scratch:
+    """Memory that is used again and again: new memory of this size would have to be mapped by
+    the system each time, which takes longer than the copy."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=dtype, device=device)
+
+    def take(self, *shape: int) -> Tensor:
+        """A tensor of any content; it is the memory of the one before."""
+        size = math.prod(shape)
+        if self._memory.numel() < size:
+            self._memory = self._memory.new_empty(size)
+        return self._memory[:size].view(shape)
 
 
 class _Rows:
@@ -120,8 +141,9 @@ class KVCache:
         self.num_pages = num_pages
         self.layout = KVLayout.of(config, block_size)
         self.pool = torch.zeros(num_pages * self.layout.page_elements, dtype=dtype, device=device)
+        scratch = _Scratch(dtype, device)
         self.layers = tuple(
-            tuple(CachePart(self.pool, part, self.layout) for part in parts)
+            tuple(CachePart(self.pool, part, self.layout, scratch) for part in parts)
             for parts in self.layout.parts
         )
 
@@ -133,160 +155,13 @@ class KVCache:
     def nbytes(self) -> int:
         return self.pool.nbytes
 
-
-@dataclass(frozen=True, slots=True)
-class QueryBatch:
-    """Sequences with equally many new tokens: rows `start:end` of the packed step.
-
-    Attributes:
-        block_tables: `[sequences, blocks]`, only blocks that are still there, padded with a block
-            of the same sequence, so that nothing of another sequence is ever read, not even
-            under a mask.
-        query_positions: int64 `[sequences, queries]`.
-        key_positions: int64 `[sequences, blocks * block_size]`, -1 where there is no key.
-        whole_length: if this is one sequence whose tokens are all new, how many; else None.
-    """
-
-    start: int
-    end: int
-    block_tables: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-    whole_length: int | None
-    _masks: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """`[tokens, heads, width]` of the step to `[sequences, heads, queries, width]`."""
-        rows = packed[self.start : self.end]
-        return rows.unflatten(0, self.query_positions.shape).transpose(1, 2)  # type: ignore[no-any-return]
-
-    def mask(self, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
-        """`visible` and `bias` of a scoring; computed once for all layers that agree on them."""
-        key = (
-            scoring.causal,
-            scoring.window,
-            scoring.sink_tokens,
-            scoring.alibi,
-            scoring.scale if scoring.alibi is not None else None,
-        )
-        if key not in self._masks:
-            visible = scoring.visible(self.query_positions, self.key_positions)
-            self._masks[key] = visible, scoring.bias(self.key_positions)
-        return self._masks[key]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupMetadata:
-    """Where the new tokens of one step live in the blocks of one group.
-
-    Attributes:
-        slot_mapping: `[tokens]`, the cache slot of each new token.
-        batches: all rows of the step, in order.
-    """
-
-    slot_mapping: Tensor
-    batches: tuple[QueryBatch, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionMetadata:
-    """Where the tokens of one step live in the cache, for each group of heads.
-
-    The packed step holds sequences with exactly one new token first (decodes, which become one
-    batch), then those with several (prefill chunks, one batch each).
-    """
-
-    groups: tuple[GroupMetadata, ...]
-
-    @staticmethod
-    def build(
-        *,
-        block_tables: Sequence[Sequence[Sequence[int]]],
-        num_computed_tokens: Sequence[int],
-        num_new_tokens: Sequence[int],
-        block_size: int,
-        device: torch.device,
-    ) -> "AttentionMetadata":
-        """Describe a step whose sequences are given in packed order, decodes first.
-
-        Args:
-            block_tables: for each sequence and group, its blocks, enough for its old and new
-                tokens; `RELEASED` stands for blocks that were given back.
-            num_computed_tokens: tokens of each sequence that the cache already holds.
-            num_new_tokens: tokens of each sequence in this step, 1 or more.
-        """
-        num_decodes = sum(1 for count in num_new_tokens if count == 1)
-        assert all(count == 1 for count in num_new_tokens[:num_decodes]), "decodes come first"
-        groups: list[GroupMetadata] = []
-        for tables in zip(*block_tables, strict=True):
-            rows = [
-                _Row(table, computed, count)
-                for table, computed, count in zip(
-                    tables, num_computed_tokens, num_new_tokens, strict=True
-                )
-            ]
-            slots = [slot for row in rows for slot in row.slots(block_size)]
-            batches: list[QueryBatch] = []
-            start = 0
-            alike = [rows[:num_decodes]] if num_decodes else []
-            for members in (*alike, *([row] for row in rows[num_decodes:])):
-                batch = _query_batch(members, start, block_size, device)
-                batches.append(batch)
-                start = batch.end
-            slot_mapping = torch.tensor(slots, dtype=torch.int64, device=device)
-            groups.append(GroupMetadata(slot_mapping, tuple(batches)))
-        return AttentionMetadata(tuple(groups))
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One sequence of a step, in one group."""
-
-    block_table: Sequence[int]
-    num_computed: int
-    num_new: int
-
     @property
-    def length(self) -> int:
-        return self.num_computed + self.num_new
-
-    def slots(self, block_size: int) -> list[int]:
-        return [
-            self.block_table[position // block_size] * block_size + position % block_size
-            for position in range(self.num_computed, self.length)
-        ]
-
-    def live(self, block_size: int) -> list[int]:
-        """Indices of the blocks that hold something."""
-        used = -(-self.length // block_size)
-        return [index for index in range(used) if self.block_table[index] != RELEASED]
-
-
-def _query_batch(
-    rows: Sequence[_Row], start: int, block_size: int, device: torch.device
-) -> QueryBatch:
-    live = [row.live(block_size) for row in rows]
-    width = max(len(indices) for indices in live)
-    tables: list[list[int]] = []
-    starts: list[list[int]] = []
-    for row, indices in zip(rows, live, strict=True):
-        padding = width - len(indices)
-        blocks = [row.block_table[index] for index in indices]
-        tables.append(blocks + blocks[-1:] * padding)
-        # Blocks that only pad start behind the end, where all positions are turned into -1.
-        starts.append([index * block_size for index in indices] + [row.length] * padding)
-    first = torch.tensor(starts, dtype=torch.int64, device=device)
-    offsets = torch.arange(block_size, device=device)
-    positions = (first[:, :, None] + offsets).flatten(1)
-    lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
-    computed = torch.tensor([row.num_computed for row in rows], device=device)[:, None]
-    num_new = rows[0].num_new
-    alone = len(rows) == 1 and rows[0].num_computed == 0
-    return QueryBatch(
-        start=start,
-        end=start + len(rows) * num_new,
-        block_tables=torch.tensor(tables, dtype=torch.int64, device=device),
-        query_positions=computed + torch.arange(num_new, device=device),
-        key_positions=positions.masked_fill(positions >= lengths, -1),
-        whole_length=rows[0].length if alone else None,
-    )
+    def tokens_per_gather(self) -> tuple[int, ...]:
+        """For each group, how many tokens' keys and values decodes gather at once at most."""
+        if self.pool.device.type != "cpu":
+            return (2**62,) * len(self.layout.groups)  # one large call is best
+        widest = [0] * len(self.layout.groups)
+        for part in itertools.chain(*self.layout.parts):
+            elements = 2 * len(part.kv_heads) * part.head_dim
+            widest[part.group] = max(widest[part.group], elements)
+        return tuple(_GATHER_BYTES // (width * self.pool.itemsize) for width in widest)

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from models.attention import Attention
+from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, Residual
 from models.kernels import KernelName, resolve_kernel
-from models.kv_cache import AttentionMetadata, KVCache
+from models.kv_cache import KVCache
 from models.layers import MLP, MixtureOfExperts, make_norm
 from models.positions import RopeConfig
 from models.rope import rotation

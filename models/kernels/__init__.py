@@ -8,9 +8,10 @@ from typing import Literal, Protocol, TypeAlias
 
 from torch import Tensor
 
+from models.attention_metadata import GroupMetadata
 from models.errors import ConfigError
 from models.kernels import dense, reference
-from models.kv_cache import CachePart, GroupMetadata
+from models.kv_cache import CachePart
 from models.scoring import Scoring
 
 KernelName: TypeAlias = Literal["auto", "dense", "reference"]

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models.kv_cache import CachePart, GroupMetadata
+from models.attention_metadata import GroupMetadata
+from models.kv_cache import CachePart
 from models.scoring import Scoring
 
 

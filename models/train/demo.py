@@ -19,7 +19,21 @@ from models.train.trainer import (
 )
 from models.transformer import Transformer, random_model
 
-_CARD = """# Demo model
+_CARD = """---
+model-index:
+- name: demo
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      name: Python standard library, held-out files
+      type: python-standard-library
+    metrics:
+    - type: bits_per_byte
+      value: {bpb:.3f}
+---
+
+# Demo model
 
 A {parameters:.2f} M parameter Llama-format decoder that has read the sources of the Python
 standard library and writes text that looks like them. It exists so that everything here runs

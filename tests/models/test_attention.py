@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from models.attention import Attention
+from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, QKNorm
 from models.kernels import KernelName
-from models.kv_cache import AttentionMetadata, KVCache
+from models.kv_cache import KVCache
 from models.positions import RopeConfig
 from models.rope import rotation
 from models.transformer import random_model

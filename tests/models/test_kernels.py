@@ -9,10 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models.attention_metadata import AttentionMetadata, GroupMetadata
 from models.config import HeadConfig
 from models.errors import ConfigError
 from models.kernels import KernelName, get_kernel, resolve_kernel
-from models.kv_cache import AttentionMetadata, CachePart, GroupMetadata, KVCache
+from models.kv_cache import CachePart, KVCache
 from models.transformer import Transformer
 from tests.models import tiny
 from tests.models.variants import EACH_HEAD, PLAIN, Variant, variants
@@ -30,6 +31,7 @@ class Case:
     block_size: int
     sequences: tuple[tuple[int, int], ...]
     seed: int
+    tokens_per_gather: int = 2**20
 
 
 @st.composite
@@ -45,6 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
         block_size=draw(st.sampled_from([1, 2, 3, 4, 16])),
         sequences=(*decodes, *chunks),
         seed=draw(st.integers(0, 2**16)),
+        tokens_per_gather=draw(st.sampled_from([1, 16, 50, 2**20])),
     )
 
 
@@ -107,6 +110,7 @@ def make_batch(case: Case, dtype: torch.dtype, *, stale: float = 0.0) -> Batch:
         num_new_tokens=[new for _, new in case.sequences],
         block_size=size,
         device=torch.device("cpu"),
+        tokens_per_gather=[case.tokens_per_gather],
     )
     return Batch(
         query=query.to(dtype),
@@ -147,20 +151,46 @@ def test_every_kernel_equals_loops_over_each_sequence_alone(
         assert np.abs(output[span] - expected.output).max() <= 1e-12
 
 
+# Attention of one query has a path of its own in half precision.
+@settings(max_examples=150)
+@given(varied=VARIED_CASES)
+@example(varied=(EVERYTHING, PLAIN))
+@example(varied=(EVERYTHING, EACH_HEAD))
+def test_in_bfloat16_a_query_errs_at_most_twice_as_much_as_eager_attention(
+    varied: tuple[Case, Variant],
+) -> None:
+    case, variant = varied
+    batch = make_batch(case, torch.bfloat16)
+    exact = Batch(
+        batch.query.double(), batch.cache, batch.metadata, batch.spans, batch.keys, batch.values
+    )
+    output = batch.run("dense", variant)
+    eager = batch.run("reference", variant)
+    for span, key, value in zip(batch.spans, batch.keys, batch.values, strict=True):
+        expected = variant.expected(
+            exact.query[span].numpy(), key.double().numpy(), value.double().numpy()
+        ).output
+        theirs = np.abs(eager[span].double().numpy() - expected).max()
+        ours = np.abs(output[span].double().numpy() - expected).max()
+        # Two roundings are allowed where eager attention happens to be nearly exact.
+        assert ours <= max(2 * theirs, 2**-7 * value.abs().max().item())
+
+
 # A cache is reused without being cleared: whatever finite numbers an earlier sequence left behind
 # the end of this one must have no weight at all.
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("stale", [1e30, -1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=60)
 @given(varied=VARIED_CASES)
 @example(varied=(EVERYTHING, PLAIN))
 @example(varied=(EVERYTHING, EACH_HEAD))
 def test_stale_content_behind_a_sequence_changes_nothing(
-    kernel: KernelName, stale: float, varied: tuple[Case, Variant]
+    kernel: KernelName, dtype: torch.dtype, stale: float, varied: tuple[Case, Variant]
 ) -> None:
     case, variant = varied
-    clean = make_batch(case, torch.float32).run(kernel, variant)
-    assert torch.equal(make_batch(case, torch.float32, stale=stale).run(kernel, variant), clean)
+    clean = make_batch(case, dtype).run(kernel, variant)
+    assert torch.equal(make_batch(case, dtype, stale=stale).run(kernel, variant), clean)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

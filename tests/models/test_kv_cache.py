@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.attention_metadata import RELEASED, AttentionMetadata, GroupMetadata
 from models.config import HeadConfig
-from models.kv_cache import RELEASED, AttentionMetadata, CachePart, GroupMetadata, KVCache
+from models.kv_cache import CachePart, KVCache
 from models.scoring import Scoring
 from tests.models import tiny
 
@@ -233,6 +234,54 @@ def test_groups_have_blocks_of_their_own() -> None:
     assert first.batches[0].block_tables.tolist() == [[1, 2], [4, 4]]
     assert second.batches[0].block_tables.tolist() == [[9], [0]]
     assert second.batches[0].key_positions.tolist() == [[4, 5, -1, -1], [0, 1, 2, -1]]
+
+
+@settings(max_examples=200)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    tokens_per_gather=st.integers(1, 120),
+)
+def test_decodes_are_cut_into_neighbours_that_gather_few_tokens(
+    lengths: list[int], tokens_per_gather: int
+) -> None:
+    block_size = 4
+    metadata = AttentionMetadata.build(
+        block_tables=[[list(range(-(-length // block_size)))] for length in [*lengths, 6]],
+        num_computed_tokens=[*(length - 1 for length in lengths), 4],
+        num_new_tokens=[*(1 for _ in lengths), 2],
+        block_size=block_size,
+        device=CPU,
+        tokens_per_gather=[tokens_per_gather],
+    )
+    *decodes, chunk = metadata.groups[0].batches
+    assert (chunk.start, chunk.end) == (len(lengths), len(lengths) + 2)
+    at = 0
+    for index, batch in enumerate(decodes):
+        assert batch.start == at
+        own = lengths[at : batch.end]
+        rows, width = batch.block_tables.shape
+        assert (rows, width) == (len(own), -(-max(own) // block_size))
+        assert rows == 1 or rows * width * block_size <= tokens_per_gather
+        if index + 1 < len(decodes):  # it could not have taken its neighbour too
+            wider = -(-max(*own, lengths[batch.end]) // block_size)
+            assert (rows + 1) * wider * block_size > tokens_per_gather // block_size * block_size
+        at = batch.end
+    assert at == len(lengths)
+
+
+def test_a_gather_of_decodes_takes_a_few_mebibytes_of_the_widest_layer() -> None:
+    layers = (HeadConfig(4, 4, 8), HeadConfig(4, 2, 8), HeadConfig(4, 1, 16, window=8))
+    cache = make_cache(layers=layers, dtype=torch.bfloat16)
+    assert cache.tokens_per_gather == (2**23 // (2 * 4 * 8 * 2), 2**23 // (2 * 1 * 16 * 2))
+
+
+def test_what_was_gathered_is_overwritten_by_the_next_gather() -> None:
+    cache = make_cache(layers=(HeadConfig(2, 1, 4),) * 2)
+    cache.pool.normal_(generator=torch.Generator().manual_seed(0))
+    (first,), (second,) = cache.layers
+    key, _ = first.gather(torch.tensor([[0, 1]]))
+    other, _ = second.gather(torch.tensor([[0, 1]]))
+    assert key.data_ptr() == other.data_ptr()
 
 
 def test_decode_tables_are_as_wide_as_the_longest_sequence_and_no_wider() -> None:

@@ -30,10 +30,11 @@ from models.positions import (
 from models.transformer import Transformer
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine, EngineRequest, StepStats
+from service.engine.engine import Engine, EngineRequest
 from service.engine.errors import NeverFitsError
 from service.engine.memory import block_groups
 from service.engine.sequence import SequenceOutput
+from service.engine.stats import StepStats
 from tests.engine.tiny import finish_all, greedy
 from tests.models import tiny
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.attention_metadata import RELEASED, AttentionMetadata
 from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
-from models.kv_cache import RELEASED, AttentionMetadata, KVCache
+from models.kv_cache import KVCache
 from models.kv_layout import KVLayout
 from models.positions import RopeConfig
 from models.transformer import Transformer, random_model
@@ -65,7 +66,8 @@ def model(
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if parameter.ndim == 1 or "norm" in name or name.endswith("bias"):
-                centre = 0.0 if name.endswith("bias") else 1.0
+                # Where norms multiply by 1 + weight, large weights would amplify rounding.
+                centre = 0.0 if name.endswith("bias") or config.norm_unit_offset else 1.0
                 parameter.normal_(centre, 0.2, generator=generator)
     return built.to(dtype).requires_grad_(False)
 

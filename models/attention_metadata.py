@@ -1,0 +1,204 @@
+"""Where the tokens of one step live in the cache: what a kernel has to read, and for whom."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.scoring import Scoring
+
+# In a block table: a block whose tokens nobody needs any more, and that was given back.
+RELEASED = -1
+
+
+@dataclass(frozen=True, slots=True)
+class QueryBatch:
+    """Sequences with equally many new tokens: rows `start:end` of the packed step.
+
+    Attributes:
+        block_tables: `[sequences, blocks]`, only blocks that are still there, padded with a block
+            of the same sequence, so that nothing of another sequence is ever read, not even
+            under a mask.
+        query_positions: int64 `[sequences, queries]`.
+        key_positions: int64 `[sequences, blocks * block_size]`, -1 where there is no key.
+        whole_length: if this is one sequence whose tokens are all new, how many; else None.
+    """
+
+    start: int
+    end: int
+    block_tables: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    whole_length: int | None
+    _masks: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _additive: dict[object, Tensor] = field(default_factory=dict)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`[tokens, heads, width]` of the step to `[sequences, heads, queries, width]`."""
+        rows = packed[self.start : self.end]
+        return rows.unflatten(0, self.query_positions.shape).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def mask(self, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
+        """`visible` and `bias` of a scoring; computed once for all layers that agree on them."""
+        key = _mask_key(scoring)
+        if key not in self._masks:
+            visible = scoring.visible(self.query_positions, self.key_positions)
+            self._masks[key] = visible, scoring.bias(self.key_positions)
+        return self._masks[key]
+
+    def additive_mask(self, scoring: Scoring, dtype: torch.dtype) -> Tensor:
+        """0 where `visible`, else -inf; computed once like it."""
+        key = _mask_key(scoring)
+        if key not in self._additive:
+            visible, _ = self.mask(scoring)
+            zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            self._additive[key] = zeros.masked_fill_(~visible, float("-inf"))
+        return self._additive[key]
+
+
+def _mask_key(scoring: Scoring) -> object:
+    """Equal for scorings with equal masks."""
+    return (
+        scoring.causal,
+        scoring.window,
+        scoring.sink_tokens,
+        scoring.alibi,
+        scoring.scale if scoring.alibi is not None else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMetadata:
+    """Where the new tokens of one step live in the blocks of one group.
+
+    Attributes:
+        slot_mapping: `[tokens]`, the cache slot of each new token.
+        batches: all rows of the step, in order.
+    """
+
+    slot_mapping: Tensor
+    batches: tuple[QueryBatch, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the tokens of one step live in the cache, for each group of heads.
+
+    The packed step holds sequences with exactly one new token first (decodes, neighbours of
+    which become a batch), then those with several (prefill chunks, one batch each).
+    """
+
+    groups: tuple[GroupMetadata, ...]
+
+    @staticmethod
+    def build(
+        *,
+        block_tables: Sequence[Sequence[Sequence[int]]],
+        num_computed_tokens: Sequence[int],
+        num_new_tokens: Sequence[int],
+        block_size: int,
+        device: torch.device,
+        tokens_per_gather: Sequence[int] | None = None,
+    ) -> "AttentionMetadata":
+        """Describe a step whose sequences are given in packed order, decodes first.
+
+        Args:
+            block_tables: for each sequence and group, its blocks, enough for its old and new
+                tokens; `RELEASED` stands for blocks that were given back.
+            num_computed_tokens: tokens of each sequence that the cache already holds.
+            num_new_tokens: tokens of each sequence in this step, 1 or more.
+            tokens_per_gather: for each group, the tokens of a batch of decodes, padding
+                included, unless it is a single one; None puts all decodes into one batch.
+        """
+        num_decodes = sum(1 for count in num_new_tokens if count == 1)
+        assert all(count == 1 for count in num_new_tokens[:num_decodes]), "decodes come first"
+        groups: list[GroupMetadata] = []
+        for index, tables in enumerate(zip(*block_tables, strict=True)):
+            rows = [
+                _Row(table, computed, count)
+                for table, computed, count in zip(
+                    tables, num_computed_tokens, num_new_tokens, strict=True
+                )
+            ]
+            slots = [slot for row in rows for slot in row.slots(block_size)]
+            batches: list[QueryBatch] = []
+            start = 0
+            most = None if tokens_per_gather is None else tokens_per_gather[index] // block_size
+            decodes = _split(rows[:num_decodes], most, block_size)
+            for members in (*decodes, *([row] for row in rows[num_decodes:])):
+                batch = _query_batch(members, start, block_size, device)
+                batches.append(batch)
+                start = batch.end
+            slot_mapping = torch.tensor(slots, dtype=torch.int64, device=device)
+            groups.append(GroupMetadata(slot_mapping, tuple(batches)))
+        return AttentionMetadata(tuple(groups))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One sequence of a step, in one group."""
+
+    block_table: Sequence[int]
+    num_computed: int
+    num_new: int
+
+    @property
+    def length(self) -> int:
+        return self.num_computed + self.num_new
+
+    def slots(self, block_size: int) -> list[int]:
+        return [
+            self.block_table[position // block_size] * block_size + position % block_size
+            for position in range(self.num_computed, self.length)
+        ]
+
+    def live(self, block_size: int) -> list[int]:
+        """Indices of the blocks that hold something."""
+        used = -(-self.length // block_size)
+        return [index for index in range(used) if self.block_table[index] != RELEASED]
+
+
+def _split(
+    rows: Sequence[_Row], max_blocks: int | None, block_size: int
+) -> Iterator[Sequence[_Row]]:
+    """Cut rows into neighbours whose blocks, padded to the longest of them, are few enough."""
+    first = width = 0
+    for at, row in enumerate(rows):
+        wider = max(width, len(row.live(block_size)))
+        if max_blocks is not None and at > first and wider * (at + 1 - first) > max_blocks:
+            yield rows[first:at]
+            first, wider = at, len(row.live(block_size))
+        width = wider
+    if rows:
+        yield rows[first:]
+
+
+def _query_batch(
+    rows: Sequence[_Row], start: int, block_size: int, device: torch.device
+) -> QueryBatch:
+    live = [row.live(block_size) for row in rows]
+    width = max(len(indices) for indices in live)
+    tables: list[list[int]] = []
+    starts: list[list[int]] = []
+    for row, indices in zip(rows, live, strict=True):
+        padding = width - len(indices)
+        blocks = [row.block_table[index] for index in indices]
+        tables.append(blocks + blocks[-1:] * padding)
+        # Blocks that only pad start behind the end, where all positions are turned into -1.
+        starts.append([index * block_size for index in indices] + [row.length] * padding)
+    first = torch.tensor(starts, dtype=torch.int64, device=device)
+    offsets = torch.arange(block_size, device=device)
+    positions = (first[:, :, None] + offsets).flatten(1)
+    lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
+    computed = torch.tensor([row.num_computed for row in rows], device=device)[:, None]
+    num_new = rows[0].num_new
+    alone = len(rows) == 1 and rows[0].num_computed == 0
+    return QueryBatch(
+        start=start,
+        end=start + len(rows) * num_new,
+        block_tables=torch.tensor(tables, dtype=torch.int64, device=device),
+        query_positions=computed + torch.arange(num_new, device=device),
+        key_positions=positions.masked_fill(positions >= lengths, -1),
+        whole_length=rows[0].length if alone else None,
+    )
