@@ -314,6 +314,20 @@ MUTATIONS = (
         (_PARITY, "-k", "llama and greedy"),
     ),
     Mutation(
+        "a decode in half precision reads the key/value head of another group",
+        "models/kernels/dense.py",
+        "grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))",
+        "grouped = query.squeeze(2).unflatten(1, (-1, key.shape[1])).transpose(1, 2)",
+        ("tests/models/test_kernels.py", "-k", "bfloat16"),
+    ),
+    Mutation(
+        "two decodes of a batch gather into the same rows",
+        "models/attention_metadata.py",
+        "            first, wider = at, len(row.live(block_size))\n",
+        "            first, wider = at - 1, len(row.live(block_size))\n",
+        ("tests/models/test_kv_cache.py", "tests/models/test_kernels.py"),
+    ),
+    Mutation(
         "a sequence that lost its blocks stays in the plan",
         "service/engine/scheduler.py",
         "for item in scheduled if item.seq.status is SequenceStatus.RUNNING]",
