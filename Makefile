@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench attention parity mutations demo clean
+.PHONY: install tools serve test lint format proto bench attention dashboard parity mutations demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -46,6 +46,9 @@ bench: install  ## engine alone, standalone and Ray Serve in one run; writes loa
 
 attention: install  ## fused and split attention; writes loadtests/results
 	$(BIN)/python -m loadtests.attention
+
+dashboard: install  ## the Grafana dashboard, from its code
+	$(BIN)/python -m deploy.grafana.dashboard
 
 parity: install  ## compare every family with transformers; writes docs/parity.md
 	$(BIN)/python -m tests.parity.report
