@@ -8,33 +8,26 @@ each server, with the bundled demo model. Writes JSON and a table to `loadtests/
 """
 
 import asyncio
-import itertools
 import json
 import random
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from string import ascii_lowercase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import grpc
-import psutil
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from models.checkpoints.writer import save_model
-from models.transformer import random_model
+from loadtests.checkpoints import write_random_checkpoint
+from loadtests.servers import CLI, Runtime, Server, running_server
 from protos.headroom.v1 import generation_pb2 as pb
 from protos.headroom.v1 import generation_pb2_grpc
 from service.bench import BenchShape
@@ -42,9 +35,7 @@ from service.client import AsyncClient
 from service.runtimes.ray_environment import free_ports
 
 RESULTS = Path(__file__).parent / "results"
-_CLI = [sys.executable, "-c", "from service.cli import app; app()"]
-Front = Literal["standalone", "ray"]
-_FRONTS: tuple[Front, ...] = ("standalone", "ray")
+_FRONTS: tuple[Runtime, ...] = ("standalone", "ray")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +82,9 @@ def main(
 
 def _measure(path: Path, load: Load) -> dict[str, Any]:
     engine_runs: list[dict[str, Any]] = []
-    front_runs: dict[Front, list[FrontRun]] = {front: [] for front in _FRONTS}
+    front_runs: dict[Runtime, list[FrontRun]] = {front: [] for front in _FRONTS}
     with ExitStack() as stack:
-        targets: dict[Front, str] = {}
+        targets: dict[Runtime, str] = {}
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
         task = progress.add_task("starting", total=load.rounds * 3 + 2)
         for front in _FRONTS:
@@ -170,56 +161,25 @@ def _bench_engine(path: Path, load: Load) -> dict[str, Any]:
         "--repeats": 1,
     }
     flat = [str(part) for pair in arguments.items() for part in pair]
-    answer = subprocess.run([*_CLI, "bench", *flat], capture_output=True, text=True, check=True)
+    answer = subprocess.run([*CLI, "bench", *flat], capture_output=True, text=True, check=True)
     return json.loads(answer.stdout)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True, slots=True)
-class _Server:
-    target: str
-    process: psutil.Process
-    seconds_to_ready: float
-
-
-@contextmanager
-def _serve(front: Front, model: str, load: Load | None) -> Iterator[_Server]:
-    """A server in a process of its own; ended by the signal that a person would send."""
+def _serve(front: Runtime, model: str, load: Load | None) -> AbstractContextManager[Server]:
     port, http_port = free_ports(2)
-    arguments = ["--model", model, "--runtime", front, "--port", str(port)]
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as settings:
-        if load is not None:
-            limits = {
-                "max_num_seqs": load.clients,
-                "max_num_batched_tokens": max(512, load.clients),
-            }
-            json.dump({"engine": limits}, settings)  # JSON is YAML
-            settings.flush()
-            arguments += ["--config", settings.name]
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            [*_CLI, "serve", *arguments, "--http-port", str(http_port)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith("ready"):
-                    break
-            else:
-                raise RuntimeError(f"the {front} server ended before it was ready")
-            seconds = time.perf_counter() - started
-            yield _Server(f"127.0.0.1:{port}", psutil.Process(process.pid), seconds)
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=60)
+    settings: dict[str, Any] = {"http_port": http_port, "metrics_port": 0}
+    if load is not None:
+        settings["engine"] = {
+            "max_num_seqs": load.clients,
+            "max_num_batched_tokens": max(512, load.clients),
+        }
+    return running_server(front, [model], port, settings)
 
 
-def _idle(front: Front) -> dict[str, float]:
+def _idle(front: Runtime) -> dict[str, float]:
     """Time to ready and memory with the demo model, before any request."""
     with _serve(front, "demo", None) as server:
-        family = [server.process, *server.process.children(recursive=True)]
-        memory = {process: process.memory_info().rss / 2**20 for process in family}
+        memory = {process: process.memory_info().rss / 2**20 for process in server.processes()}
         replicas = [
             size for process, size in memory.items() if "ServeReplica" in "".join(process.cmdline())
         ]
@@ -231,20 +191,12 @@ def _idle(front: Front) -> dict[str, float]:
 
 
 def _write_checkpoint(path: Path, layers: int, kv_heads: int, max_len: int) -> None:
-    """A 110 M parameter Llama checkpoint of random weights, with a tokenizer of bytes."""
-    config = BenchShape(
+    """A 110 M parameter Llama checkpoint of random weights."""
+    shape = BenchShape(
         layers=layers, hidden=768, intermediate=2048, heads=12, kv_heads=kv_heads, head_dim=64,
         vocab=32_000, dtype="bfloat16",
-    ).model_config(max_len)  # fmt: skip
-    save_model(random_model(config, seed=0, dtype=torch.bfloat16), path)
-    # Every id has a text, so that detokenization costs what it costs with a real model.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["".join(letters) for letters in itertools.product(ascii_lowercase, repeat=4)]
-    tokens = [*alphabet, *words][: config.vocab_size]
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
+    )  # fmt: skip
+    write_random_checkpoint(shape.model_config(max_len), path)
 
 
 def _markdown(document: dict[str, Any]) -> str:
