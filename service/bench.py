@@ -21,12 +21,12 @@ from models.config import DTypeName, HeadConfig, ModelConfig
 from models.kernels import KernelName
 from models.positions import RopeConfig
 from models.transformer import random_model
+from service.capacity.machine import copy_bandwidth
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine, EngineRequest, StepStats
+from service.engine.engine import Engine, EngineRequest
 from service.engine.memory import load_configured_model, resolve_device
 from service.engine.sampling_params import SamplingParams
-
-_COPY_BYTES = 256 * 2**20
+from service.engine.stats import StepStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def run_bench(
     for engine in engines:
         _measure(engine, workload)  # warm-up
         on_run(next(done), num_runs)
-    bandwidth = _copy_bandwidth(resolve_device(device))
+    bandwidth = copy_bandwidth(resolve_device(device))
     runs: list[list[_Run]] = [[] for _ in engines]
     for _ in range(workload.repeats):
         for engine, collected in zip(engines, runs, strict=True):
@@ -243,20 +243,6 @@ def _engine_config(workload: BenchWorkload, device: str, kernel: KernelName) -> 
         device=device,
         kernel=kernel,
     )
-
-
-def _copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, of a plain copy that no cache holds."""
-    source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(7):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * _COPY_BYTES / best
 
 
 def _median(values: Iterable[float]) -> float:

@@ -21,6 +21,7 @@ from service.client.attention import (
 )
 from service.client.calls import DEFAULT_APPLICATION, Calls, channel_options
 from service.client.errors import to_error
+from service.client.planning import Planning, Shape, plan_request
 from service.client.requests import (
     Pooling,
     Prompt,
@@ -125,6 +126,12 @@ class AsyncClient(Calls):
 
     async def get_load(self) -> models_pb2.GetLoadResponse:
         return await self._call(self._models.GetLoad, models_pb2.GetLoadRequest())  # type: ignore[no-any-return]
+
+    async def plan_capacity(
+        self, mix: Sequence[Shape], **planning: Unpack[Planning]
+    ) -> models_pb2.PlanCapacityResponse:
+        request = plan_request(mix, planning)
+        return await self._call(self._models.PlanCapacity, request)  # type: ignore[no-any-return]
 
     async def _call(self, method: Callable[..., Any], request: object) -> Any:
         try:

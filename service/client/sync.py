@@ -21,6 +21,7 @@ from service.client.attention import (
 )
 from service.client.calls import DEFAULT_APPLICATION, Calls, channel_options
 from service.client.errors import to_error
+from service.client.planning import Planning, Shape, plan_request
 from service.client.requests import (
     Pooling,
     Prompt,
@@ -141,6 +142,13 @@ class Client(Calls):
 
     def get_load(self) -> models_pb2.GetLoadResponse:
         return self._call(self._models.GetLoad, models_pb2.GetLoadRequest())  # type: ignore[no-any-return]
+
+    def plan_capacity(
+        self, mix: Sequence[Shape], **planning: Unpack[Planning]
+    ) -> models_pb2.PlanCapacityResponse:
+        """What the served model, or a variant of it, holds of a mix of requests, and how fast."""
+        request = plan_request(mix, planning)
+        return self._call(self._models.PlanCapacity, request)  # type: ignore[no-any-return]
 
     def _call(self, method: Callable[..., Any], request: object) -> Any:
         try:

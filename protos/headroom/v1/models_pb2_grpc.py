@@ -45,6 +45,11 @@ class ModelServiceStub:
                 request_serializer=protos_dot_headroom_dot_v1_dot_models__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=protos_dot_headroom_dot_v1_dot_models__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.PlanCapacity = channel.unary_unary(
+                '/headroom.v1.ModelService/PlanCapacity',
+                request_serializer=protos_dot_headroom_dot_v1_dot_models__pb2.PlanCapacityRequest.SerializeToString,
+                response_deserializer=protos_dot_headroom_dot_v1_dot_models__pb2.PlanCapacityResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -65,6 +70,14 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PlanCapacity(self, request, context):
+        """What a configuration would need, how many requests it would hold, how fast it would decode,
+        and which changes would reach a target. Computes; measures and changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +90,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=protos_dot_headroom_dot_v1_dot_models__pb2.GetLoadRequest.FromString,
                     response_serializer=protos_dot_headroom_dot_v1_dot_models__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'PlanCapacity': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanCapacity,
+                    request_deserializer=protos_dot_headroom_dot_v1_dot_models__pb2.PlanCapacityRequest.FromString,
+                    response_serializer=protos_dot_headroom_dot_v1_dot_models__pb2.PlanCapacityResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +152,33 @@ class ModelService:
             '/headroom.v1.ModelService/GetLoad',
             protos_dot_headroom_dot_v1_dot_models__pb2.GetLoadRequest.SerializeToString,
             protos_dot_headroom_dot_v1_dot_models__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanCapacity(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/headroom.v1.ModelService/PlanCapacity',
+            protos_dot_headroom_dot_v1_dot_models__pb2.PlanCapacityRequest.SerializeToString,
+            protos_dot_headroom_dot_v1_dot_models__pb2.PlanCapacityResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,263 @@
+"""`headroom plan`: flags to a question about capacity, answered here or by a server."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.progress import Progress
+
+from service.client import Client, HeadroomError
+from service.client.planning import Planning, Shape, plan_request
+from service.console import err, fail, out
+from service.plan_text import plan_text
+
+if TYPE_CHECKING:
+    from models.config import DTypeName, ModelConfig
+    from protos.headroom.v1.models_pb2 import PlanCapacityResponse
+
+EXAMPLE = "Example: headroom plan --heads 12 --kv-heads 4 --memory 8GiB --prompt 512 --output 128"
+# Random weights have no context of their own.
+_CONTEXT = 131_072
+_OWN_SHAPE = {"layers": 12, "hidden": 768, "intermediate": 2048, "vocab": 32_000}
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Option(help="Directory with a config.json, or 'demo'; needs no weights.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Ask a server about its own model, as HOST:PORT.")
+    ] = None,
+    application: Annotated[
+        str, typer.Option(help="Application, if the server has several.")
+    ] = "headroom",
+    layers: Annotated[int | None, typer.Option(min=1, max=4096, help="[default: 12]")] = None,
+    hidden: Annotated[int | None, typer.Option(min=1, help="[default: 768]")] = None,
+    intermediate: Annotated[int | None, typer.Option(min=1, help="[default: 2048]")] = None,
+    vocab: Annotated[int | None, typer.Option(min=2, help="[default: 32000]")] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Query heads. [default: 12, or the model's]")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="[default: as many as heads, or the model's]")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(min=1, help="[default: 64, or the model's]")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tokens that every head sees; 0 is all. [default: the model's]"),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="[default: bfloat16, or the model's]"),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="For weights and cache together, as 8GiB.")
+    ] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="For the cache alone. [default: the server's]")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens per block. [default: 16, or the server's]")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of one step. [default: 64]")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of one step. [default: 512]")
+    ] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of each request.")] = 512,
+    output: Annotated[int, typer.Option(min=2, help="Output tokens of each request.")] = 128,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="PROMPT/OUTPUT:SHARE of several kinds, as 512/128:3,4000/200:1."),
+    ] = None,
+    clients: Annotated[
+        int | None, typer.Option(min=1, help="Requests at once. [default: as many as fit]")
+    ] = None,
+    fit: Annotated[
+        Path | None, typer.Option(help="sweep.json of a sweep: predicts step times.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine: gives least step times.")
+    ] = False,
+    target_concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Find changes for so many requests at once.")
+    ] = None,
+    target_tokens_per_s: Annotated[
+        float | None, typer.Option(help="Find changes for so many decode tokens per second.")
+    ] = None,
+    target_context: Annotated[
+        int | None, typer.Option(min=1, help="Find changes for requests of so many tokens.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Say what a head configuration holds and how fast it decodes, without running it."""
+    own_shape = _given(layers=layers, hidden=hidden, intermediate=intermediate, vocab=vocab)
+    own_limits = _given(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    own_heads = _given(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=window)
+    if target is not None:
+        _refuse("with --target", model=model, measure=measure or None, **own_limits, **own_shape)
+    elif model is not None:
+        _refuse("with --model", **own_shape)
+    if memory is not None:
+        _refuse("with --memory", kv_memory=kv_memory)
+    elif kv_memory is None and target is None:
+        fail("memory is missing; allowed: --memory 8GiB, or --kv-memory for the cache", code=2)
+    fields = _given(
+        dtype=dtype,
+        block_size=block_size,
+        clients=clients,
+        memory=_num_bytes(memory or kv_memory),
+        weights_included=True if memory else None,
+        target_concurrent=target_concurrency,
+        target_tokens_per_s=target_tokens_per_s,
+        target_context=target_context,
+    )
+    planning = cast(Planning, fields | (_read_fit(fit) if fit else {}))
+    shapes: list[Shape] = [(prompt, output)] if mix is None else _shapes(mix)
+    if target is not None:
+        planning |= cast(Planning, own_heads)
+        answer = _ask(target, application, shapes, planning)
+    elif model is not None:
+        planning |= cast(Planning, own_heads)
+        answer = _answer(_read_model(model), own_limits, shapes, planning, measure)
+    else:
+        served = _random_model(own_shape, own_heads, dtype or "bfloat16")
+        answer = _answer(served, own_limits, shapes, planning, measure)
+    if as_json:
+        fields = MessageToDict(
+            answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        print(json.dumps(fields))
+    else:
+        out.print(plan_text(answer))
+
+
+def _ask(
+    target: str, application: str, shapes: list[Shape], planning: Planning
+) -> "PlanCapacityResponse":
+    with Client(target, application=application) as client:
+        try:
+            return client.plan_capacity(shapes, **planning)
+        except HeadroomError as error:
+            if error.violations:
+                fail("\n".join(error.violations.values()), code=2)
+            fail(str(error))
+
+
+def _answer(
+    served: "ModelConfig",
+    limits: dict[str, Any],
+    shapes: list[Shape],
+    planning: Planning,
+    measure: bool,
+) -> "PlanCapacityResponse":
+    from service.codec import planning_call
+    from service.engine.config import EngineConfig
+    from service.engine.errors import EncoderModelError, InvalidRequestError
+
+    try:
+        engine = EngineConfig(**limits)
+        if measure:
+            planning["machine"] = _measured(planning["memory"])
+        return planning_call(plan_request(shapes, planning), served, engine, 0).answer()
+    except InvalidRequestError as error:
+        fail("\n".join(map(str, error.violations)), code=2)
+    except (EncoderModelError, ValueError) as error:
+        fail(str(error), code=2)
+
+
+def _read_model(name: str) -> "ModelConfig":
+    from models.checkpoints.loader import read_config
+    from models.errors import ModelError
+    from service.config import DEMO_DIRECTORY
+
+    try:
+        return read_config(DEMO_DIRECTORY if name == "demo" else name)
+    except ModelError as error:
+        fail(str(error), code=2)
+
+
+def _random_model(
+    shape: dict[str, Any], heads: dict[str, Any], dtype: "DTypeName"
+) -> "ModelConfig":
+    from models.errors import ConfigError
+    from service.bench import BenchShape
+
+    num_heads = heads.get("num_heads", 12)
+    try:
+        return BenchShape(
+            **_OWN_SHAPE | shape,
+            heads=num_heads,
+            kv_heads=heads.get("num_kv_heads", num_heads),
+            head_dim=heads.get("head_dim", 64),
+            window=heads.get("window") or None,
+            dtype=dtype,
+        ).model_config(_CONTEXT)
+    except ConfigError as error:
+        fail(str(error), code=2)
+
+
+def _measured(footprint: int) -> dict[str, Any]:
+    from service.capacity import measure_machine
+    from service.engine.memory import resolve_device
+
+    with Progress(console=err, disable=not err.is_terminal, transient=True) as progress:
+        task = progress.add_task("measuring this machine", total=None)
+
+        def show(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        return measure_machine(resolve_device("auto"), footprint, on_progress=show).to_dict()
+
+
+def _read_fit(path: Path) -> dict[str, Any]:
+    """The step model of a sweep and, if it has them, the limits of its machine."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        step_model = result["step_model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"fit is {path}; allowed: the sweep.json of a sweep ({error!r})", code=2)
+    if step_model is None:
+        reason = result.get("step_model_reason")
+        fail(f"fit is {path}, which has no step model: {reason}", code=2)
+    return _given(step_model=step_model, machine=result.get("limits"))
+
+
+def _shapes(text: str) -> list[Shape]:
+    shapes: list[Shape] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})/(\d{1,9})(?::(\d{1,9}))?\s*", part)
+        if match is None:
+            fail(f"mix is {text!r}; allowed: PROMPT/OUTPUT:SHARE joined by commas", code=2)
+        prompt, output, share = match.groups(default="1")
+        shapes.append((int(prompt), int(output), int(share)))
+    return shapes
+
+
+def _num_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        fail(f"memory is {text!r}; allowed: a number of bytes, or with a unit, as 8GiB", code=2)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _refuse(beside: str, **values: Any) -> None:
+    lines = [
+        f"{name.replace('_', '-')} is {value}; allowed: nothing {beside}"
+        for name, value in _given(**values).items()
+    ]
+    if lines:
+        fail("\n".join(lines), code=2)

@@ -1,0 +1,218 @@
+"""Questions about capacity, from the wire and back. Every field is checked, all of them at once."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args
+
+from models.config import DTypeName, ModelConfig
+from protos.headroom.v1 import models_pb2 as pb
+from service.capacity import (
+    CapacityPlan,
+    CapacityQuery,
+    Change,
+    MachineLimits,
+    RequestShape,
+    StepModel,
+    StepTime,
+    Target,
+    find_changes,
+    plan_capacity,
+)
+from service.capacity.changes import target_violations
+from service.capacity.query import query_violations, with_heads
+from service.engine.config import EngineConfig
+from service.engine.errors import EncoderModelError, InvalidRequestError, Violation
+
+_MAX_HEADS = 4096
+_MAX_SHOWN = 32
+_HEAD_FIELDS = ("num_heads", "num_kv_heads", "head_dim")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningCall:
+    """A question, and what it is to be answered from."""
+
+    query: CapacityQuery
+    target: Target | None = None
+    step_model: StepModel | None = None
+    machine: MachineLimits | None = None
+
+    def answer(self) -> pb.PlanCapacityResponse:
+        """Compute the answer; long requests take seconds.
+
+        Raises:
+            InvalidRequestError: names every wrong field.
+        """
+        plan = plan_capacity(self.query, self.step_model, self.machine)
+        if self.target is None:
+            return pb.PlanCapacityResponse(plan=_plan(plan))
+        changes = find_changes(self.query, self.target, self.step_model, self.machine)
+        return pb.PlanCapacityResponse(
+            plan=_plan(plan),
+            changes=map(_change, changes),
+            reaches=self.target.is_reached(plan),
+        )
+
+
+def planning_call(
+    request: pb.PlanCapacityRequest,
+    served: ModelConfig,
+    limits: EngineConfig,
+    cache_bytes: int,
+) -> PlanningCall:
+    """Check a question about a model or a variant of it.
+
+    Args:
+        served: with the type that it computes in.
+        limits: of its engine.
+        cache_bytes: the memory to plan for if the request names none.
+
+    Raises:
+        InvalidRequestError: names every wrong field.
+        EncoderModelError: the model keeps no cache.
+    """
+    if not served.is_causal:
+        raise EncoderModelError
+    violations: list[Violation] = []
+    if request.HasField("block_size"):
+        if request.block_size:
+            limits = dataclasses.replace(limits, block_size=request.block_size)
+        else:
+            violations.append(Violation("block_size", "0", "1 or more"))
+    if request.weights_included and not request.HasField("memory"):
+        violations.append(Violation("weights_included", "true", "false without memory"))
+    query = CapacityQuery(
+        model=_model(request, served, violations),
+        memory=request.memory if request.HasField("memory") else cache_bytes,
+        weights_included=request.weights_included,
+        mix=tuple(map(_shape, request.mix)),
+        engine=limits,
+        clients=request.clients if request.HasField("clients") else None,
+    )
+    step_model, machine, target = None, None, None
+    if request.HasField("step_model"):
+        fields = _fields(request.step_model)
+        step_model = _read(StepModel.from_dict, fields, "step_model", violations)
+    if request.HasField("machine"):
+        fields = _fields(request.machine)
+        machine = _read(MachineLimits.from_dict, fields, "machine", violations)
+    violations += query_violations(query)
+    if request.HasField("target"):
+        target = Target(**_set_fields(request.target))
+        known = request.HasField("step_model") or request.HasField("machine")
+        violations += target_violations(target, query, can_predict=known)
+    if violations:
+        raise InvalidRequestError(violations)
+    return PlanningCall(query, target, step_model, machine)
+
+
+def _model(
+    request: pb.PlanCapacityRequest, served: ModelConfig, violations: list[Violation]
+) -> ModelConfig:
+    """The served model with other heads and another type, as far as they can be used."""
+    if request.dtype in get_args(DTypeName):
+        served = served.replace(dtype=request.dtype)
+    elif request.dtype:
+        allowed = f"{', '.join(get_args(DTypeName))}, or empty"
+        violations.append(Violation("dtype", repr(request.dtype[:_MAX_SHOWN]), allowed))
+    wrong = list(_head_violations(request.heads))
+    violations += wrong
+    if wrong or not request.HasField("heads"):
+        return served
+    changes = _set_fields(request.heads)
+    if changes.get("window") == 0:
+        changes["window"] = None
+    try:
+        return with_heads(served, changes)
+    except ValueError as error:
+        violations.append(_violation("heads", error))
+        return served
+
+
+def _head_violations(heads: pb.PlannedHeads) -> Iterator[Violation]:
+    for name in _HEAD_FIELDS:
+        value = getattr(heads, name)
+        if heads.HasField(name) and not 1 <= value <= _MAX_HEADS:
+            yield Violation(f"heads.{name}", str(value), f"1 to {_MAX_HEADS}")
+
+
+def _shape(message: pb.RequestShape) -> RequestShape:
+    share = message.share if message.HasField("share") else 1
+    return RequestShape(message.prompt, message.output, share)
+
+
+def _read(
+    from_dict: Callable[[Mapping[str, Any]], T],
+    fields: Mapping[str, Any],
+    field: str,
+    violations: list[Violation],
+) -> T | None:
+    try:
+        return from_dict(fields)
+    except ValueError as error:
+        violations.append(_violation(field, error))
+        return None
+
+
+def _violation(inside: str, error: ValueError) -> Violation:
+    """An error of a part, whose text is `field is given; allowed: ...`, as one of the request."""
+    field, _, rest = str(error).partition(" is ")
+    given, _, allowed = rest.partition("; allowed: ")
+    return Violation(f"{inside}.{field}", given, allowed)
+
+
+def _fields(message: pb.StepModel | pb.MachineLimits) -> dict[str, Any]:
+    """As `to_dict` of the class of this name gives them."""
+    plain = {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
+    if isinstance(message, pb.StepModel):
+        plain["c"] = message.c if message.HasField("c") else None
+        for name in ("weight_bytes", "kv_bytes"):
+            plain[name] = list(plain[name])
+    return plain
+
+
+def _set_fields(message: pb.PlannedHeads | pb.CapacityTarget) -> dict[str, Any]:
+    return {descriptor.name: value for descriptor, value in message.ListFields()}
+
+
+def _plan(plan: CapacityPlan) -> pb.CapacityPlan:
+    message = pb.CapacityPlan(
+        **{
+            name: getattr(plan, name)
+            for name in (
+                "head_label", "dtype", "block_size", "kv_bytes_per_token", "weight_bytes",
+                "kv_cache_bytes", "num_blocks", "tokens", "longest_request", "concurrent",
+                "concurrent_mean", "waste", "max_num_seqs", "running", "no_prediction",
+            )
+        }
+    )  # fmt: skip
+    if plan.step is not None:
+        message.step_kv_bytes = plan.step.kv_bytes
+        message.weight_flops_per_byte = plan.step.weight_flops_per_byte
+        message.kv_flops_per_byte = plan.step.kv_flops_per_byte
+    if plan.step_time is not None:
+        message.prediction.CopyFrom(_prediction(plan.running, plan.step_time))
+    return message
+
+
+def _prediction(num_sequences: int, time: StepTime) -> pb.StepPrediction:
+    return pb.StepPrediction(
+        fitted=time.basis == "fit",
+        step_seconds=time.seconds,
+        decode_tokens_per_s=num_sequences / time.seconds,
+        fixed_seconds=time.parts["fixed"],
+        weight_seconds=time.parts["weights"],
+        cache_seconds=time.parts["cache"],
+        bound_by=time.bound_by,
+        extrapolated=time.extrapolated,
+        arithmetic_bound=time.arithmetic_bound or (),
+    )
+
+
+def _change(change: Change) -> pb.CapacityChange:
+    return pb.CapacityChange(
+        change=change.what, cost=change.cost, reaches=change.reaches, plan=_plan(change.plan)
+    )

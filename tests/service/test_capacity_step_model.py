@@ -1,0 +1,149 @@
+"""The step model: recovers what made the samples, is optimal, and refuses to guess."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.capacity import StepModel, StepSample, UndeterminedFitError, fit_step_model
+
+MHA, GQA, MQA = 219_059_712, 200_185_344, 193_107_456
+KV_PER_TOKEN = {MHA: 36_864, GQA: 12_288, MQA: 3_072}
+A, C, E = 0.002, 1 / 30e9, 1 / 20e9
+
+
+def _samples(noise: float = 0.0) -> list[StepSample]:
+    """Three head configurations under four loads each, with times that follow the byte model."""
+    factors = np.random.default_rng(1).uniform(1 - noise, 1 + noise, 12)
+    return [
+        StepSample(weights, kv, (A + C * weights + E * kv) * factor, f"kv{KV_PER_TOKEN[weights]}")
+        for (weights, kv), factor in zip(
+            [(w, k * tokens) for w, k in KV_PER_TOKEN.items() for tokens in (500, 2e3, 8e3, 3e4)],
+            factors,
+            strict=True,
+        )
+    ]
+
+
+def test_it_recovers_the_coefficients_that_made_the_samples() -> None:
+    model = fit_step_model(_samples())
+    assert (model.a, model.c, model.e) == pytest.approx((A, C, E), rel=1e-6)
+    assert model.slopes == pytest.approx(dict.fromkeys(("kv36864", "kv12288", "kv3072"), E))
+    assert model.r2 == pytest.approx(1)
+    assert model.error < 1e-9
+    assert model.slope_spread == pytest.approx(0, abs=1e-6)
+    assert model.predict(GQA, 1e9) == pytest.approx(A + C * GQA + E * 1e9)
+
+
+def test_noise_of_three_percent_stays_three_percent() -> None:
+    model = fit_step_model(_samples(noise=0.03))
+    assert model.error < 0.06
+    assert 0.99 < model.r2 < 1
+    for sample in _samples():
+        assert model.predict(sample.weight_bytes, sample.kv_bytes) == pytest.approx(
+            sample.seconds, rel=0.03
+        )
+
+
+def test_a_configuration_that_reads_slower_has_its_own_slope() -> None:
+    slow = [
+        StepSample(s.weight_bytes, s.kv_bytes, s.seconds + E * s.kv_bytes, s.group)
+        if s.group == "kv3072"
+        else s
+        for s in _samples()
+    ]
+    model = fit_step_model(slow)
+    assert model.slopes["kv3072"] == pytest.approx(2 * E)
+    assert model.slopes["kv36864"] == pytest.approx(E)
+    assert model.slope_spread == pytest.approx(1)
+
+
+def test_one_weight_leaves_its_cost_unknown() -> None:
+    model = fit_step_model(_samples()[:4])
+    assert model.c is None
+    assert model.a == pytest.approx(A + C * MHA), "a constant and the weights cannot be told apart"
+    assert model.predict(MHA, 1e9) == pytest.approx(A + C * MHA + E * 1e9)
+    with pytest.raises(ValueError, match="fitted for 219059712 only"):
+        model.predict(GQA, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (_samples()[:2], "2 samples; at least 3"),
+        ([], "0 samples"),
+        ([StepSample(w, w / 3, w, "x") for w in KV_PER_TOKEN], "follow from their weight bytes"),
+        ([StepSample(1e8 * i, 1e6, 0.01 * i, "x") for i in (1, 2, 3)], "the same key/value bytes"),
+    ],
+    ids=["two", "none", "one load for each", "the same load"],
+)
+def test_what_samples_do_not_say_is_not_guessed(samples: list[StepSample], message: str) -> None:
+    with pytest.raises(UndeterminedFitError, match=message):
+        fit_step_model(samples)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(1e6, 1e9), st.floats(0, 1e9), st.floats(1e-3, 1.0)),
+        min_size=3,
+        max_size=12,
+    )
+)
+def test_no_other_coefficients_fit_better(rows: list[tuple[float, float, float]]) -> None:
+    """The conditions of Karush, Kuhn and Tucker: where a coefficient is positive, the error's
+    gradient is 0; where it is 0, the error grows with it."""
+    try:
+        model = fit_step_model([StepSample(*row, group="x") for row in rows])
+    except UndeterminedFitError:
+        return
+    array = np.array(rows)
+    columns = [np.ones(len(rows)), *([array[:, 0]] if model.c is not None else []), array[:, 1]]
+    scaled = np.stack(columns, axis=1) / array[:, 2:]
+    fitted = np.array([value for value in (model.a, model.c, model.e) if value is not None])
+    assert (fitted >= 0).all()
+    gradient = scaled.T @ (scaled @ fitted - 1) / np.abs(scaled).sum(axis=0)
+    assert (gradient > -1e-6).all()
+    assert np.abs(gradient[fitted > 0]).max(initial=0) < 1e-6
+
+
+def test_json_and_back() -> None:
+    model = fit_step_model(_samples(noise=0.01))
+    assert StepModel.from_dict(json.loads(json.dumps(model.to_dict()))) == model
+    one = fit_step_model(_samples()[:4])
+    assert StepModel.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("a", -1, "a is -1; allowed"),
+        ("e", math.nan, "e is nan"),
+        ("e", None, "e is None"),
+        ("c", "fast", "c is 'fast'"),
+        ("slopes", [1], "slopes is"),
+        ("slopes", {"x": math.inf}, "x is inf"),
+        ("kv_bytes", [1], "kv_bytes is .*two numbers"),
+        ("error", True, "error is True"),
+    ],
+)
+def test_a_damaged_model_is_refused_by_its_field(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StepModel.from_dict(fit_step_model(_samples()).to_dict() | {field: value})
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        StepSample(1e8, 1e6, 0.0, "x"),
+        StepSample(0, 1e6, 0.1, "x"),
+        StepSample(1e8, -1, 0.1, "x"),
+        StepSample(1e8, 1e6, math.nan, "x"),
+    ],
+)
+def test_impossible_samples_are_refused(sample: StepSample) -> None:
+    with pytest.raises(ValueError, match="of a sample is"):
+        fit_step_model([*_samples(), sample])

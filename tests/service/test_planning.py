@@ -1,0 +1,268 @@
+"""`PlanCapacity` over a real channel, and `headroom plan`."""
+
+import asyncio
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from typer.testing import CliRunner
+
+from models.checkpoints.loader import read_config
+from models.config import HeadConfig
+from protos.headroom.v1 import generation_pb2, models_pb2
+from service import codec
+from service.capacity import (
+    CapacityQuery,
+    MachineLimits,
+    RequestShape,
+    StepModel,
+    Target,
+    find_changes,
+    plan_capacity,
+)
+from service.cli import app
+from service.client import AsyncClient, Client, HeadroomError, to_error
+from service.client.planning import Shape
+from service.engine import EngineConfig
+from service.engine.errors import EncoderModelError
+from tests.models.tiny import llama
+from tests.serving import RunningServer
+
+STEP_MODEL = StepModel(
+    a=0.001, c=1e-9, e=2e-9, r2=0.99, error=0.1, slopes={"mha": 2e-9},
+    weight_bytes=(0.0, 1e9), kv_bytes=(0.0, 1e9),
+)  # fmt: skip
+MACHINE = MachineLimits(1e9, {"float32": 2e9, "bfloat16": 3e9, "float16": 1e9})
+MIX: list[Shape] = [(20, 30), (50, 10, 2)]
+SHAPE = {"prompt": 5, "output": 5}
+SHAPES = (RequestShape(20, 30), RequestShape(50, 10, 2))
+
+
+async def test_without_more_it_is_about_the_served_model(server: RunningServer) -> None:
+    async with AsyncClient(server.target) as client:
+        answer = await client.plan_capacity(MIX)
+        model = await client.get_model()
+    assert answer.plan.num_blocks == model.kv_blocks_total
+    assert answer.plan.kv_cache_bytes == model.kv_cache_bytes
+    assert answer.plan.kv_bytes_per_token == model.kv_bytes_per_token
+    assert answer.plan.weight_bytes == 4 * model.num_parameters
+    assert answer.plan.head_label == model.layers[0].label
+    assert answer.plan.max_num_seqs == model.max_num_seqs
+    assert not answer.plan.HasField("prediction")
+    assert answer.plan.no_prediction == "no step model is given and no machine was measured"
+    assert not answer.changes
+
+
+async def test_the_answer_is_the_plan(server: RunningServer) -> None:
+    """Every field on the wire, against the functions that the answer is made of."""
+    engine = server.engine.engine
+    model = engine.served_config.replace(dtype="bfloat16")
+    layers = tuple(
+        type(heads)(heads.num_heads, 1, heads.head_dim, window=32, sink_tokens=2)
+        for heads in model.layers
+    )
+    limits = EngineConfig(block_size=8)
+    query = CapacityQuery(model.replace(layers=layers), 2**20, True, SHAPES, limits, clients=7)
+    target = Target(concurrent=50, tokens_per_s=2000.0, context=100)
+    expected = plan_capacity(query, STEP_MODEL, MACHINE)
+    changes = find_changes(query, target, STEP_MODEL, MACHINE)
+
+    def ask() -> models_pb2.PlanCapacityResponse:
+        with Client(server.target) as client:
+            return client.plan_capacity(
+                MIX, dtype="bfloat16", num_kv_heads=1, window=32, sink_tokens=2, block_size=8,
+                memory=2**20, weights_included=True, clients=7, step_model=STEP_MODEL.to_dict(),
+                machine=MACHINE.to_dict(), target_concurrent=50, target_tokens_per_s=2000.0,
+                target_context=100,
+            )  # fmt: skip
+
+    answer = await asyncio.to_thread(ask)
+    plan = answer.plan
+    for name in (
+        "head_label", "dtype", "block_size", "kv_bytes_per_token", "weight_bytes",
+        "kv_cache_bytes", "num_blocks", "longest_request", "concurrent", "concurrent_mean",
+        "waste", "max_num_seqs", "running",
+    ):  # fmt: skip
+        assert getattr(plan, name) == getattr(expected, name), name
+    assert expected.tokens is None
+    assert not plan.HasField("tokens")
+    assert expected.step is not None
+    assert plan.step_kv_bytes == expected.step.kv_bytes
+    assert plan.weight_flops_per_byte == expected.step.weight_flops_per_byte == 7
+    assert plan.kv_flops_per_byte == expected.step.kv_flops_per_byte == 4
+    time, said = expected.step_time, plan.prediction
+    assert time is not None
+    assert said.fitted
+    assert (said.step_seconds, said.extrapolated) == (time.seconds, time.extrapolated)
+    assert said.decode_tokens_per_s == expected.decode_tokens_per_s
+    parts = {
+        "fixed": said.fixed_seconds,
+        "weights": said.weight_seconds,
+        "cache": said.cache_seconds,
+    }
+    assert parts == time.parts
+    assert said.bound_by == time.bound_by
+    assert tuple(said.arithmetic_bound) == time.arithmetic_bound == ("weights", "cache")
+    assert answer.reaches == target.is_reached(expected)
+    assert [(c.change, c.cost, c.reaches, c.plan.concurrent) for c in answer.changes] == [
+        (c.what, c.cost, c.reaches, c.plan.concurrent) for c in changes
+    ]
+
+
+def _bad(field: str, **fields: Any) -> Any:
+    return pytest.param(field, fields, id=field)
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        _bad("mix", mix=[]),
+        _bad("mix[0].output", mix=[{"prompt": 5, "output": 1}]),
+        _bad("mix[1].share", mix=[SHAPE, SHAPE | {"share": 0}]),
+        _bad("mix[0].prompt", mix=[{"prompt": 2**32 - 1, "output": 5}]),
+        _bad("dtype", dtype="int8"),
+        _bad("block_size", block_size=0),
+        _bad("memory", memory=0),
+        _bad("memory", memory=2**64 - 1),
+        _bad("memory", memory=100),
+        _bad("memory", memory=10**5, weights_included=True),
+        _bad("weights_included", weights_included=True),
+        _bad("clients", clients=0),
+        _bad("heads.num_heads", heads={"num_heads": 2**32 - 1}),
+        _bad("heads.num_kv_heads", heads={"num_kv_heads": 3}),
+        _bad("heads.head_dim", heads={"head_dim": 0}),
+        _bad("step_model.weight_bytes", step_model={"a": 1, "e": 1}),
+        _bad("step_model.a", step_model=STEP_MODEL.to_dict() | {"a": math.inf}),
+        _bad("machine.bytes_per_s", machine=MACHINE.to_dict() | {"bytes_per_s": 0}),
+        _bad("machine.flops_per_s", machine={"bytes_per_s": 1}),
+        _bad("target.tokens_per_s", target={"tokens_per_s": 5}),
+        _bad("target.context", target={"context": 129}),
+    ],
+)
+async def test_a_wrong_field_is_named(
+    server: RunningServer, field: str, fields: dict[str, Any]
+) -> None:
+    request = models_pb2.PlanCapacityRequest(**({"mix": [SHAPE]} | fields))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await server.models.PlanCapacity(request)
+    error = to_error(caught.value)
+    assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert list(error.violations) == [field]
+
+
+async def test_all_wrong_fields_are_named_at_once(server: RunningServer) -> None:
+    async with AsyncClient(server.target) as client:
+        with pytest.raises(HeadroomError) as caught:
+            await client.plan_capacity([(0, 5)], dtype="x", num_kv_heads=3, clients=0, memory=0)
+    assert set(caught.value.violations) == {
+        "dtype", "heads.num_kv_heads", "clients", "memory", "mix[0].prompt"
+    }  # fmt: skip
+
+
+async def test_generations_go_on_beside_a_plan(server: RunningServer) -> None:
+    request = generation_pb2.GenerateRequest(
+        token_ids=generation_pb2.TokenIds(ids=[1, 2, 3]),
+        sampling=generation_pb2.SamplingParams(max_tokens=100, temperature=0, ignore_eos=True),
+    )
+    stream = server.generation.Generate(request)
+    await stream.read()
+    async with AsyncClient(server.target) as client:
+        await client.plan_capacity(MIX, target_concurrent=10_000)
+    await server.until_idle()
+
+
+def test_an_encoder_has_no_cache_to_plan() -> None:
+    encoder = llama(layers=(HeadConfig(4, 2, 8, causal=False),))
+    request = models_pb2.PlanCapacityRequest(mix=[SHAPE])
+    with pytest.raises(EncoderModelError):
+        codec.planning_call(request, encoder, EngineConfig(), 10**6)
+
+
+def _plan(*flags: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *flags])
+
+
+def _json(*flags: str) -> Any:
+    result = _plan(*flags, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_config_json_is_enough(tmp_path: Path, model_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((model_path / "config.json").read_bytes())
+    plan = _json("--model", str(tmp_path), "--kv-memory", "1MiB", "--prompt", "20", "--output", "9")
+    query = CapacityQuery(
+        read_config(model_path), 2**20, False, (RequestShape(20, 9),), EngineConfig()
+    )
+    expected = plan_capacity(query)
+    assert plan["plan"]["concurrent"] == str(expected.concurrent)
+    assert plan["plan"]["num_blocks"] == str(expected.num_blocks)
+
+
+def test_flags_describe_a_model(tmp_path: Path) -> None:
+    fit = tmp_path / "sweep.json"
+    fit.write_text(json.dumps({"step_model": STEP_MODEL.to_dict(), "limits": MACHINE.to_dict()}))
+    flags = (
+        "--layers", "2", "--hidden", "64", "--intermediate", "96", "--vocab", "300",
+        "--heads", "8", "--kv-heads", "2", "--head-dim", "16", "--memory", "2MiB",
+        "--mix", "100/50:3, 400/20", "--clients", "3", "--fit", str(fit),
+    )  # fmt: skip
+    found = _json(*flags, "--target-concurrency", "60")
+    assert found["plan"]["head_label"] == "h8kv2d16"
+    assert found["plan"]["kv_bytes_per_token"] == str(2 * 2 * 2 * 16 * 2)
+    assert found["plan"]["prediction"]["fitted"] is True
+    assert found["plan"]["running"] == 3
+    assert any(change["reaches"] for change in found["changes"])
+    text = _plan(*flags, "--target-concurrency", "60").stdout
+    for expected in ("h8kv2d16, bfloat16", "256 bytes per token", "tokens/s", "1 key/value heads"):
+        assert expected in text
+    assert "None of these reaches" in _plan(*flags, "--target-tokens-per-s", "1e12").stdout
+    assert "reaches the target; so does" in _plan(*flags, "--target-concurrency", "1").stdout
+
+
+def test_measuring_gives_a_floor() -> None:
+    flags = ("--layers", "1", "--kv-memory", "1MiB", "--prompt", "5", "--output", "5", "--measure")
+    assert _json(*flags)["plan"]["prediction"]["fitted"] is False
+    assert "at least" in _plan(*flags).stdout
+
+
+async def test_a_server_answers_the_command_too(server: RunningServer) -> None:
+    flags = ("--target", server.target, "--prompt", "20", "--output", "9")
+    found = await asyncio.to_thread(_json, *flags)
+    assert found["plan"]["num_blocks"] == str((await server.load()).kv_blocks_total)
+    other = await asyncio.to_thread(_json, *flags, "--kv-heads", "1", "--kv-memory", "1MiB")
+    assert other["plan"]["head_label"] == "h4kv1d16"
+    wrong = await asyncio.to_thread(_plan, *flags, "--kv-heads", "3", "--clients", "1000001")
+    assert wrong.exit_code == 2
+    assert sorted(wrong.stderr.splitlines()) == [
+        "error: clients is 1000001; allowed: 1 to 1000000",
+        "error: heads.num_kv_heads is 3; allowed: a divisor of num_heads=4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "memory is missing"),
+        ("--memory 8XB", "memory is '8XB'"),
+        ("--memory 1GiB --kv-memory 1GiB", "kv-memory is 1GiB; allowed: nothing with --memory"),
+        ("--memory 1GiB --model demo --layers 3", "layers is 3; allowed: nothing with --model"),
+        ("--target 127.0.0.1:1 --measure", "measure is True; allowed: nothing with --target"),
+        ("--memory 1GiB --model nowhere", "nowhere is not a directory"),
+        ("--memory 1GiB --kv-heads 5", "num_kv_heads is 5; allowed: a divisor of num_heads=12"),
+        ("--memory 1GiB --mix 5x5", "mix is '5x5'"),
+        ("--memory 1GiB --mix 5/5:0", "mix[0].share is 0"),
+        ("--memory 1KiB", "memory is 1024; allowed: more than the"),
+        ("--memory 1GiB --max-num-seqs 1000", "max_num_batched_tokens is 512"),
+        ("--memory 1GiB --fit nowhere.json", "fit is nowhere.json"),
+        ("--memory 1GiB --target-tokens-per-s 5", "target.tokens_per_s is set"),
+    ],
+)
+def test_bad_usage_is_one_clear_line(flags: str, message: str) -> None:
+    result = _plan(*flags.split())
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
