@@ -12,14 +12,13 @@ from rich.progress import Progress
 
 from service.client import Client, HeadroomError
 from service.client.planning import Planning, Shape, plan_request
+from service.commands.plan_text import plan_text
 from service.console import err, fail, out
-from service.plan_text import plan_text
 
 if TYPE_CHECKING:
     from models.config import DTypeName, ModelConfig
     from protos.headroom.v1.models_pb2 import PlanCapacityResponse
 
-EXAMPLE = "Example: headroom plan --heads 12 --kv-heads 4 --memory 8GiB --prompt 512 --output 128"
 # Random weights have no context of their own.
 _CONTEXT = 131_072
 _OWN_SHAPE = {"layers": 12, "hidden": 768, "intermediate": 2048, "vocab": 32_000}

@@ -1,0 +1,101 @@
+"""`headroom serve`: settings, checks, and then a runtime until it is stopped."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from service.console import fail, models_by_application, out, print_ready, require_free_port
+
+
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Hugging Face directory, or 'demo'; NAME=DIRECTORY, several times, serves each "
+            "as an application of its own. [default: demo]"
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port. [default: 9000]")] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="Health port of Ray Serve. [default: 8000]")
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            help="Port of the first replica's Prometheus metrics, the others one up each; 0 is "
+            "none. [default: 9464]"
+        ),
+    ] = None,
+    metrics_targets: Annotated[
+        Path | None, typer.Option(help="File of scrape targets to write, for file_sd_configs.")
+    ] = None,
+    runtime: Annotated[
+        Literal["ray", "standalone"] | None, typer.Option(help="What hosts it. [default: ray]")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Ray replicas. [default: 1]")] = None,
+) -> None:
+    """Serve a model, or several side by side, over gRPC until Ctrl-C.
+
+    Settings come from flags, then HEADROOM_* variables, then --config, then defaults.
+    """
+    started = time.monotonic()
+    from service.config import SettingsError, load_config
+
+    try:
+        settings = load_config(
+            config,
+            model=models_by_application(model or []),
+            host=host,
+            port=port,
+            http_port=http_port,
+            metrics_port=metrics_port,
+            metrics_targets=metrics_targets,
+            runtime=runtime,
+            replicas=replicas,
+        )
+    except SettingsError as error:
+        fail(str(error), code=2)
+    if settings.runtime == "standalone" and settings.replicas > 1:
+        fail("replicas is more than 1; allowed: 1 with the standalone runtime", code=2)
+    from service.client import HeadroomError
+    from service.metrics.targets import write_targets
+    from service.replica import check_model
+
+    try:
+        for application in settings.applications:
+            check_model(application)
+        require_free_port(settings.host, settings.port, "--port")
+        if settings.runtime == "ray":
+            require_free_port(settings.host, settings.http_port, "--http-port")
+        for metrics in (port for one in settings.applications for port in one.metrics_ports):
+            require_free_port(settings.host, metrics, "--metrics-port")
+        if settings.metrics_targets is not None:
+            write_targets(settings.metrics_targets, settings.metrics_addresses)
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+    def announce(logs: Path | None = None) -> None:
+        print_ready(settings, started, logs)
+
+    try:
+        if settings.runtime == "standalone":
+            from service.runtimes import standalone
+
+            asyncio.run(standalone.serve(settings, announce))
+        else:
+            from service.runtimes.ray_environment import set_ray_environment
+
+            directory = set_ray_environment(settings)
+            from service.runtimes import ray_serve
+
+            ray_serve.serve_until_stopped(settings, directory, announce)
+    except (ValueError, OSError, RuntimeError, HeadroomError) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted before the server was ready", code=130)
+    out.print("stopped")
