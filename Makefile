@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench attention dashboard parity mutations demo clean
+.PHONY: install tools serve test lint format proto bench sweep attention dashboard parity mutations demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -43,6 +43,10 @@ proto: install  ## generated code beside the .proto files
 
 bench: install  ## engine alone, standalone and Ray Serve in one run; writes loadtests/results
 	$(BIN)/python -m loadtests.fronts
+
+sweep: install  ## key/value heads under load; writes loadtests/results, takes half an hour
+	$(BIN)/headroom sweep loadtests/sweeps/kv-heads.yaml
+	$(BIN)/python -m loadtests.sweep.picture loadtests/results/kv-heads
 
 attention: install  ## fused and split attention; writes loadtests/results
 	$(BIN)/python -m loadtests.attention

@@ -41,6 +41,9 @@ class ServiceConfig(BaseSettings):
             metadata.
         host, port: where gRPC is served.
         http_port: where Ray Serve answers HTTP health checks.
+        metrics_port: where the first replica serves Prometheus metrics, the others one port up
+            each; 0 is nowhere.
+        metrics_targets: a file to write for Prometheus that names all replicas' metrics.
         replicas: processes that each hold the model, under Ray Serve; of each application.
         max_message_bytes: a larger gRPC message is refused before it is parsed.
         attend_max_bytes: inputs, scores and answer of one AttentionService call; more is refused.
@@ -58,6 +61,8 @@ class ServiceConfig(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(9000, ge=1, le=65535)
     http_port: int = Field(8000, ge=1, le=65535)
+    metrics_port: int = Field(9464, ge=0, le=65535)
+    metrics_targets: Path | None = None
     runtime: Literal["ray", "standalone"] = "ray"
     replicas: int = Field(1, ge=1, le=64)
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=2**31 - 1)
@@ -72,9 +77,28 @@ class ServiceConfig(BaseSettings):
         if isinstance(self.model, str):
             return (self,)
         return tuple(
-            self.model_copy(update={"application": name, "model": model})
-            for name, model in self.model.items()
+            self.model_copy(
+                update={
+                    "application": name,
+                    "model": model,
+                    "metrics_port": self.metrics_port and self.metrics_port + index * self.replicas,
+                }
+            )
+            for index, (name, model) in enumerate(self.model.items())
         )
+
+    @property
+    def metrics_ports(self) -> range:
+        """Of each replica of an application; empty if metrics are not served."""
+        return range(self.metrics_port, self.metrics_port + self.replicas * bool(self.metrics_port))
+
+    @property
+    def metrics_addresses(self) -> dict[str, list[str]]:
+        """HOST:PORT of each replica's metrics, by application."""
+        return {
+            one.application: [f"{one.host}:{port}" for port in one.metrics_ports]
+            for one in self.applications
+        }
 
     @property
     def model_path(self) -> Path:
@@ -115,6 +139,27 @@ class ServiceConfig(BaseSettings):
     def _two_ports(self) -> Self:
         if self.runtime == "ray" and self.port == self.http_port:
             raise ValueError(f"port and http_port are both {self.port}; allowed: two ports")
+        return self
+
+    @model_validator(mode="after")
+    def _metrics_have_ports(self) -> Self:
+        if self.metrics_targets is not None and not self.metrics_port:
+            raise ValueError("metrics_targets is set; allowed: only with a metrics_port, not 0")
+        last = self.applications[-1].metrics_ports[-1:]
+        if last and last[0] > 65535:
+            raise ValueError(
+                f"metrics_port is {self.metrics_port}; allowed: at most "
+                f"{self.metrics_port - last[0] + 65535}, so that every replica has a port"
+            )
+        taken = {"port": self.port} | (
+            {"http_port": self.http_port} if self.runtime == "ray" else {}
+        )
+        for name, port in taken.items():
+            if any(port in one.metrics_ports for one in self.applications):
+                raise ValueError(
+                    f"{name} is {port}, which is one of the ports from metrics_port "
+                    f"{self.metrics_port} on; allowed: another port"
+                )
         return self
 
     @classmethod

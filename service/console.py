@@ -93,6 +93,10 @@ def print_ready(config: "ServiceConfig", started: float, logs: Path | None = Non
             out.print(f"app     {application.application}")
         for name, text in lines.items():
             out.print(f"{name:<8}{text}")
+    ports = [port for one in config.applications for port in one.metrics_ports]
+    if ports:
+        more = f" to {ports[-1]}" if len(ports) > 1 else ""
+        out.print(f"metrics http://{config.host}:{ports[0]}/metrics{more}")
     if logs is not None:
         out.print(f"logs    {logs}")
     seconds = time.monotonic() - started

@@ -3,6 +3,7 @@
 ServiceError
 ├── DuplicateRequestError        an open request has this id
 ├── DeadlinePassedError          the timeout passed before the first token
+├── RequestDrainedError          the server stopped before the first token
 ├── RequestFailedError           the model computed no usable number for this request
 ├── AttentionTooLargeError       an attention would take or answer more bytes than allowed
 ├── UnknownHealthServiceError    a health check names a service that does not exist
@@ -15,10 +16,10 @@ the error's own text. Details travel as google.rpc messages in `grpc-status-deta
 import uuid
 from dataclasses import dataclass
 
-import grpc
 import structlog
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
+from grpc import StatusCode as Code
 
 from service.engine.errors import (
     EncoderModelError,
@@ -28,6 +29,7 @@ from service.engine.errors import (
     InvalidRequestError,
     NeverFitsError,
     QueueFullError,
+    RequestLostError,
 )
 
 DOMAIN = "headroom"
@@ -48,6 +50,11 @@ class DuplicateRequestError(ServiceError):
 class DeadlinePassedError(ServiceError):
     def __init__(self) -> None:
         super().__init__("the request's timeout passed before its first token")
+
+
+class RequestDrainedError(ServiceError):
+    def __init__(self) -> None:
+        super().__init__("the server stopped before the request's first token")
 
 
 class RequestFailedError(ServiceError):
@@ -80,36 +87,50 @@ class ErrorKind:
     """How one class of error looks on the wire.
 
     Attributes:
+        refuses: whether it means that nothing of the call was computed.
         retry_after: seconds after which trying again may help; None means it will not.
     """
 
-    code: grpc.StatusCode
+    code: Code
     reason: str
+    refuses: bool = False
     retry_after: float | None = None
 
 
 CATALOGUE: dict[type[Exception], ErrorKind] = {
-    InvalidRequestError: ErrorKind(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"),
-    EncoderModelError: ErrorKind(grpc.StatusCode.UNIMPLEMENTED, "MODEL_IS_ENCODER"),
-    NeverFitsError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "NEVER_FITS"),
-    QueueFullError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL", retry_after=1.0),
-    EngineDrainingError: ErrorKind(grpc.StatusCode.UNAVAILABLE, "DRAINING", retry_after=1.0),
-    EngineDeadError: ErrorKind(grpc.StatusCode.UNAVAILABLE, "ENGINE_DEAD", retry_after=5.0),
-    EngineStalledError: ErrorKind(grpc.StatusCode.UNAVAILABLE, "ENGINE_STALLED", retry_after=5.0),
-    DuplicateRequestError: ErrorKind(grpc.StatusCode.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID"),
-    DeadlinePassedError: ErrorKind(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE"),
-    RequestFailedError: ErrorKind(grpc.StatusCode.INTERNAL, "NONFINITE_LOGITS"),
-    AttentionTooLargeError: ErrorKind(grpc.StatusCode.RESOURCE_EXHAUSTED, "ATTENTION_TOO_LARGE"),
-    UnknownHealthServiceError: ErrorKind(grpc.StatusCode.NOT_FOUND, "UNKNOWN_SERVICE"),
+    InvalidRequestError: ErrorKind(Code.INVALID_ARGUMENT, "INVALID_REQUEST", refuses=True),
+    EncoderModelError: ErrorKind(Code.UNIMPLEMENTED, "MODEL_IS_ENCODER", refuses=True),
+    NeverFitsError: ErrorKind(Code.RESOURCE_EXHAUSTED, "NEVER_FITS", refuses=True),
+    QueueFullError: ErrorKind(Code.RESOURCE_EXHAUSTED, "QUEUE_FULL", refuses=True, retry_after=1.0),
+    EngineDrainingError: ErrorKind(Code.UNAVAILABLE, "DRAINING", refuses=True, retry_after=1.0),
+    RequestDrainedError: ErrorKind(Code.UNAVAILABLE, "DRAINING", retry_after=1.0),
+    EngineDeadError: ErrorKind(Code.UNAVAILABLE, "ENGINE_DEAD", refuses=True, retry_after=5.0),
+    RequestLostError: ErrorKind(Code.UNAVAILABLE, "ENGINE_DEAD", retry_after=5.0),
+    EngineStalledError: ErrorKind(Code.UNAVAILABLE, "ENGINE_STALLED", retry_after=5.0),
+    DuplicateRequestError: ErrorKind(Code.ALREADY_EXISTS, "DUPLICATE_REQUEST_ID", refuses=True),
+    DeadlinePassedError: ErrorKind(Code.DEADLINE_EXCEEDED, "DEADLINE"),
+    RequestFailedError: ErrorKind(Code.INTERNAL, "NONFINITE_LOGITS"),
+    AttentionTooLargeError: ErrorKind(Code.RESOURCE_EXHAUSTED, "ATTENTION_TOO_LARGE", refuses=True),
+    UnknownHealthServiceError: ErrorKind(Code.NOT_FOUND, "UNKNOWN_SERVICE"),
 }
-_BUG = ErrorKind(grpc.StatusCode.INTERNAL, "INTERNAL")
+# Values of the label of a metric.
+REFUSAL_REASONS = tuple(
+    dict.fromkeys(kind.reason.lower() for kind in CATALOGUE.values() if kind.refuses)
+)
+_BUG = ErrorKind(Code.INTERNAL, "INTERNAL")
 
 
-def to_status(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
+def refusal_reason(error: Exception) -> str | None:
+    """Why a call was refused before anything of it was computed; None if it was not."""
+    kind = CATALOGUE.get(type(error), _BUG)
+    return kind.reason.lower() if kind.refuses else None
+
+
+def to_status(error: Exception) -> tuple[Code, status_pb2.Status]:
     """The gRPC code and the google.rpc.Status of an error; logs what is our own fault."""
     kind = CATALOGUE.get(type(error), _BUG)
     message, metadata = str(error), {}
-    if kind.code is grpc.StatusCode.INTERNAL:
+    if kind.code is Code.INTERNAL:
         reference = uuid.uuid4().hex
         metadata["reference"] = reference
         if kind is _BUG:

@@ -9,6 +9,7 @@ from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine
 from service.engine.memory import check_kv_cache_bytes, load_configured_model, resolve_device
 from service.engine.support import check_supported, max_model_len
+from service.metrics.engine import EngineMetrics
 
 
 def check_model(config: ServiceConfig) -> ModelConfig:
@@ -27,8 +28,13 @@ def check_model(config: ServiceConfig) -> ModelConfig:
     return model_config
 
 
-async def start_engine(config: ServiceConfig) -> tuple[AsyncEngine, Tokenizer]:
+async def start_engine(
+    config: ServiceConfig, metrics: EngineMetrics
+) -> tuple[AsyncEngine, Tokenizer]:
     """Load model and tokenizer, and start the engine thread.
+
+    Args:
+        metrics: listens to the engine.
 
     Raises:
         ModelError: the checkpoint or its tokenizer cannot be served.
@@ -38,7 +44,13 @@ async def start_engine(config: ServiceConfig) -> tuple[AsyncEngine, Tokenizer]:
 
     def build() -> Engine:
         model = load_configured_model(config.model_path, config.engine)
-        return Engine(model, config.engine, tokenizer=tokenizer)
+        return Engine(
+            model,
+            config.engine,
+            tokenizer=tokenizer,
+            on_step=metrics.on_step,
+            on_finish=metrics.on_finish,
+        )
 
     engine = AsyncEngine(
         build, num_threads=config.engine.num_threads, stall_seconds=config.stall_seconds

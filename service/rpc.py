@@ -1,4 +1,4 @@
-"""Turns what an RPC method raises into a status: one place, for unary and streaming methods.
+"""Counts RPCs and turns what their methods raise into a status: one place for all methods.
 
 Code, details and trailing metadata are set on the context and the method then *returns*: under
 Ray Serve a raised exception would lose the metadata and show its text, and a plain grpc.aio
@@ -12,11 +12,20 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from service.errors import DETAILS_KEY, to_status
+from service.errors import DETAILS_KEY, refusal_reason, to_status
+from service.metrics.rpc import RpcCall, RpcMetrics
 
-S = TypeVar("S")
 Req = TypeVar("Req")
 Res = TypeVar("Res")
+
+
+class Measured(Protocol):
+    """A servicer whose RPCs are counted."""
+
+    rpc_metrics: RpcMetrics
+
+
+S = TypeVar("S", bound=Measured)
 
 
 class RpcContext(Protocol):
@@ -40,11 +49,15 @@ def unary(
     ) -> Callable[[S, Req, RpcContext], Awaitable[Res]]:
         @functools.wraps(method)
         async def wrapper(self: S, request: Req, grpc_context: RpcContext) -> Res:
-            try:
-                return await method(self, request, grpc_context)
-            except Exception as error:
-                _set_status(grpc_context, error)
-                return response_type()
+            with self.rpc_metrics.call(method.__name__) as call:
+                try:
+                    response = await method(self, request, grpc_context)
+                except Exception as error:
+                    _set_status(grpc_context, call, error)
+                    return response_type()
+                call.sends()
+                call.code = grpc.StatusCode.OK
+                return response
 
         return wrapper
 
@@ -59,18 +72,24 @@ def server_stream(
     @functools.wraps(method)
     async def wrapper(self: S, request: Req, grpc_context: RpcContext) -> AsyncIterator[Res]:
         stream: Any = method(self, request, grpc_context)
-        try:
-            async with aclosing(stream):
-                async for response in stream:
-                    yield response
-        except Exception as error:
-            _set_status(grpc_context, error)
+        with self.rpc_metrics.call(method.__name__) as call:
+            try:
+                async with aclosing(stream):
+                    async for response in stream:
+                        call.sends()
+                        yield response
+                call.code = grpc.StatusCode.OK
+            except Exception as error:
+                _set_status(grpc_context, call, error)
 
     return wrapper
 
 
-def _set_status(grpc_context: RpcContext, error: Exception) -> None:
-    code, status = to_status(error)
-    grpc_context.set_code(code)
+def _set_status(grpc_context: RpcContext, call: RpcCall, error: Exception) -> None:
+    call.code, status = to_status(error)
+    reason = refusal_reason(error)
+    if reason is not None:
+        call.refused(reason)
+    grpc_context.set_code(call.code)
     grpc_context.set_details(status.message)
     grpc_context.set_trailing_metadata([(DETAILS_KEY, status.SerializeToString())])

@@ -22,17 +22,19 @@ from service.engine.sequence import FinishReason, SequenceOutput
 from service.errors import (
     DeadlinePassedError,
     DuplicateRequestError,
+    RequestDrainedError,
     RequestFailedError,
     UnknownHealthServiceError,
 )
+from service.metrics.rpc import RpcMetrics
 from service.rpc import RpcContext, server_stream, unary
 
-HEALTH_SERVICES = (
-    "",
-    "headroom.v1.AttentionService",
-    "headroom.v1.GenerationService",
-    "headroom.v1.ModelService",
+_SERVICES = tuple(
+    service
+    for file in (attention_pb2, pb, models_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
 )
+HEALTH_SERVICES = ("", *(service.full_name for service in _SERVICES))
 _HEALTH_POLL_SECONDS = 0.5
 
 
@@ -55,6 +57,8 @@ class HeadroomServicer:
         *,
         watch_seconds: float = math.inf,
     ) -> None:
+        health = health_pb2.DESCRIPTOR.services_by_name["Health"]
+        self.rpc_metrics = RpcMetrics([*_SERVICES, health])
         self._engine = engine
         self._tokenizer = tokenizer
         self._watch_seconds = watch_seconds
@@ -156,6 +160,16 @@ class HeadroomServicer:
     ) -> models_pb2.GetLoadResponse:
         return codec.load_description(self._engine.load)
 
+    @unary(models_pb2.PlanCapacityResponse)
+    async def PlanCapacity(
+        self, request: models_pb2.PlanCapacityRequest, grpc_context: RpcContext
+    ) -> models_pb2.PlanCapacityResponse:
+        engine = self._engine.engine
+        call = codec.planning_call(
+            request, engine.served_config, engine.config, engine.kv_cache.nbytes
+        )
+        return await asyncio.to_thread(call.answer)
+
     @unary(health_pb2.HealthCheckResponse)
     async def Check(
         self, request: health_pb2.HealthCheckRequest, grpc_context: RpcContext
@@ -214,7 +228,7 @@ class HeadroomServicer:
                     if reason is FinishReason.DEADLINE and num_tokens == 0:
                         raise DeadlinePassedError
                     if reason is FinishReason.CANCELLED and num_tokens == 0:
-                        raise EngineDrainingError
+                        raise RequestDrainedError
                     yield output
 
     @contextlib.contextmanager

@@ -9,8 +9,9 @@ from collections.abc import Sequence as SequenceOf
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.group_pool import BlockGroup
+from service.engine.plan import ScheduledSequence, StepPlan, StepResult
 from service.engine.sampling_params import SamplingParams
-from service.engine.scheduler import ScheduledSequence, Scheduler, StepPlan, StepResult
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import RELEASED, FinishReason, Sequence, SequenceOutput
 
 VOCAB_SIZE = 50

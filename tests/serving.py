@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from prometheus_client import CollectorRegistry
 
 from protos.headroom.v1 import (
     attention_pb2_grpc,
@@ -17,6 +18,8 @@ from protos.headroom.v1 import (
 from service.config import ServiceConfig
 from service.engine import EngineConfig
 from service.engine.async_engine import AsyncEngine
+from service.metrics.engine import EngineMetrics
+from service.metrics.replica import replica_registry
 from service.replica import attention_limits, start_engine
 from service.runtimes.ray_environment import free_ports
 from service.runtimes.standalone import create_server
@@ -31,6 +34,7 @@ class RunningServer:
     attention: Any
     models: Any
     channel: grpc.aio.Channel
+    registry: CollectorRegistry
 
     async def load(self) -> models_pb2.GetLoadResponse:
         return await self.models.GetLoad(models_pb2.GetLoadRequest())  # type: ignore[no-any-return]
@@ -62,7 +66,8 @@ async def running_server(
         max_message_bytes=2**20,
         attend_max_bytes=attend_max_bytes,
     )
-    async_engine, tokenizer = await start_engine(config)
+    engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
+    async_engine, tokenizer = await start_engine(config, engine_metrics)
     servicer = HeadroomServicer(async_engine, tokenizer, attention_limits(config))
     server, port = create_server(config, servicer)
     await server.start()
@@ -76,6 +81,7 @@ async def running_server(
                 attention_pb2_grpc.AttentionServiceStub(channel),
                 models_pb2_grpc.ModelServiceStub(channel),
                 channel,
+                replica_registry(async_engine, engine_metrics, servicer.rpc_metrics),
             )
     finally:
         await server.stop(0)

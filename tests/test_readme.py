@@ -34,8 +34,9 @@ def _commands() -> list[str]:
 @pytest.fixture(scope="module")
 def target() -> Iterator[str]:
     """The demo model on a free port."""
-    port = free_ports(1)[0]
-    with Process(*_CLI, "serve", "--runtime", "standalone", "--port", str(port)) as server:
+    port, metrics_port = free_ports(2)
+    ports = ["--port", str(port), "--metrics-port", str(metrics_port)]
+    with Process(*_CLI, "serve", "--runtime", "standalone", *ports) as server:
         server.wait_for(lambda line: line.startswith("ready"))
         yield f"127.0.0.1:{port}"
 

@@ -9,7 +9,8 @@ from models.positions import (
     YarnScaling,
 )
 from protos.headroom.v1 import models_pb2
-from service.engine.engine import Engine, EngineLoad
+from service.engine.engine import Engine
+from service.engine.stats import EngineLoad
 
 _SCALING_NAMES: dict[type, str] = {
     type(None): "",

@@ -165,12 +165,11 @@ class RequestDecoder:
         if violations:
             raise InvalidRequestError(violations)
         timeout = _seconds(request.timeout) if request.HasField("timeout") else None
-        return Call(
-            request_id=request.request_id or uuid.uuid4().hex,
-            engine_request=EngineRequest(
-                token_ids, params, request.priority, timeout, pooling=pooling
-            ),
+        request_id = request.request_id or uuid.uuid4().hex
+        engine_request = EngineRequest(
+            token_ids, params, request.priority, timeout, pooling=pooling, request_id=request_id
         )
+        return Call(request_id, engine_request)
 
 
 def _envelope_violations(request: TextRequest) -> Iterator[Violation]:

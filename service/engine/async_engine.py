@@ -13,23 +13,23 @@ import os
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TypeVar
 
 import structlog
 import torch
 
-from service.engine.commands import Abort, AbortAll, Add, Call, Command, Stop, Stream
-from service.engine.engine import Engine, EngineLoad, EngineRequest
+from service.engine.commands import Abort, AbortAll, Add, Call, CallQueue, Command, Stop, Stream
+from service.engine.engine import Engine, EngineRequest
 from service.engine.errors import (
     EngineDeadError,
     EngineDrainingError,
     EngineError,
     EngineStalledError,
-    QueueFullError,
+    RequestLostError,
 )
 from service.engine.sequence import FinishReason, SequenceOutput
+from service.engine.stats import EngineLoad
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -53,7 +53,7 @@ class AsyncEngine:
         self._stall_seconds = stall_seconds
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._streams: dict[int, Stream] = {}
-        self._calls: deque[Call] = deque()
+        self._calls = CallQueue()
         self._thread: threading.Thread | None = None
         self._engine: Engine | None = None
         self._load: EngineLoad | None = None
@@ -74,6 +74,12 @@ class AsyncEngine:
     def load(self) -> EngineLoad:
         assert self._load is not None, "start() has returned"
         return self._load
+
+    @property
+    def step_age(self) -> float:
+        """Seconds since the engine began its current step; 0 between steps and when idle."""
+        busy_since = self._busy_since
+        return 0.0 if busy_since is None else time.monotonic() - busy_since
 
     @property
     def is_draining(self) -> bool:
@@ -155,11 +161,9 @@ class AsyncEngine:
             EngineDeadError, EngineStalledError
         """
         self.check_alive()
-        busy_since = self._busy_since
-        if busy_since is not None:
-            seconds = time.monotonic() - busy_since
-            if seconds > self._stall_seconds:
-                raise EngineStalledError(seconds)
+        seconds = self.step_age
+        if seconds > self._stall_seconds:
+            raise EngineStalledError(seconds)
 
     async def drain(self, seconds: float) -> bool:
         """Take no new requests; wait for the open ones, then cancel the rest.
@@ -193,7 +197,7 @@ class AsyncEngine:
 
     def _run(self, started: "asyncio.Future[None]") -> None:
         try:
-            torch.set_num_threads(self._num_threads or _num_cores())
+            torch.set_num_threads(self._num_threads or len(os.sched_getaffinity(0)))
             engine = self._build()
         except BaseException as error:  # whatever it is, the starter must hear of it
             self._dead = True
@@ -207,22 +211,31 @@ class AsyncEngine:
             log.exception("engine failed")
         finally:
             self._dead = True  # before the queue is emptied: see run()
-            streams = list(self._streams.values())
-            self._streams.clear()
+            self._lose_requests(engine)
+            refused: list[tuple[Stream, SequenceOutput | EngineError]] = []
             while not self._commands.empty():
                 match self._commands.get():
                     case Add(_, stream):
-                        streams.append(stream)
+                        refused.append((stream, EngineDeadError()))
                     case Call() as call:
-                        self._calls.append(call)
-            self._deliver([(stream, EngineDeadError()) for stream in streams])
-            self._refuse_calls(EngineDeadError())
+                        call.refuse(EngineDeadError())
+            self._deliver(refused)
+            self._calls.refuse_all(EngineDeadError())
+
+    def _lose_requests(self, engine: Engine) -> None:
+        """End what the engine has not finished; whatever killed it may have damaged its state."""
+        try:
+            engine.scheduler.abort_all(FinishReason.ERROR)
+        except Exception:
+            log.exception("the engine's requests were not ended in order")
+        self._deliver([(stream, RequestLostError()) for stream in self._streams.values()])
+        self._streams.clear()
 
     def _serve(self, engine: Engine) -> None:
         while self._apply_commands(engine):
             self._busy_since = time.monotonic()
             if self._calls:
-                self._calls.popleft().run(engine)
+                self._calls.run_next(engine)
                 self._busy_since = time.monotonic()
             outputs = engine.step() if engine.has_unfinished else []
             self._busy_since = None
@@ -246,9 +259,9 @@ class AsyncEngine:
                     self._load = engine.load
                 case AbortAll():
                     self._publish(engine, engine.scheduler.abort_all(FinishReason.CANCELLED))
-                    self._refuse_calls(EngineDrainingError())
+                    self._calls.refuse_all(EngineDrainingError())
                 case Call() as call:
-                    self._add_call(engine, call)
+                    self._calls.add(call, limit=engine.config.max_waiting_requests)
                 case Stop():
                     return False
 
@@ -260,17 +273,6 @@ class AsyncEngine:
             return
         self._streams[stream.seq_id] = stream
         self._load = engine.load
-
-    def _add_call(self, engine: Engine, call: Call) -> None:
-        limit = engine.config.max_waiting_requests
-        if len(self._calls) >= limit:
-            call.refuse(QueueFullError(unit="calls", limit=limit))
-        else:
-            self._calls.append(call)
-
-    def _refuse_calls(self, error: EngineError) -> None:
-        while self._calls:
-            self._calls.popleft().refuse(error)
 
     def _publish(self, engine: Engine, outputs: list[SequenceOutput]) -> None:
         self._load = engine.load
@@ -294,7 +296,3 @@ class AsyncEngine:
 def _dispatch(results: "list[tuple[Stream, SequenceOutput | EngineError]]") -> None:
     for stream, result in results:
         stream.put(result)
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0))

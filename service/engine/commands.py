@@ -1,13 +1,14 @@
 """What asyncio code asks of the engine thread, and how the answers come back."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from service.engine.engine import Engine, EngineRequest
-from service.engine.errors import EngineError
+from service.engine.errors import EngineError, QueueFullError
 from service.engine.sequence import SequenceOutput
 
 
@@ -84,6 +85,30 @@ class Call:
     def refuse(self, error: EngineError) -> None:
         if self.answer.set_running_or_notify_cancel():
             self.answer.set_exception(error)
+
+
+class CallQueue:
+    """Calls that wait for their turn between two steps."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Call] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, call: Call, *, limit: int) -> None:
+        """Let a call wait, or refuse it where `limit` of them do."""
+        if len(self._waiting) >= limit:
+            call.refuse(QueueFullError(unit="calls", limit=limit))
+        else:
+            self._waiting.append(call)
+
+    def run_next(self, engine: Engine) -> None:
+        self._waiting.popleft().run(engine)
+
+    def refuse_all(self, error: EngineError) -> None:
+        while self._waiting:
+            self._waiting.popleft().refuse(error)
 
 
 Command: TypeAlias = Add | Abort | AbortAll | Stop | Call

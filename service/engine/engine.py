@@ -9,22 +9,27 @@ from pathlib import Path
 
 from models.config import ModelConfig
 from models.kv_cache import KVCache
-from models.tokenizer import IncrementalDetokenizer, Tokenizer
+from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.errors import InvalidRequestError, Violation
+from service.engine.kv_reads import KVReads
 from service.engine.memory import block_groups, load_configured_model, num_blocks_for
 from service.engine.model_runner import ModelRunner
+from service.engine.plan import StepPlan
 from service.engine.sampling_params import SamplingParams
-from service.engine.scheduler import Scheduler, StepPlan
+from service.engine.scheduler import Scheduler
 from service.engine.sequence import (
+    Finish,
     FinishReason,
     Pooling,
     Sequence,
     SequenceOutput,
     TokenLogprobs,
 )
+from service.engine.stats import EngineLoad, StepStats
+from service.engine.stop_strings import stop_matcher
 from service.engine.support import check_supported, max_model_len
 from service.engine.validation import (
     ModelLimits,
@@ -43,6 +48,7 @@ class EngineRequest:
         pooling: how to embed it.
         timeout: seconds from arrival until the request ends with what it has.
         cache_namespace: requests share cached prefixes only within one namespace.
+        request_id: by which listeners are told of it.
     """
 
     prompt_token_ids: SequenceOf[int]
@@ -51,6 +57,7 @@ class EngineRequest:
     timeout: float | None = None
     cache_namespace: bytes = b""
     pooling: Pooling | None = None
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,28 +69,6 @@ class RequestOutput:
     logprobs: list[TokenLogprobs]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLoad:
-    """What the engine is busy with."""
-
-    num_running: int
-    num_waiting: int
-    kv_blocks_total: int
-    kv_blocks_used: int
-    kv_blocks_cached: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """One step in numbers, for listeners."""
-
-    num_tokens: int
-    num_sequences: int
-    num_preempted: int
-    seconds: float
-    load: EngineLoad
-
-
 class Engine:
     """A model, its KV cache and the requests that share them.
 
@@ -92,6 +77,7 @@ class Engine:
         config: limits.
         tokenizer: needed for stop strings only.
         on_step: told about every step.
+        on_finish: told the end of every request, before its caller is.
         clock: monotonic seconds; deadlines and timings are measured with it.
     """
 
@@ -102,6 +88,7 @@ class Engine:
         *,
         tokenizer: Tokenizer | None = None,
         on_step: Callable[[StepStats], None] = lambda stats: None,
+        on_finish: Callable[[Finish], None] = lambda finish: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_supported(model.config, config)
@@ -133,9 +120,11 @@ class Engine:
             eos_token_ids=eos_token_ids,
             rope_switch_length=model.config.rope_switch_length,
             whole_prompts=not model.config.is_causal,
+            on_finish=on_finish,
             clock=clock,
         )
         self.model_runner = ModelRunner(model, self.kv_cache, eos_token_ids=eos_token_ids)
+        self._kv_reads = KVReads(self.served_config)
         self._tokenizer = tokenizer
         self._clock = clock
         self._seq_ids = itertools.count()
@@ -205,7 +194,8 @@ class Engine:
             priority=request.priority,
             deadline=None if request.timeout is None else now + request.timeout,
             cache_namespace=request.cache_namespace,
-            match_stop=self._stop_matcher(request, params) if params and params.stop else None,
+            request_id=request.request_id,
+            match_stop=self._stop_matcher(request),
         )
         self.scheduler.add(seq)
         return seq.seq_id
@@ -280,22 +270,12 @@ class Engine:
         if violations:
             raise InvalidRequestError(violations)
 
-    def _stop_matcher(
-        self, request: EngineRequest, params: SamplingParams
-    ) -> Callable[[int], str | None]:
+    def _stop_matcher(self, request: EngineRequest) -> Callable[[int], str | None] | None:
+        params = request.params
+        if params is None or not params.stop:
+            return None
         assert self._tokenizer is not None, "a validated request with stop strings"
-        detokenizer = IncrementalDetokenizer(
-            self._tokenizer,
-            params.stop,
-            min_tokens=params.min_tokens,
-            prompt_token_ids=request.prompt_token_ids,
-        )
-
-        def match(token_id: int) -> str | None:
-            detokenizer.push((token_id,))
-            return detokenizer.matched_stop
-
-        return match
+        return stop_matcher(self._tokenizer, params, request.prompt_token_ids)
 
     def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
         return StepStats(
@@ -303,6 +283,8 @@ class Engine:
             num_sequences=len(plan.scheduled),
             num_preempted=plan.num_preempted,
             seconds=seconds,
+            kv_bytes=self._kv_reads.count(plan.scheduled),
+            progress=self.scheduler.progress,
             load=self.load,
         )
 

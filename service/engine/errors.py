@@ -7,6 +7,7 @@ EngineError
 ├── QueueFullError           the waiting queue is full, by requests or by tokens
 ├── EngineDrainingError      the engine finishes what it has and takes nothing new
 ├── EngineDeadError          the engine thread has failed; only a new engine helps
+│   └── RequestLostError     it has, while it had this request
 └── EngineStalledError       there is work, and no step has finished for too long
 """
 
@@ -82,6 +83,10 @@ class EngineDeadError(EngineError):
 
     def __init__(self) -> None:
         super().__init__("the engine has failed; a new one has to be started")
+
+
+class RequestLostError(EngineDeadError):
+    """The engine thread has ended while it had this request."""
 
 
 class EngineStalledError(EngineError):

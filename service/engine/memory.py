@@ -108,10 +108,10 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
 def _memory_share(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
-    return int(_available_memory() * _CPU_SHARE)
+    return int(available_memory() * _CPU_SHARE)
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that can be allocated without swapping, within the limit of a container."""
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     fields = dict(line.split(":", 1) for line in lines)

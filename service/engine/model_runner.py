@@ -7,10 +7,11 @@ from collections.abc import Sequence as SequenceOf
 import torch
 from torch import Tensor
 
-from models.kv_cache import AttentionMetadata, KVCache
+from models.attention_metadata import AttentionMetadata
+from models.kv_cache import KVCache
 from models.sampler import SampledToken, SamplingRow, sample
 from models.transformer import Transformer
-from service.engine.scheduler import ScheduledSequence, StepPlan, StepResult
+from service.engine.plan import ScheduledSequence, StepPlan, StepResult
 from service.engine.sequence import Pooling, Sequence, TokenLogprobs
 
 # Rows of logits that exist at once while scoring: bounds memory for large vocabularies.
@@ -103,6 +104,7 @@ class ModelRunner:
             num_new_tokens=[item.num_tokens for item in scheduled],
             block_size=self.kv_cache.block_size,
             device=device,
+            tokens_per_gather=self.kv_cache.tokens_per_gather,
         )
         return (
             torch.tensor(input_ids, dtype=torch.int64, device=device),

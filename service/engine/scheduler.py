@@ -6,73 +6,25 @@ sequence with one such token.
 """
 
 import bisect
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
+from service.engine.endings import ending_of
 from service.engine.errors import NeverFitsError, QueueFullError
+from service.engine.plan import ScheduledSequence, StepPlan, StepResult
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import (
+    Finish,
     FinishReason,
     Sequence,
     SequenceOutput,
     SequenceStatus,
-    TokenLogprobs,
 )
+from service.engine.stats import Progress
 from service.engine.waiting_queue import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """The next `num_tokens` uncomputed tokens of a sequence are part of the step."""
-
-    seq: Sequence
-    num_tokens: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step computes the sequence's last token, so that a new one follows."""
-        return self.seq.params is not None and self.num_tokens == self.seq.num_uncomputed_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """What a step does.
-
-    Attributes:
-        scheduled: sequences with exactly one token first, then the others.
-        expired: outputs of sequences whose deadline has passed; they do not run.
-        num_preempted: sequences that lost their blocks to others.
-    """
-
-    scheduled: tuple[ScheduledSequence, ...]
-    expired: tuple[SequenceOutput, ...]
-    num_preempted: int
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(item.num_tokens for item in self.scheduled)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the model said about one scheduled sequence.
-
-    Attributes:
-        token_id: the sampled token; None if none was due.
-        logprobs: of the sampled token, if asked for.
-        prompt_logprobs: when scoring, log-probabilities of the tokens after the computed ones.
-        pooled: when embedding, what the computed tokens contribute; empty is nothing.
-        failed: the model's numbers for this sequence were not finite.
-    """
-
-    token_id: int | None = None
-    logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[float, ...] = ()
-    pooled: tuple[float, ...] = ()
-    failed: bool = False
 
 
 class Scheduler:
@@ -87,7 +39,11 @@ class Scheduler:
             because all its keys would be rotated differently; None is never.
         whole_prompts: a prompt is computed in one step or not at all, because each of its tokens
             sees all others.
+        on_finish: told the end of every request, however it ends.
         clock: monotonic seconds.
+
+    Attributes:
+        progress: what the last step brought.
     """
 
     def __init__(
@@ -99,15 +55,18 @@ class Scheduler:
         eos_token_ids: frozenset[int],
         rope_switch_length: int | None = None,
         whole_prompts: bool = False,
+        on_finish: Callable[[Finish], None] = lambda finish: None,
         clock: Callable[[], float],
     ) -> None:
         self.block_manager = block_manager
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue(config.max_bypass)
+        self.progress = Progress()
         self._config = config
         self._eos_token_ids = eos_token_ids
         self._rope_switch_length = rope_switch_length
         self._whole_prompts = whole_prompts
+        self._on_finish = on_finish
         self._clock = clock
         self._by_id: dict[int, Sequence] = {}
         # The last token of a request needs no slot.
@@ -177,7 +136,7 @@ class Scheduler:
             num_tokens = min(seq.num_uncomputed_tokens, budget)
             num_preempted += self._make_room(seq, seq.num_computed_tokens + num_tokens)
             if seq.status is SequenceStatus.RUNNING:
-                scheduled.append(ScheduledSequence(seq, num_tokens))
+                scheduled.append(ScheduledSequence(seq, num_tokens, seq.num_computed_tokens))
                 budget -= num_tokens
         # A chunk of a prompt may need blocks too, and take them from a decode planned before it.
         scheduled = [item for item in scheduled if item.seq.status is SequenceStatus.RUNNING]
@@ -186,14 +145,16 @@ class Scheduler:
             if admitted is None:
                 break
             num_tokens = min(admitted.num_uncomputed_tokens, budget)
-            scheduled.append(ScheduledSequence(admitted, num_tokens))
+            scheduled.append(ScheduledSequence(admitted, num_tokens, admitted.num_computed_tokens))
             budget -= num_tokens
-        scheduled.sort(key=lambda item: item.num_tokens > 1)
+        # Decodes of like length side by side: they are gathered together, padded to the longest.
+        scheduled.sort(key=lambda item: item.seq.num_tokens if item.num_tokens == 1 else math.inf)
         return StepPlan(tuple(scheduled), tuple(expired), num_preempted)
 
     def update(self, plan: StepPlan, results: SequenceOf[StepResult]) -> list[SequenceOutput]:
         """Record what a step computed; returns what is new for each sequence."""
         now = self._clock()
+        self.progress = Progress()
         outputs = list(plan.expired)
         for item, result in zip(plan.scheduled, results, strict=True):
             seq, samples = item.seq, item.samples
@@ -209,7 +170,7 @@ class Scheduler:
                 seq.prompt_logprobs.extend(result.prompt_logprobs)
                 seq.add_pooled(result.pooled)
                 if seq.num_uncomputed_tokens == 0:
-                    seq.first_token_time = now
+                    self.progress.complete_prompt(seq, now)
                     outputs.append(self._end(seq, FinishReason.LENGTH))
         return outputs
 
@@ -293,9 +254,8 @@ class Scheduler:
         """Add a sampled token and see whether it is the last."""
         assert result.token_id is not None, "a sampling step has a token"
         seq.token_ids.append(result.token_id)
-        if seq.first_token_time is None:
-            seq.first_token_time = now
-        ending = self._ending(seq, result.token_id)
+        self.progress.add_token(seq, now)
+        ending = ending_of(seq, eos_token_ids=self._eos_token_ids, max_len=self._max_len)
         finish = None if ending is None else self._end(seq, *ending).finish
         switch = self._rope_switch_length
         if finish is None and switch is not None and seq.num_tokens == switch + 1:
@@ -308,24 +268,6 @@ class Scheduler:
             finish=finish,
         )
 
-    def _ending(self, seq: Sequence, token_id: int) -> tuple[FinishReason, str | int | None] | None:
-        """Why the newest token is the last one, and what it matched; None if it is not."""
-        params = seq.params
-        assert params is not None, "only generations sample"
-        matched = seq.match_stop(token_id) if seq.match_stop else None
-        if matched is not None:
-            return FinishReason.STOP, matched
-        if seq.num_output_tokens >= params.min_tokens:
-            if token_id in params.stop_token_ids:
-                return FinishReason.STOP, token_id
-            if token_id in self._eos_token_ids and not params.ignore_eos:
-                return FinishReason.EOS, None
-        if params.max_tokens is not None and seq.num_output_tokens >= params.max_tokens:
-            return FinishReason.LENGTH, None
-        if seq.num_tokens >= self._max_len:
-            return FinishReason.CONTEXT_FULL, None
-        return None
-
     def _end(
         self, seq: Sequence, reason: FinishReason, matched_stop: str | int | None = None
     ) -> SequenceOutput:
@@ -335,9 +277,11 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
         del self._by_id[seq.seq_id]
+        finish = seq.finish(reason, self._clock(), matched_stop)
+        self._on_finish(finish)
         return SequenceOutput(
             seq_id=seq.seq_id,
             prompt_logprobs=tuple(seq.prompt_logprobs),
             embedding=tuple(seq.pooled),
-            finish=seq.finish(reason, self._clock(), matched_stop),
+            finish=finish,
         )

@@ -75,12 +75,14 @@ class Finish:
 
     Attributes:
         matched_stop: the stop string or stop token id that ended it, if one did.
+        request_id: the client's name for the request.
     """
 
     reason: FinishReason
     matched_stop: str | int | None
     usage: Usage
     timings: Timings
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Sequence:
         pooling: embeds the prompt; None does not.
         deadline: engine clock time after which the request ends; None never.
         cache_namespace: sequences share cached blocks only within one namespace.
+        request_id: the client's name for the request.
         block_tables: for each group of heads, the block of every `block_size` tokens.
         min_rope_length: no token is rotated as if the sequence were shorter than this.
         match_stop: told each new token, returns the stop string it completes.
@@ -141,6 +144,7 @@ class Sequence:
     priority: int = 0
     deadline: float | None = None
     cache_namespace: bytes = b""
+    request_id: str = ""
     match_stop: Callable[[int], str | None] | None = None
     num_prompt_tokens: int = field(init=False)
     min_rope_length: int = field(init=False)
@@ -155,6 +159,7 @@ class Sequence:
     pooled: list[float] = field(default_factory=list, init=False)
     first_scheduled_time: float | None = field(default=None, init=False)
     first_token_time: float | None = field(default=None, init=False)
+    last_token_time: float | None = field(default=None, init=False)
     rng: random.Random | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -232,4 +237,5 @@ class Sequence:
                 first_token=first_token - self.arrival_time,
                 total=now - self.arrival_time,
             ),
+            request_id=self.request_id,
         )

@@ -47,6 +47,8 @@ def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
         # Processes of the cluster accept each other by a token that exists only in their memory.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Workers would be nice: any other process of the machine would slow every step.
+        "RAY_worker_niceness": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
     }

@@ -26,6 +26,9 @@ from ray.serve.schema import LoggingConfig
 
 from service.config import ServiceConfig
 from service.engine.memory import resolve_device
+from service.metrics.engine import EngineMetrics
+from service.metrics.replica import replica_registry
+from service.metrics.server import MetricsServer
 from service.replica import attention_limits, start_engine
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from service.servicer import HeadroomServicer
@@ -53,16 +56,28 @@ class HeadroomReplica(HeadroomServicer):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         # Serve awaits it.
         config = ServiceConfig(**settings)
-        engine, tokenizer = await start_engine(config)
+        engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
+        engine, tokenizer = await start_engine(config, engine_metrics)
         super().__init__(engine, tokenizer, attention_limits(config), watch_seconds=_WATCH_SECONDS)
+        registry = replica_registry(engine, engine_metrics, self.rpc_metrics)
+        self._metrics = MetricsServer(registry, config.host, lambda: _metrics_port(config))
+        self._metrics.start()
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises several times."""
         self._engine.check_health()
 
     async def __del__(self) -> None:
-        if hasattr(self, "_engine"):  # it started
+        if hasattr(self, "_metrics"):  # it started
             await self._engine.shutdown()
+            self._metrics.close()
+
+
+def _metrics_port(config: ServiceConfig) -> int | None:
+    """Of this replica. One that takes another's place ranks behind all others until that one has
+    gone; then it gets its rank, and with it the port."""
+    rank: int = serve.get_replica_context().rank.rank
+    return config.metrics_ports[rank] if rank < len(config.metrics_ports) else None
 
 
 def build_app(config: ServiceConfig) -> Application:

@@ -9,6 +9,9 @@ from grpc_health.v1 import health_pb2_grpc
 
 from protos.headroom.v1 import attention_pb2_grpc, generation_pb2_grpc, models_pb2_grpc
 from service.config import ServiceConfig
+from service.metrics.engine import EngineMetrics
+from service.metrics.replica import replica_registry
+from service.metrics.server import MetricsServer
 from service.replica import attention_limits, start_engine
 from service.servicer import HeadroomServicer
 
@@ -44,18 +47,21 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
         ModelError, ValueError: see `start_engine`.
         OSError: the port cannot be bound.
     """
-    engine, tokenizer = await start_engine(config)
+    engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
+    engine, tokenizer = await start_engine(config, engine_metrics)
     try:
         servicer = HeadroomServicer(engine, tokenizer, attention_limits(config))
         server, _ = create_server(config, servicer)
         await server.start()
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await asyncio.to_thread(on_ready)
-        await stop.wait()
-        await engine.drain(config.drain_seconds)
-        await server.stop(_FLUSH_SECONDS)
+        registry = replica_registry(engine, engine_metrics, servicer.rpc_metrics)
+        with MetricsServer(registry, config.host, lambda: config.metrics_port or None):
+            stop = asyncio.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            await asyncio.to_thread(on_ready)
+            await stop.wait()
+            await engine.drain(config.drain_seconds)
+            await server.stop(_FLUSH_SECONDS)
     finally:
         await engine.shutdown()
 

@@ -23,6 +23,7 @@ from service.engine.errors import (
     InvalidRequestError,
     NeverFitsError,
     QueueFullError,
+    RequestLostError,
 )
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import FinishReason, SequenceOutput
@@ -47,12 +48,16 @@ class GatedEngine(Engine):
     Attributes:
         at_gate: set while a step waits for its permit, or has got it.
         outputs_per_step: how many sequences each finished step had something new for.
+        ends: reasons that listeners were told.
         thread: where the last step was taken.
     """
 
     def __init__(self, permits: int = 0, *, fail_after: int | None = None, **config: Any) -> None:
+        self.ends: list[FinishReason] = []
         super().__init__(
-            tiny_model(), EngineConfig(**{"num_blocks": 256, "block_size": 4, **config})
+            tiny_model(),
+            EngineConfig(**{"num_blocks": 256, "block_size": 4, **config}),
+            on_finish=lambda finish: self.ends.append(finish.reason),
         )
         self.at_gate = threading.Event()
         self.outputs_per_step: list[int] = []
@@ -383,8 +388,12 @@ async def test_a_failed_step_ends_every_stream_and_the_engine() -> None:
         with pytest.raises(EngineDeadError):
             await anext(decoding)
         ends = await asyncio.gather(waiting, unseen, return_exceptions=True)
-        assert [type(end) for end in ends] == [EngineDeadError] * 2
+        assert all(isinstance(end, EngineDeadError) for end in ends)
         await gated.thread_has_ended()
+        # The last one may have been seen before the failure, or not.
+        lost = [end for end in ends if isinstance(end, RequestLostError)]
+        assert lost[0] is ends[0]
+        assert gated.ends == [FinishReason.ERROR] * (1 + len(lost))
         with pytest.raises(EngineDeadError):
             engine.check_health()
         with pytest.raises(EngineDeadError):
@@ -523,7 +532,7 @@ async def test_what_is_not_finished_in_time_is_cancelled_with_what_it_has() -> N
         assert reason(rest) is FinishReason.CANCELLED
         tokens = (*first.token_ids, *rest.token_ids)
         assert tokens == alone(LONG).token_ids[: len(tokens)]
-        assert len(tokens) <= 3
+        assert len(tokens) < len(alone(LONG).token_ids)
         assert reason(await waiting) is FinishReason.CANCELLED
         assert engine.load.kv_blocks_used == 0
         engine.check_health()

@@ -17,9 +17,10 @@ from models.kernels import KernelName
 from models.transformer import Transformer
 from service.engine import SamplingParams
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine, EngineRequest, RequestOutput, StepStats
+from service.engine.engine import Engine, EngineRequest, RequestOutput
 from service.engine.errors import InvalidRequestError, NeverFitsError
 from service.engine.sequence import FinishReason
+from service.engine.stats import StepStats
 from tests import checkpoints
 from tests.engine.tiny import (
     CONFIG,

@@ -92,7 +92,7 @@ def test_memory_for_less_than_a_block_is_refused() -> None:
 
 
 def free_memory(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(memory, "_available_memory", lambda: num_bytes)
+    monkeypatch.setattr(memory, "available_memory", lambda: num_bytes)
 
 
 @pytest.mark.parametrize(("max_model_len", "blocks_each"), [(100, 7), (96, 6), (1, 1)])
@@ -132,6 +132,6 @@ def test_the_type_of_a_checkpoint_is_kept_unless_another_is_configured(tmp_path:
 
 
 def test_free_memory_is_what_can_be_had_and_not_more_than_there_is() -> None:
-    available = memory._available_memory()
+    available = memory.available_memory()
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < available <= total

@@ -14,8 +14,8 @@ from models.sampler import SamplingRow, sample
 from models.transformer import Transformer
 from service.engine.block_manager import BlockManager
 from service.engine.model_runner import ModelRunner
+from service.engine.plan import ScheduledSequence, StepPlan
 from service.engine.sampling_params import SamplingParams
-from service.engine.scheduler import ScheduledSequence, StepPlan
 from service.engine.sequence import Sequence
 from tests.engine.tiny import CONFIG, EOS, log_softmax, tiny_model
 
@@ -48,7 +48,9 @@ def admit(blocks: BlockManager, token_ids: list[int], params: SamplingParams | N
 
 
 def plan(*items: tuple[Sequence, int]) -> StepPlan:
-    return StepPlan(tuple(ScheduledSequence(seq, count) for seq, count in items), (), 0)
+    return StepPlan(
+        tuple(ScheduledSequence(seq, count, seq.num_computed_tokens) for seq, count in items), (), 0
+    )
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:

@@ -10,9 +10,10 @@ from models.config import HeadConfig
 from models.positions import Alibi, RopeConfig, alibi_slopes
 from models.transformer import Transformer
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine, EngineRequest, StepStats
+from service.engine.engine import Engine, EngineRequest
 from service.engine.errors import NeverFitsError
 from service.engine.sampling_params import SamplingParams
+from service.engine.stats import StepStats
 from tests.models import tiny
 
 ROPE = RopeConfig(10_000.0, 8)

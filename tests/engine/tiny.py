@@ -10,9 +10,10 @@ from models.kernels import KernelName
 from models.positions import RopeConfig
 from models.transformer import Transformer, random_model
 from service.engine.config import EngineConfig
-from service.engine.engine import Engine, EngineRequest, StepStats
+from service.engine.engine import Engine, EngineRequest
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import FinishReason, SequenceOutput
+from service.engine.stats import StepStats
 
 EOS = 257
 MAX_LEN = 320

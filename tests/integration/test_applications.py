@@ -33,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def target(models: dict[str, Path]) -> Iterator[str]:
     port, http_port = free_ports(2)
     named = [part for name, path in models.items() for part in ("--model", f"{name}={path}")]
-    ports = ["--port", str(port), "--http-port", str(http_port)]
+    ports = ["--port", str(port), "--http-port", str(http_port), "--metrics-port", "0"]
     with Process(*_CLI, "serve", *named, *ports) as server:
         server.wait_for(lambda line: line.startswith("ready"))
         assert [line for line in server.lines if line.startswith(("app", "heads"))] == [

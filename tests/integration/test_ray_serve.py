@@ -51,6 +51,7 @@ def server(model_path: Path) -> Iterator[RayServer]:
         "model": str(model_path),
         "port": port,
         "http_port": http_port,
+        "metrics_port": 0,
         "replicas": NUM_REPLICAS,
         "engine": {"num_threads": 1},
         "max_message_bytes": 2**20,

@@ -27,9 +27,10 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("runtime", ["standalone", pytest.param("ray", marks=pytest.mark.ray)])
 def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
-    port, http_port = free_ports(2)
+    port, http_port, metrics_port = free_ports(3)
     target = f"127.0.0.1:{port}"
-    arguments = ["--runtime", runtime, "--port", str(port), "--http-port", str(http_port)]
+    ports = ["--port", port, "--http-port", http_port, "--metrics-port", metrics_port]
+    arguments = ["--runtime", runtime, *map(str, ports)]
     with Process(*_CLI, "serve", "--model", str(model_path), *arguments) as server:
         ready = server.wait_for(lambda line: line.startswith("ready"))
         assert f"grpc://{target}" in ready
@@ -38,6 +39,7 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
         assert facts["heads"].endswith("h4kv2d16 x 2 layers")
         assert "blocks of 16" in facts["kv"]
         assert "MiB" in facts["kv"]
+        assert facts["metrics"].split()[1] == f"http://127.0.0.1:{metrics_port}/metrics"
 
         answer = _run("generate", "--target", target, "--max-tokens", "5", "--json", "hello")
         assert answer.returncode == 0, answer.stderr
@@ -56,14 +58,15 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
         assert server.wait() == 0, server.output
         assert server.lines[-1] == "stopped"
         assert psutil.wait_procs(family, timeout=20)[1] == []
-        for number in (port, http_port):
+        for number in (port, http_port, metrics_port):
             socket.create_server(("127.0.0.1", number)).close()
 
 
 @pytest.mark.parametrize("runtime", ["standalone", pytest.param("ray", marks=pytest.mark.ray)])
 def test_a_stop_signal_lets_an_open_stream_finish(model_path: Path, runtime: str) -> None:
     port, http_port = free_ports(2)
-    arguments = ["--runtime", runtime, "--port", str(port), "--http-port", str(http_port)]
+    ports = ["--port", port, "--http-port", http_port, "--metrics-port", 0]
+    arguments = ["--runtime", runtime, *map(str, ports)]
     with Process(*_CLI, "serve", "--model", str(model_path), *arguments) as server:
         server.wait_for(lambda line: line.startswith("ready"))
         with Client(f"127.0.0.1:{port}") as client:
@@ -77,18 +80,16 @@ def test_a_stop_signal_lets_an_open_stream_finish(model_path: Path, runtime: str
         assert server.wait() == 0, server.output
 
 
-@pytest.mark.parametrize("runtime", ["ray", "standalone"])
-def test_a_taken_port_is_named(model_path: Path, runtime: str) -> None:
+@pytest.mark.parametrize("flag", ["--port", "--http-port", "--metrics-port"])
+def test_a_taken_port_is_named(model_path: Path, flag: str) -> None:
+    ports = dict(zip(("--port", "--http-port", "--metrics-port"), free_ports(3), strict=True))
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        answer = _run(
-            "serve", "--runtime", runtime, "--model", str(model_path), "--port", str(port)
-        )
+        ports[flag] = taken.getsockname()[1]
+        arguments = [part for name, port in ports.items() for part in (name, str(port))]
+        answer = _run("serve", "--model", str(model_path), *arguments)
     assert answer.returncode == 1
-    assert (
-        answer.stderr
-        == f"error: cannot listen on 127.0.0.1:{port} (--port): Address already in use\n"
-    )
+    expected = f"cannot listen on 127.0.0.1:{ports[flag]} ({flag}): Address already in use"
+    assert answer.stderr == f"error: {expected}\n"
 
 
 def _copy(model_path: Path, target: Path) -> Path:
@@ -162,6 +163,8 @@ def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -
         (["--config", str(tmp_path / "none.yaml")], "is not a file"),
         (["--port", "70000"], "port is 70000"),
         (["--port", "8000"], "port and http_port are both 8000"),
+        (["--metrics-port", "9000"], "port is 9000, which is one of the ports from metrics_port"),
+        (["--metrics-port", "0", "--metrics-targets", "x"], "metrics_targets is set"),
         (["--replicas", "0"], "replicas is 0"),
         (["--runtime", "standalone", "--replicas", "2"], "replicas is more than 1"),
         (["--runtime", "docker"], "docker"),

@@ -7,8 +7,24 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from service.engine import errors as engine_errors
-from service.engine.errors import EngineError, InvalidRequestError, QueueFullError, Violation
-from service.errors import CATALOGUE, DOMAIN, ServiceError, to_status
+from service.engine.errors import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestLostError,
+    Violation,
+)
+from service.errors import (
+    CATALOGUE,
+    DOMAIN,
+    REFUSAL_REASONS,
+    RequestDrainedError,
+    ServiceError,
+    refusal_reason,
+    to_status,
+)
 
 T = TypeVar("T")
 
@@ -32,9 +48,19 @@ def test_every_error_is_in_the_catalogue() -> None:
         assert kind.__name__ in engine_errors.__doc__
 
 
-def test_reasons_are_unique() -> None:
-    reasons = [kind.reason for kind in CATALOGUE.values()]
-    assert len(set(reasons)) == len(reasons)
+def test_a_reason_means_one_code_and_one_delay() -> None:
+    kinds = {(kind.reason, kind.code, kind.retry_after) for kind in CATALOGUE.values()}
+    assert len(kinds) == len({reason for reason, _, _ in kinds})
+
+
+def test_a_refusal_is_told_from_an_end() -> None:
+    assert refusal_reason(EngineDeadError()) == "engine_dead"
+    assert refusal_reason(RequestLostError()) is None
+    assert refusal_reason(EngineDrainingError()) == "draining"
+    assert refusal_reason(RequestDrainedError()) is None
+    assert refusal_reason(KeyError()) is None
+    for kind in CATALOGUE.values():
+        assert not kind.refuses or kind.reason.lower() in REFUSAL_REASONS
 
 
 def test_invalid_request_names_every_field() -> None:

@@ -6,10 +6,14 @@ from collections.abc import AsyncIterator, Sequence
 import grpc
 import pytest
 from google.rpc import status_pb2
+from grpc import StatusCode as Code
+from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckResponse
+from prometheus_client import CollectorRegistry
 
 from service.engine.errors import QueueFullError
 from service.errors import DETAILS_KEY
+from service.metrics.rpc import RpcMetrics
 from service.rpc import RpcContext, server_stream, unary
 
 
@@ -32,14 +36,17 @@ class _Context:
 class _Methods:
     closed = False
 
+    def __init__(self) -> None:
+        self.rpc_metrics = RpcMetrics([health_pb2.DESCRIPTOR.services_by_name["Health"]])
+
     @unary(HealthCheckResponse)
-    async def One(self, request: Exception | None, context: RpcContext) -> HealthCheckResponse:  # noqa: N802
+    async def Check(self, request: Exception | None, context: RpcContext) -> HealthCheckResponse:  # noqa: N802
         if request is not None:
             raise request
         return HealthCheckResponse(status=1)
 
     @server_stream
-    async def Many(self, request: BaseException, context: RpcContext) -> AsyncIterator[int]:  # noqa: N802
+    async def Watch(self, request: BaseException, context: RpcContext) -> AsyncIterator[int]:  # noqa: N802
         try:
             yield 1
             raise request
@@ -49,15 +56,15 @@ class _Methods:
 
 async def test_a_result_passes_through() -> None:
     context = _Context()
-    assert (await _Methods().One(None, context)).status == 1
+    assert (await _Methods().Check(None, context)).status == 1
     assert context.code is None
 
 
 async def test_an_error_becomes_code_details_and_metadata() -> None:
     error = QueueFullError(unit="requests", limit=1)
     for_unary, for_stream = _Context(), _Context()
-    assert await _Methods().One(error, for_unary) == HealthCheckResponse()
-    assert [item async for item in _Methods().Many(error, for_stream)] == [1]
+    assert await _Methods().Check(error, for_unary) == HealthCheckResponse()
+    assert [item async for item in _Methods().Watch(error, for_stream)] == [1]
     for context in (for_unary, for_stream):
         assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert context.details == str(error)
@@ -68,15 +75,53 @@ async def test_an_error_becomes_code_details_and_metadata() -> None:
 async def test_cancellation_is_not_an_error_of_ours() -> None:
     context = _Context()
     with pytest.raises(asyncio.CancelledError):
-        _ = [item async for item in _Methods().Many(asyncio.CancelledError(), context)]
+        _ = [item async for item in _Methods().Watch(asyncio.CancelledError(), context)]
     assert context.code is None
 
 
 async def test_a_stream_that_is_left_is_closed_at_once() -> None:
     methods = _Methods()
-    stream = methods.Many(ValueError(), _Context())
+    stream = methods.Watch(ValueError(), _Context())
     async for _ in stream:
         break
     assert not methods.closed
     await stream.aclose()  # type: ignore[attr-defined]
     assert methods.closed
+
+
+async def test_rpcs_are_counted_with_the_code_they_end_with() -> None:
+    registry = CollectorRegistry()
+    methods = _Methods()
+    registry.register(methods.rpc_metrics)
+
+    def counted(name: str, method: str, **labels: str) -> float | None:
+        kind = {"Check": "unary", "Watch": "server_stream"}[method]
+        labels |= {"grpc_service": "grpc.health.v1.Health", "grpc_type": kind}
+        return registry.get_sample_value(f"grpc_server_{name}", {"grpc_method": method, **labels})
+
+    def handled(method: str) -> dict[str, float]:
+        codes = {code.name: counted("handled_total", method, grpc_code=code.name) for code in Code}
+        return {name: count for name, count in codes.items() if count}
+
+    assert handled("Check") == handled("Watch") == {}
+    await methods.Check(None, _Context())
+    await methods.Check(QueueFullError(unit="requests", limit=1), _Context())
+    await methods.Check(KeyError(), _Context())
+    assert handled("Check") == {"OK": 1, "RESOURCE_EXHAUSTED": 1, "INTERNAL": 1}
+    assert counted("msg_sent_total", "Check") == 1, "an error is no message"
+    stream = methods.Watch(ValueError(), _Context())
+    async for _ in stream:
+        assert counted("msg_sent_total", "Watch") == 1, "before the client has it"
+        assert counted("started_total", "Watch") == 1
+        assert handled("Watch") == {}
+        break
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert handled("Watch") == {"CANCELLED": 1}
+    with pytest.raises(asyncio.CancelledError):
+        _ = [item async for item in methods.Watch(asyncio.CancelledError(), _Context())]
+    assert handled("Watch") == {"CANCELLED": 2}
+    assert counted("handling_seconds_count", "Watch") == 2
+    refused = registry.get_sample_value(
+        "headroom_requests_rejected_total", {"reason": "queue_full"}
+    )
+    assert refused == 1

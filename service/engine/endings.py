@@ -1,0 +1,30 @@
+"""When a generation ends by itself."""
+
+from collections.abc import Container
+
+from service.engine.sequence import FinishReason, Sequence
+
+
+def ending_of(
+    seq: Sequence, *, eos_token_ids: Container[int], max_len: int
+) -> tuple[FinishReason, str | int | None] | None:
+    """Why the newest token of a generation is its last one, and what it matched; None if it is not.
+
+    Args:
+        max_len: tokens of the longest sequence.
+    """
+    params, token_id = seq.params, seq.token_ids[-1]
+    assert params is not None, "only generations sample"
+    matched = seq.match_stop(token_id) if seq.match_stop else None
+    if matched is not None:
+        return FinishReason.STOP, matched
+    if seq.num_output_tokens >= params.min_tokens:
+        if token_id in params.stop_token_ids:
+            return FinishReason.STOP, token_id
+        if token_id in eos_token_ids and not params.ignore_eos:
+            return FinishReason.EOS, None
+    if params.max_tokens is not None and seq.num_output_tokens >= params.max_tokens:
+        return FinishReason.LENGTH, None
+    if seq.num_tokens >= max_len:
+        return FinishReason.CONTEXT_FULL, None
+    return None

@@ -1,0 +1,38 @@
+"""How many bytes of keys and values a step has to read at least."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from models.config import ITEMSIZE, ModelConfig, Retention
+from service.engine.plan import ScheduledSequence
+
+
+class KVReads:
+    """Counts each key and value that a query of a step sees, once for each sequence.
+
+    For a step of decodes it is the sum of `ModelConfig.kv_bytes` over the sequences, without a
+    loop over layers.
+
+    Args:
+        config: with the type that the cache is kept in.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        sizes: Counter[Retention] = Counter()
+        for index, heads in enumerate(config.layers):
+            for retention, kv_heads in config.retentions(index).items():
+                sizes[retention] += 2 * len(kv_heads) * heads.head_dim * ITEMSIZE[config.dtype]
+        self._whole = sizes.pop(Retention(), 0)
+        # A window moves with each query, so that new tokens see one more key each.
+        self._windows = [
+            (retention.window - 1 + retention.sink_tokens, size)
+            for retention, size in sizes.items()
+            if retention.window is not None
+        ]
+
+    def count(self, scheduled: Iterable[ScheduledSequence]) -> int:
+        spans = [(item.end, item.num_tokens) for item in scheduled]
+        num_bytes = self._whole * sum(end for end, _ in spans)
+        for reach, size in self._windows:
+            num_bytes += size * sum(min(end, reach + new) for end, new in spans)
+        return num_bytes

@@ -1,0 +1,67 @@
+"""What one step is to do, and what the model said: between scheduler and model runner."""
+
+from dataclasses import dataclass
+
+from service.engine.sequence import Sequence, SequenceOutput, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """The next uncomputed tokens of a sequence are part of the step.
+
+    Attributes:
+        num_tokens: how many of them.
+        start: tokens of the sequence that were computed before.
+    """
+
+    seq: Sequence
+    num_tokens: int
+    start: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence that are computed after the step."""
+        return self.start + self.num_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step computes the sequence's last token, so that a new one follows."""
+        return self.seq.params is not None and self.num_tokens == self.seq.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What a step does.
+
+    Attributes:
+        scheduled: sequences with exactly one token first, then the others.
+        expired: outputs of sequences whose deadline has passed; they do not run.
+        num_preempted: sequences that lost their blocks to others.
+    """
+
+    scheduled: tuple[ScheduledSequence, ...]
+    expired: tuple[SequenceOutput, ...]
+    num_preempted: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_tokens for item in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the model said about one scheduled sequence.
+
+    Attributes:
+        token_id: the sampled token; None if none was due.
+        logprobs: of the sampled token, if asked for.
+        prompt_logprobs: when scoring, log-probabilities of the tokens after the computed ones.
+        pooled: when embedding, what the computed tokens contribute; empty is nothing.
+        failed: the model's numbers for this sequence were not finite.
+    """
+
+    token_id: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[float, ...] = ()
+    pooled: tuple[float, ...] = ()
+    failed: bool = False
