@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench sweep attention dashboard parity mutations demo clean
+.PHONY: install tools serve test lint format proto bench sweep saturation attention dashboard parity mutations demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -47,6 +47,9 @@ bench: install  ## engine alone, standalone and Ray Serve in one run; writes loa
 sweep: install  ## key/value heads under load; writes loadtests/results, takes half an hour
 	$(BIN)/headroom sweep loadtests/sweeps/kv-heads.yaml
 	$(BIN)/python -m loadtests.sweep.picture loadtests/results/kv-heads
+
+saturation: install  ## twice the load that a running server sustains; writes loadtests/results
+	$(BIN)/python -m loadtests.saturation
 
 attention: install  ## fused and split attention; writes loadtests/results
 	$(BIN)/python -m loadtests.attention

@@ -32,7 +32,6 @@ class QueryBatch:
     key_positions: Tensor
     whole_length: int | None
     _masks: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    _additive: dict[object, Tensor] = field(default_factory=dict)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`[tokens, heads, width]` of the step to `[sequences, heads, queries, width]`."""
@@ -41,31 +40,17 @@ class QueryBatch:
 
     def mask(self, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
         """`visible` and `bias` of a scoring; computed once for all layers that agree on them."""
-        key = _mask_key(scoring)
+        key = (
+            scoring.causal,
+            scoring.window,
+            scoring.sink_tokens,
+            scoring.alibi,
+            scoring.scale if scoring.alibi is not None else None,
+        )
         if key not in self._masks:
             visible = scoring.visible(self.query_positions, self.key_positions)
             self._masks[key] = visible, scoring.bias(self.key_positions)
         return self._masks[key]
-
-    def additive_mask(self, scoring: Scoring, dtype: torch.dtype) -> Tensor:
-        """0 where `visible`, else -inf; computed once like it."""
-        key = _mask_key(scoring)
-        if key not in self._additive:
-            visible, _ = self.mask(scoring)
-            zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            self._additive[key] = zeros.masked_fill_(~visible, float("-inf"))
-        return self._additive[key]
-
-
-def _mask_key(scoring: Scoring) -> object:
-    """Equal for scorings with equal masks."""
-    return (
-        scoring.causal,
-        scoring.window,
-        scoring.sink_tokens,
-        scoring.alibi,
-        scoring.scale if scoring.alibi is not None else None,
-    )
 
 
 @dataclass(frozen=True, slots=True)

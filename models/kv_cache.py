@@ -56,7 +56,7 @@ class CachePart:
 
         Returns:
             Keys and values, each `[batch, kv_heads, blocks * block_size, head_dim]`; the next
-            gather from any part of the same cache overwrites them.
+            gather from any part of the same cache may overwrite them.
         """
         rows = self._block_rows.first(block_tables)[None, :, None, :, None]
         num_heads = len(self.part.kv_heads)
@@ -76,17 +76,21 @@ class CachePart:
 
 
 class _Scratch:
-    """Memory that is used again and again: new memory of this size would have to be mapped by
-    the system each time, which takes longer than the copy."""
+    """Memory that is used again and again on a CPU, where new memory of this size would have to be
+    mapped by the system each time, which takes longer than the copy. A GPU's allocator keeps its
+    own."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._memory = torch.empty(0, dtype=dtype, device=device)
 
     def take(self, *shape: int) -> Tensor:
-        """A tensor of any content; it is the memory of the one before."""
-        size = math.prod(shape)
-        if self._memory.numel() < size:
-            self._memory = self._memory.new_empty(size)
+        """A tensor of any content; on a CPU it is the memory of the one before."""
+        if self._memory.device.type != "cpu":
+            return self._memory.new_empty(shape)
+        size, held = math.prod(shape), self._memory.numel()
+        if held < size:
+            self._memory = self._memory.new_empty(0)  # gives the old memory back first
+            self._memory = self._memory.new_empty(max(size, 2 * held))
         return self._memory[:size].view(shape)
 
 

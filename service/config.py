@@ -4,7 +4,9 @@ This is the only place that reads files of settings or environment variables.
 """
 
 import dataclasses
+import ipaddress
 import os
+import socket
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -94,9 +96,9 @@ class ServiceConfig(BaseSettings):
 
     @property
     def metrics_addresses(self) -> dict[str, list[str]]:
-        """HOST:PORT of each replica's metrics, by application."""
+        """HOST:PORT of each replica's metrics, by application; as others can reach them."""
         return {
-            one.application: [f"{one.host}:{port}" for port in one.metrics_ports]
+            one.application: [f"{_reachable(one.host)}:{port}" for port in one.metrics_ports]
             for one in self.applications
         }
 
@@ -172,6 +174,17 @@ class ServiceConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def _reachable(host: str) -> str:
+    """A host as part of an address; a server on all interfaces goes by its machine's name."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host  # a name
+    if address.is_unspecified:
+        return socket.gethostname()
+    return f"[{host}]" if address.version == 6 else host
 
 
 def _check_environment() -> None:

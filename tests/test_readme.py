@@ -56,7 +56,7 @@ def test_make_serve_runs_the_command_that_is_tested_elsewhere() -> None:
 @pytest.mark.parametrize("command", [c for c in _commands() if c.startswith(".venv/bin/headroom")])
 def test_commands_do_what_they_say(command: str, target: str, tmp_path: Path) -> None:
     arguments = shlex.split(command)[1:]
-    if arguments[0] == "serve":
+    if arguments[0] in ("serve", "sweep"):
         assert _help_knows(arguments), command
         return
     if arguments[0] in ("generate", "model"):
@@ -80,7 +80,7 @@ def test_commands_do_what_they_say(command: str, target: str, tmp_path: Path) ->
 
 
 def _help_knows(arguments: list[str]) -> bool:
-    """A server of a model that the reader has is not started; its options are real."""
+    """What takes long or needs a model of the reader's is not started; its options are real."""
     answer = subprocess.run(
         [sys.executable, *_CLI, arguments[0], "--help"], capture_output=True, text=True, cwd=ROOT
     )

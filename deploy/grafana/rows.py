@@ -26,8 +26,10 @@ _STEP = "headroom_step_duration_seconds"
 _KV_BYTES = "headroom_step_kv_bytes_total"
 _HANDLED = "grpc_server_handled_total"
 _IN_TIME = ',le="$ttft_target"'
+# Health checks are answered even by a server that fails.
+_WORK = ',grpc_service=~"headroom.v1.(Generation|Attention)Service"'
 # Faults of the server, not of the request.
-_FAULTS = ',grpc_code=~"INTERNAL|UNKNOWN|UNAVAILABLE|DATA_LOSS"'
+_FAULTS = f'{_WORK},grpc_code=~"INTERNAL|UNKNOWN|UNAVAILABLE|DATA_LOSS"'
 _COLUMNS = (
     "application, model, head_config, attention, num_layers, num_heads, num_kv_heads, head_dim, "
     "kv_bytes_per_token, num_parameters, family, dtype, device, backend"
@@ -44,9 +46,9 @@ _OVERVIEW = (
     ),
     stat(
         "Error ratio",
-        "Calls that ended by a fault of the server, of all calls.",
+        "Calls for work that ended by a fault of the server.",
         "percentunit",
-        f"sum({rate(_HANDLED, _FAULTS)}) / sum({rate(_HANDLED)})",
+        f"sum({rate(_HANDLED, _FAULTS)}) / sum({rate(_HANDLED, _WORK)})",
         alarm=0.01,
     ),
     stat("Replicas", "Replicas that answered the last scrape.", "short", f"sum(up{{{TARGETS}}})"),

@@ -81,11 +81,10 @@ def paged_attention(
             )
         else:
             queries = batch.unpack(query)
+            visible, bias = batch.mask(scoring)
             if _is_small(queries, scoring):
-                mask = batch.additive_mask(scoring, query.dtype)
-                output = _attend_by_products(queries, key, value, scoring, mask)
+                output = _attend_by_products(queries, key, value, scoring, visible)
             else:
-                visible, bias = batch.mask(scoring)
                 output = attend(queries, key, value, scoring, visible=visible, bias=bias)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -105,18 +104,17 @@ def _is_small(query: Tensor, scoring: Scoring) -> bool:
 
 
 def _attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, mask: Tensor
+    query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, visible: Tensor
 ) -> Tensor:
     """One query for each sequence, which sees itself at least. Scores are rounded to the type of
-    the query, as in eager attention.
-
-    Args:
-        mask: 0 or -inf, added to the scores.
-    """
+    the query, as in eager attention."""
     query = query * scoring.head_scale(query, dims=2)
     grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
     scores = grouped @ key.transpose(-1, -2)
-    scores += mask if mask.shape[1] == 1 else mask.squeeze(2).view(scores.shape)
+    if visible.shape[1] != 1:
+        visible = visible.squeeze(2).view(scores.shape)
+    # Filled, not added to: the score of a hidden key may have overflowed.
+    scores.masked_fill_(~visible, float("-inf"))
     output: Tensor = scores.softmax(dim=-1) @ value
     return output.flatten(1, 2)[:, :, None]
 

@@ -179,8 +179,14 @@ def test_in_bfloat16_a_query_errs_at_most_twice_as_much_as_eager_attention(
 # A cache is reused without being cleared: whatever finite numbers an earlier sequence left behind
 # the end of this one must have no weight at all.
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("stale", [1e30, -1e30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "stale"),
+    [
+        *((torch.float32, stale) for stale in (1e30, -1e30)),
+        *((torch.bfloat16, stale) for stale in (1e30, -1e30)),
+        *((torch.float16, stale) for stale in (6e4, -6e4)),  # times a query it overflows
+    ],
+)
 @settings(max_examples=60)
 @given(varied=VARIED_CASES)
 @example(varied=(EVERYTHING, PLAIN))

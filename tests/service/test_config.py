@@ -1,5 +1,6 @@
 """Settings: where they come from, in which order, and what a wrong one says."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,21 @@ def test_applications_share_all_but_their_model(tmp_path: Path) -> None:
     ]
     alone = load_config(model="demo")
     assert alone.applications == (alone,)
+
+
+@pytest.mark.parametrize(
+    ("host", "reached"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("::1", "[::1]"),
+        ("gpu-7", "gpu-7"),
+        ("0.0.0.0", socket.gethostname()),
+        ("::", socket.gethostname()),
+    ],
+)
+def test_metrics_are_announced_where_others_reach_them(host: str, reached: str) -> None:
+    config = load_config(host=host, metrics_port=9500, replicas=2)
+    assert config.metrics_addresses == {"headroom": [f"{reached}:9500", f"{reached}:9501"]}
 
 
 def test_every_setting_is_documented() -> None:
