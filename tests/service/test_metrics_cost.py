@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import pytest
 
+from models import load_model
 from service.config import DEMO_DIRECTORY
 from service.engine import Engine, EngineConfig, SamplingParams
 from service.engine.engine import EngineRequest
@@ -13,6 +15,8 @@ from service.engine.kv_reads import KVReads
 from service.engine.stats import Progress, StepStats
 from service.metrics.engine import EngineMetrics
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _STEPS = 60
 
 
@@ -22,10 +26,10 @@ class Stopwatch:
     def __init__(self) -> None:
         self._seconds = 0.0
 
-    def timed(self, function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object) -> object:
+    def timed(self, function: Callable[P, T]) -> Callable[P, T]:
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
             started = time.perf_counter()
-            result = function(*args)
+            result = function(*args, **kwargs)
             self._seconds += time.perf_counter() - started
             return result
 
@@ -54,9 +58,8 @@ def test_metrics_take_less_than_a_hundredth_of_a_step(
         costs.append(watch.read())
         steps.append(stats.seconds)
 
-    engine = Engine.from_checkpoint(
-        DEMO_DIRECTORY, EngineConfig(num_threads=1), on_step=on_step, on_finish=end
-    )
+    model = load_model(DEMO_DIRECTORY)
+    engine = Engine(model, EngineConfig(num_threads=1), on_step=on_step, on_finish=end)
     params = SamplingParams(max_tokens=_STEPS, temperature=0, ignore_eos=True)
     for index in range(num_seqs):
         engine.add(EngineRequest([index + 5] * 8, params, request_id=str(index)))
