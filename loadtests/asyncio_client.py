@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from loadtests.client_cpu import CpuMeter
+from loadtests.client_cpu import CpuMeter, WaitMeter
 from loadtests.feed import Feed, Turn
 from loadtests.load import LoadSpec, LoadSummary
 from loadtests.recording import (
@@ -53,9 +53,9 @@ async def run_load(spec: LoadSpec) -> LoadSummary:
         metadata = ((APPLICATION_KEY, spec.application),)
         models: Any = models_pb2_grpc.ModelServiceStub(channels[0])
         model = await models.GetModel(models_pb2.GetModelRequest(), metadata=metadata)
-        feed, meter = Feed(spec, model.vocab_size), CpuMeter()
+        feed, cpu, waits = Feed(spec, model.vocab_size), CpuMeter(), WaitMeter()
         began = time.perf_counter()
-        metering = asyncio.create_task(_update(meter))
+        metering = asyncio.create_task(_update(cpu, waits))
         samples = await asyncio.gather(
             *(
                 _user(user, channels[user // USERS_PER_CHANNEL], spec, feed, began)
@@ -65,16 +65,18 @@ async def run_load(spec: LoadSpec) -> LoadSummary:
         metering.cancel()
     return summarize(
         list(itertools.chain.from_iterable(samples)),
-        client_cpu=meter.busiest(),
+        client_cpu=cpu.busiest(),
+        client_wait=waits.share(),
         began=began + EPOCH,
         stages=[] if spec.shape == "steady" else spec.stages,
     )
 
 
-async def _update(meter: CpuMeter) -> None:
+async def _update(cpu: CpuMeter, waits: WaitMeter) -> None:
     while True:
         await asyncio.sleep(_METER_SECONDS)
-        meter.update()
+        cpu.update()
+        waits.update()
 
 
 async def _user(

@@ -14,7 +14,7 @@ from loadtests.options import DEFAULT_TARGET
 from loadtests.run import LoadError, locust_command, run_load
 from loadtests.stages import Shape
 from loadtests.tables import stage_table, summary_table
-from loadtests.workload import SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Lengths, Workload
+from loadtests.workload import Workload
 from service.console import err, fail, out
 
 _FAILED, _CLIENT_BOUND = 1, 3
@@ -50,12 +50,8 @@ def _command(
     Exit code 1: requests failed. 3: the load generator itself was too busy; do not count the run.
     """
     try:
-        workload = Workload(
-            prompt=SHAREGPT_PROMPT if prompt == "sharegpt" else Lengths.parse(prompt),
-            output=SHAREGPT_OUTPUT if output == "sharegpt" else Lengths.parse(output),
-            shared_prefix=shared_prefix,
-            hang_up=hang_up,
-            seed=seed,
+        workload = Workload.parse(
+            prompt, output, shared_prefix=shared_prefix, hang_up=hang_up, seed=seed
         )
         spec = LoadSpec(
             target=target,

@@ -1,6 +1,5 @@
 """Gathers what load processes report, writes it down, and sums it up."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,7 @@ class Collector:
         self._processes = processes
         self._file = open_samples(path) if path else None
         self._samples: list[Sample] = []
-        self._client_cpu = 0.0
-        self._began = math.inf
-        self._num_over = 0
+        self._last_reports: list[dict[str, Any]] = []
 
     @property
     def num_requests(self) -> int:
@@ -33,7 +30,7 @@ class Collector:
     @property
     def is_over(self) -> bool:
         """Whether every process has sent its last report."""
-        return self._num_over == self._processes
+        return len(self._last_reports) == self._processes
 
     def add(self, report: dict[str, Any]) -> None:
         """A report of `Node.report`."""
@@ -43,14 +40,17 @@ class Collector:
             for sample in samples:
                 write_sample(self._file, sample)
         if report["over"]:
-            self._client_cpu = max(self._client_cpu, report["client_cpu"])
-            self._began = min(self._began, report["began"])
-            self._num_over += 1
+            self._last_reports.append(report)
 
     def close(self) -> LoadSummary:
-        """The summary; the file is then complete."""
+        """The summary once all is over; the file is then complete."""
         if self._file:
             self._file.close()
+        waits = [report["client_wait"] for report in self._last_reports]
         return summarize(
-            self._samples, client_cpu=self._client_cpu, began=self._began, stages=self._stages
+            self._samples,
+            client_cpu=max(report["client_cpu"] for report in self._last_reports),
+            client_wait=max((wait for wait in waits if wait is not None), default=None),
+            began=min(report["began"] for report in self._last_reports),
+            stages=self._stages,
         )

@@ -8,44 +8,32 @@ each server, with the bundled demo model. Writes JSON and a table to `loadtests/
 """
 
 import asyncio
+import dataclasses
 import json
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from loadtests.asyncio_client import run_load
 from loadtests.checkpoints import write_random_checkpoint
+from loadtests.load import LoadSpec
 from loadtests.servers import CLI, Runtime, Server, running_server
-from protos.headroom.v1 import generation_pb2 as pb
-from protos.headroom.v1 import generation_pb2_grpc
+from loadtests.workload import Lengths, Workload
 from service.bench import BenchShape
-from service.client import AsyncClient
 from service.runtimes.ray_environment import free_ports
 
 RESULTS = Path(__file__).parent / "results"
 _FRONTS: tuple[Runtime, ...] = ("standalone", "ray")
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Requests that start together: `clients` streams of `prompt` and `output` tokens."""
-
-    clients: int
-    prompt: int
-    output: int
-    rounds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +53,12 @@ def main(
     name: Annotated[str, typer.Option(help="Name of the result files.")] = "fronts",
 ) -> None:
     """Measure engine, standalone and Ray Serve in one run."""
-    load = Load(clients, prompt, output, rounds)
+    workload = Workload(Lengths(prompt, prompt), Lengths(output, output))
+    load = LoadSpec("", workload, users=clients, num_requests=clients)  # of each front in turn
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "random"
         _write_checkpoint(path, layers, kv_heads, max_len=prompt + output)
-        result = _measure(path, load)
+        result = _measure(path, load, rounds)
     result["idle"] = {front: _idle(front) for front in _FRONTS}
     command = f"python -m loadtests.fronts {' '.join(sys.argv[1:])}".strip()
     document = {"date": date.today().isoformat(), "command": command, **result}
@@ -80,24 +69,24 @@ def main(
     print(table)
 
 
-def _measure(path: Path, load: Load) -> dict[str, Any]:
+def _measure(path: Path, load: LoadSpec, rounds: int) -> dict[str, Any]:
     engine_runs: list[dict[str, Any]] = []
     front_runs: dict[Runtime, list[FrontRun]] = {front: [] for front in _FRONTS}
     with ExitStack() as stack:
         targets: dict[Runtime, str] = {}
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
-        task = progress.add_task("starting", total=load.rounds * 3 + 2)
+        task = progress.add_task("starting", total=rounds * 3 + 2)
         for front in _FRONTS:
             targets[front] = stack.enter_context(_serve(front, str(path), load)).target
-            asyncio.run(_run_load(targets[front], load))  # warm-up
+            _run(targets[front], load)  # warm-up
             progress.advance(task)
-        for _ in range(load.rounds):
+        for _ in range(rounds):
             progress.update(task, description="engine")
             engine_runs.append(_bench_engine(path, load))
             progress.advance(task)
             for front in _FRONTS:
                 progress.update(task, description=front)
-                front_runs[front].append(asyncio.run(_run_load(targets[front], load)))
+                front_runs[front].append(_run(targets[front], load))
                 progress.advance(task)
     engine_rates = [run["runs"][0]["total_tokens_per_s"] for run in engine_runs]
     rows = {"engine": {"tokens_per_s": engine_rates}}
@@ -111,7 +100,12 @@ def _measure(path: Path, load: Load) -> dict[str, Any]:
         row["share_of_engine"] = [round(statistics.median(row["tokens_per_s"]) / engine, 3)]
     return {
         "machine": engine_runs[0]["machine"],
-        "load": asdict(load),
+        "load": {
+            "clients": load.users,
+            "prompt": load.workload.prompt.high,
+            "output": load.workload.output.high,
+            "rounds": rounds,
+        },
         "model": engine_runs[0]["runs"][0]["heads"],
         "parameters": engine_runs[0]["runs"][0]["parameters"],
         "dtype": engine_runs[0]["runs"][0]["dtype"],
@@ -119,45 +113,20 @@ def _measure(path: Path, load: Load) -> dict[str, Any]:
     }
 
 
-async def _run_load(target: str, load: Load) -> FrontRun:
-    rng = random.Random(0)  # noqa: S311, a workload is no secret
-    async with AsyncClient(target) as client:
-        vocab_size = (await client.get_model()).vocab_size
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-        prompts = [
-            [rng.randrange(vocab_size) for _ in range(load.prompt)] for _ in range(load.clients)
-        ]
-        started = time.perf_counter()
-
-        async def one(prompt: list[int]) -> float:
-            request = pb.GenerateRequest(
-                token_ids=pb.TokenIds(ids=prompt),
-                sampling=pb.SamplingParams(max_tokens=load.output, temperature=0, ignore_eos=True),
-            )
-            first: float | None = None
-            num_tokens = 0
-            async for response in stub.Generate(request):
-                first = first or time.perf_counter() - started
-                num_tokens += len(response.delta.token_ids)
-            assert num_tokens == load.output, "a stream is not whole"
-            assert first is not None, "a whole stream has a first token"
-            return first
-
-        first_tokens = await asyncio.gather(*map(one, prompts))
-        seconds = time.perf_counter() - started
-    return FrontRun(
-        tokens_per_s=load.clients * load.output / seconds,
-        first_token_ms=1000 * statistics.median(first_tokens),
-    )
+def _run(target: str, load: LoadSpec) -> FrontRun:
+    """Raises RuntimeError: a stream is not whole."""
+    summary = asyncio.run(run_load(dataclasses.replace(load, target=target)))
+    if summary.finish_reasons != {"length": load.users} or summary.ttft_ms is None:
+        raise RuntimeError(f"streams are not whole: {summary.finish_reasons}, {summary.failures}")
+    return FrontRun(summary.output_tokens_per_s, summary.ttft_ms.p50)
 
 
-def _bench_engine(path: Path, load: Load) -> dict[str, Any]:
+def _bench_engine(path: Path, load: LoadSpec) -> dict[str, Any]:
     arguments = {
         "--model": str(path),
-        "--clients": load.clients,
-        "--prompt": load.prompt,
-        "--output": load.output,
+        "--clients": load.users,
+        "--prompt": load.workload.prompt.high,
+        "--output": load.workload.output.high,
         "--repeats": 1,
     }
     flat = [str(part) for pair in arguments.items() for part in pair]
@@ -165,13 +134,13 @@ def _bench_engine(path: Path, load: Load) -> dict[str, Any]:
     return json.loads(answer.stdout)  # type: ignore[no-any-return]
 
 
-def _serve(front: Runtime, model: str, load: Load | None) -> AbstractContextManager[Server]:
+def _serve(front: Runtime, model: str, load: LoadSpec | None) -> AbstractContextManager[Server]:
     port, http_port = free_ports(2)
     settings: dict[str, Any] = {"http_port": http_port, "metrics_port": 0}
     if load is not None:
         settings["engine"] = {
-            "max_num_seqs": load.clients,
-            "max_num_batched_tokens": max(512, load.clients),
+            "max_num_seqs": load.users,
+            "max_num_batched_tokens": max(512, load.users),
         }
     return running_server(front, [model], port, settings)
 

@@ -128,6 +128,8 @@ class LoadSummary:
         delay_ms: from a scheduled arrival until a user was free to send it (open loop). Large
             values mean that the load was not open: more users are needed.
         client_cpu: share of one core that the busiest load process took, at its busiest.
+        client_wait: seconds per second that the threads of a load process were ready to run but had
+            no core, of the process that waited most. None where the kernel does not say.
         client_bound: the load generator itself was too busy; its times say nothing.
         began: when the load began, in seconds since 1970; stages count from it.
         stages: of the shape, none if it is steady.
@@ -149,6 +151,7 @@ class LoadSummary:
     e2e_ms: Distribution | None
     delay_ms: Distribution | None
     client_cpu: float
+    client_wait: float | None
     client_bound: bool
     began: float
     stages: list[StageSummary]

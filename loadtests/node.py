@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from loadtests.client_cpu import CpuMeter
+from loadtests.client_cpu import CpuMeter, WaitMeter
 from loadtests.feed import Feed, Turn
 from loadtests.load import LoadSpec
 from loadtests.recording import APPLICATION_KEY, CHANNEL_OPTIONS, EPOCH, USERS_PER_CHANNEL
@@ -40,7 +40,7 @@ class Node:
             models_pb2.GetModelRequest(), metadata=self.metadata, timeout=_CONNECT_SECONDS
         )
         self._feed = Feed(spec, model.vocab_size, process=process, processes=processes)
-        self._meter = CpuMeter()
+        self._cpu, self._waits = CpuMeter(), WaitMeter()
         self.began = time.perf_counter()
 
     def next_user(self) -> tuple[int, Any]:
@@ -78,7 +78,8 @@ class Node:
         new, self.samples = self.samples, []
         return {
             "samples": [sample.to_dict() for sample in new],
-            "client_cpu": self._meter.busiest(),
+            "client_cpu": self._cpu.busiest(),
+            "client_wait": self._waits.share(),
             "began": self.began + EPOCH,
             "over": over,
         }

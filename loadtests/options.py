@@ -6,7 +6,7 @@ from typing import Any
 
 from loadtests.load import LoadSpec
 from loadtests.stages import SHAPES
-from loadtests.workload import Lengths, Workload
+from loadtests.workload import Workload
 
 DEFAULT_TARGET = "127.0.0.1:9000"
 # Of options that mean "no limit"; locust's web page knows no empty numbers.
@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
     """
     add: Callable[..., Any] = parser.add_argument
     add("--application", default="headroom", help="Application, if the server has several.")
-    add("--prompt", default="fixed:128", help="Lengths of prompts, as uniform:64-256.")
+    add("--prompt", default="fixed:128", help="Lengths of prompts, as uniform:64-256 or sharegpt.")
     add("--output", default="fixed:128", help="Lengths of outputs.")
     add("--shared-prefix", type=int, default=0, help="Equal tokens in front of every prompt.")
     add("--hang-up", type=float, default=0.0, help="Share of requests that the client leaves.")
@@ -68,9 +68,9 @@ def from_options(options: Namespace, *, target: str) -> LoadSpec:
     return LoadSpec(
         target=target,
         application=options.application,
-        workload=Workload(
-            prompt=Lengths.parse(options.prompt),
-            output=Lengths.parse(options.output),
+        workload=Workload.parse(
+            options.prompt,
+            options.output,
             shared_prefix=options.shared_prefix,
             hang_up=options.hang_up,
             seed=options.seed,

@@ -43,6 +43,7 @@ def run_load(
         raise ValueError("num_requests and seconds are None; allowed: at least one of them")
     command = locust_command(spec, samples)
     last: dict[str, Any] = {}
+    error: str | None = None
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as locust,
@@ -51,6 +52,7 @@ def run_load(
         try:
             for line in locust.stdout:
                 last = json.loads(line)
+                error = error or last.get("error")  # others follow from the first
                 if on_progress is not None and "requests" in last:
                     on_progress(last["requests"])
         except BaseException:
@@ -58,8 +60,8 @@ def run_load(
             raise
         code = locust.wait()
         errors.seek(0)
-        if "error" in last:
-            raise LoadError(last["error"])
+        if error is not None:
+            raise LoadError(error)
         if code or "failures" not in last:
             raise LoadError(f"locust ended with code {code}:\n{errors.read().strip()}")
     return from_dict(last)

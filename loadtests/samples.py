@@ -47,8 +47,17 @@ class Sample:
 
 
 def open_samples(path: Path) -> TextIO:
-    """A file for `write_sample`; gzip JSON lines."""
-    return cast("TextIO", gzip.open(path, "wt", encoding="utf-8", compresslevel=1))
+    """A file for `write_sample`; gzip JSON lines.
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    try:
+        return cast("TextIO", gzip.open(path, "wt", encoding="utf-8", compresslevel=1))
+    except OSError as error:
+        raise ValueError(
+            f"samples is '{path}': {error.strerror}; allowed: a file that can be written"
+        ) from None
 
 
 def write_sample(file: TextIO, sample: Sample) -> None:

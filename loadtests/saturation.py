@@ -1,7 +1,7 @@
 """What happens beyond saturation: is the queue bounded, does the service go on, does it recover?
 
-    HEADROOM_ENGINE__MAX_WAITING_REQUESTS=16 headroom serve
-    python -m loadtests.saturation --max-waiting 16
+    headroom serve --config loadtests/saturation.yaml
+    python -m loadtests.saturation --max-waiting 16 --settings loadtests/saturation.yaml
 
 Finds the rate that the server sustains by a ramp of Poisson arrivals, then offers twice as much.
 Writes JSON and a table to `loadtests/results/saturation`. The exit code is that of the load tests:
@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+import yaml
 from rich.progress import Progress
 
 from loadtests.load import LoadSpec, LoadSummary, StageSummary
@@ -28,7 +29,7 @@ from loadtests.run import LoadError, run_load
 from loadtests.samples import Sample, read_samples
 from loadtests.stages import Stage
 from loadtests.summary import summarize_stage
-from loadtests.workload import Lengths, Workload
+from loadtests.workload import Workload
 from service.bench import machine
 from service.client import Client, HeadroomError
 from service.console import err, fail, out
@@ -191,6 +192,10 @@ def main(
     max_waiting: Annotated[
         int, typer.Option(min=1, help="max_waiting_requests, as the server was started.")
     ] = 256,
+    settings: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Of the server; kept with the results."),
+    ] = None,
     prompt: Annotated[str, typer.Option(help="Lengths, as fixed:128.")] = "uniform:64-192",
     output: Annotated[str, typer.Option(help="Lengths.")] = "uniform:32-96",
     ramp_seconds: Annotated[float, typer.Option(min=1)] = 60.0,
@@ -200,8 +205,9 @@ def main(
 ) -> None:
     """Find the sustainable rate, offer twice as much, and check what the service does."""
     try:
-        workload = Workload(Lengths.parse(prompt), Lengths.parse(output), seed=seed)
-    except ValueError as error:
+        workload = Workload.parse(prompt, output, seed=seed)
+        server_settings = yaml.safe_load(settings.read_text()) if settings else None
+    except (ValueError, yaml.YAMLError) as error:
         fail(str(error), code=2)
     try:
         with Progress(console=err, disable=not err.is_terminal) as progress:
@@ -221,6 +227,8 @@ def main(
         "date": date.today().isoformat(),
         "command": f"python -m loadtests.saturation {' '.join(sys.argv[1:])}".strip(),
         "machine": machine(torch.device("cpu")),
+        "max_waiting_on_command_line": max_waiting,
+        "settings_on_command_line": server_settings,
         "checks": [dataclasses.asdict(check) for check in checks],
         "client_bound": found.client_bound,
         **dataclasses.asdict(found),
@@ -245,6 +253,10 @@ def _markdown(document: dict[str, Any], found: Saturation, checks: list[Check]) 
         f"{machine['cpu']}, torch {machine['torch']}, Python {machine['python']}; the load "
         f"generator's machine. {found.server}. Open loop, Poisson arrivals; times count from the "
         "arrival.",
+        "",
+        "Not asked of the server but taken from the command line: a queue of "
+        f"{document['max_waiting_on_command_line']}, and the settings "
+        f"`{json.dumps(document['settings_on_command_line'])}`.",
         "",
         f"`{document['command']}`",
         "",

@@ -1,5 +1,6 @@
 """Servers in processes of their own, as a person would start them."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -19,7 +20,7 @@ _STOP_SECONDS = 60.0
 
 
 class ServerError(RuntimeError):
-    """A server ended before it was ready; the message ends with its last line."""
+    """A server ended before it was ready, or did not stop; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def running_server(
         settings: what else a settings file says.
 
     Raises:
-        ServerError: it ended before it was ready.
+        ServerError: it ended before it was ready, or did not stop and was killed.
     """
     flags = [part for model in models for part in ("--model", model)]
     arguments = [*CLI, "serve", *flags, "--runtime", runtime, "--port", str(port)]
@@ -75,5 +76,24 @@ def running_server(
             seconds = time.perf_counter() - started
             yield Server(f"127.0.0.1:{port}", psutil.Process(process.pid), seconds)
         finally:
-            process.send_signal(signal.SIGINT)
-            process.communicate(timeout=_STOP_SECONDS)
+            _stop(process, runtime)
+
+
+def _stop(process: subprocess.Popen[str], runtime: Runtime) -> None:
+    """Ask a server to stop; kill it, and all that it has started, if it does not."""
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    try:
+        process.communicate(timeout=_STOP_SECONDS)
+    except BaseException as error:  # whoever waits may be interrupted, too
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.kill()
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            text = f"did not stop within {_STOP_SECONDS:g} s and was killed"
+            raise ServerError(f"the {runtime} server {text}") from error
+        raise

@@ -74,9 +74,14 @@ class Session:
 
     def _start(self, environment: Environment) -> None:
         try:
-            spec = self._spec()
-        except ValueError as error:  # typed into the web page
-            raise _refused(str(error)) from None
+            self._begin()
+        except Exception as error:  # locust would log it, and wait for ever
+            reason = str(error) if isinstance(error, ValueError | StopTest) else repr(error)
+            self._give_up(reason)
+            raise StopTest(reason) from error
+
+    def _begin(self) -> None:
+        spec = self._spec()  # what the web page says may be wrong
         if not isinstance(self._runner, WorkerRunner):
             clients = self._runner.clients.ready if isinstance(self._runner, MasterRunner) else None
             # Goes to the workers with all options, so that each knows its part.
@@ -91,12 +96,12 @@ class Session:
     def _start_node(self, spec: LoadSpec, nodes: list[str]) -> None:
         name = self._runner.client_id if isinstance(self._runner, WorkerRunner) else _LOCAL
         if name not in nodes:
-            raise _refused("a worker came after the load had begun")
+            raise StopTest("a worker came after the load had begun")
         try:
             node = Node(spec, nodes.index(name), len(nodes))
         except grpc.RpcError as error:
             reason = f"{error.code().name}, {error.details()}"
-            raise _refused(f"{spec.target} does not say what it serves: {reason}") from None
+            raise StopTest(f"{spec.target} does not say what it serves: {reason}") from None
         GenerationUser.node = self._node = node
         self._runner.greenlet.spawn(self._report_regularly, node)
 
@@ -124,28 +129,34 @@ class Session:
     def _collect(self, environment: Environment, msg: Message) -> None:
         if self._collector is None:
             return
-        self._collector.add(msg.data)
-        _print({"requests": self._collector.num_requests})
-        if self._collector.is_over:
-            collector, self._collector = self._collector, None
-            _print(dataclasses.asdict(collector.close()))
-            # Both end the greenlet that calls this, so from another one.
-            gevent.spawn(self._runner.quit if self._options.headless else self._runner.stop)
+        try:
+            self._collector.add(msg.data)
+            _print({"requests": self._collector.num_requests})
+            if self._collector.is_over:
+                summary = self._collector.close()
+                self._collector = None
+                _print(dataclasses.asdict(summary))
+                self._end()
+        except OSError as error:
+            self._give_up(f"samples cannot be written: {error.strerror}")
 
     def _watch_workers(self, master: MasterRunner, collector: Collector | None) -> None:
         while self._collector is collector:
             gevent.sleep(_REPORT_SECONDS)
             running = master.state in (STATE_RUNNING, STATE_SPAWNING)
             if running and master.worker_count < len(self._options.nodes):
-                self._collector = None
-                _print({"error": "a worker ended before the load did; its samples are lost"})
-                gevent.spawn(master.quit if self._options.headless else master.stop)
+                self._give_up("a worker ended before the load did; its samples are lost")
 
+    def _give_up(self, reason: str) -> None:
+        """End the load without a summary."""
+        self._collector = None
+        _print({"error": reason})
+        self._environment.process_exit_code = 1
+        self._end()
 
-def _refused(reason: str) -> StopTest:
-    """What ends the load when an event handler raises it."""
-    _print({"error": reason})
-    return StopTest(reason)
+    def _end(self) -> None:
+        # Both end the greenlet that calls this, so from another one.
+        gevent.spawn(self._runner.quit if self._options.headless else self._runner.stop)
 
 
 def _print(fields: dict[str, Any]) -> None:

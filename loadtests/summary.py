@@ -41,12 +41,18 @@ def distribution(seconds: Iterable[float]) -> Distribution | None:
 
 
 def summarize(
-    samples: Sequence[Sample], *, client_cpu: float, began: float, stages: Sequence[Stage] = ()
+    samples: Sequence[Sample],
+    *,
+    client_cpu: float,
+    client_wait: float | None = None,
+    began: float,
+    stages: Sequence[Stage] = (),
 ) -> LoadSummary:
     """Over all requests; times are of those that did not fail.
 
     Args:
         client_cpu: share of one core that the busiest load process took.
+        client_wait: seconds per second that a load process waited for a core, if known.
         began: when the load began, in seconds since 1970.
         stages: each is also summed up alone.
     """
@@ -77,6 +83,7 @@ def summarize(
         e2e_ms=_e2e(served),
         delay_ms=distribution(sample.delay for sample in samples),
         client_cpu=client_cpu,
+        client_wait=client_wait,
         client_bound=client_cpu > CLIENT_BOUND_CORES,
         began=began,
         stages=[summarize_stage(samples, stage, began) for stage in stages],

@@ -41,9 +41,15 @@ def _facts(spec: LoadSpec, summary: LoadSummary) -> dict[str, str]:
         "requests": f"{summary.requests} in {summary.seconds:.1f} s: {', '.join(counts)}",
         "rate": f"{summary.requests_per_s:.2f} requests/s, "
         f"{summary.output_tokens_per_s:.1f} output tokens/s",
-        "client": f"{summary.client_cpu:.2f} of one core at its busiest"
+        "client": f"{summary.client_cpu:.2f} of one core at its busiest{_wait(summary)}"
         + (", too much: do not count this run" if summary.client_bound else ""),
     }
+
+
+def _wait(summary: LoadSummary) -> str:
+    if summary.client_wait is None:
+        return ""
+    return f", waited {summary.client_wait:.3f} s per second for a core"
 
 
 def _load(spec: LoadSpec) -> str:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Self
 
 _MAX_LENGTH = 1_000_000
-_SYNTAX = "allowed: fixed:TOKENS, uniform:LOW-HIGH or lognormal:MEDIAN,SIGMA,MAX"
+# A factor of 22,026 from the median to the 84th percentile; far beyond it draws overflow.
+_MAX_SIGMA = 10.0
+_SHAREGPT = "sharegpt"
+_SYNTAX = (
+    "allowed: fixed:TOKENS, uniform:LOW-HIGH, lognormal:MEDIAN,SIGMA,MAX, "
+    f"or {_SHAREGPT} where a workload is given"
+)
 _NUMBER = r"(\d+(?:\.\d+)?)"
 
 
@@ -41,6 +47,8 @@ class Lengths:
             # Half of all draws or more are then accepted.
             if not 0 < lengths.median <= lengths.high:
                 raise ValueError(f"length is {text!r}; allowed: a median above 0 and at most MAX")
+            if lengths.sigma is not None and lengths.sigma > _MAX_SIGMA:
+                raise ValueError(f"length is {text!r}; allowed: a sigma of 0 to {_MAX_SIGMA:g}")
         else:
             raise ValueError(f"length is {text!r}; {_SYNTAX}")
         if not 1 <= lengths.low <= lengths.high <= _MAX_LENGTH:
@@ -93,6 +101,29 @@ class Workload:
     shared_prefix: int = 0
     hang_up: float = 0.0
     seed: int = 0
+
+    @classmethod
+    def parse(
+        cls,
+        prompt: str,
+        output: str,
+        *,
+        shared_prefix: int = 0,
+        hang_up: float = 0.0,
+        seed: int = 0,
+    ) -> Self:
+        """Lengths as `Lengths.parse` reads them, or `sharegpt`.
+
+        Raises:
+            ValueError: a field is wrong.
+        """
+        return cls(
+            prompt=SHAREGPT_PROMPT if prompt == _SHAREGPT else Lengths.parse(prompt),
+            output=SHAREGPT_OUTPUT if output == _SHAREGPT else Lengths.parse(output),
+            shared_prefix=shared_prefix,
+            hang_up=hang_up,
+            seed=seed,
+        )
 
     def __post_init__(self) -> None:
         if not 0 <= self.shared_prefix <= _MAX_LENGTH:

@@ -1,6 +1,7 @@
 """The shape of a model. Knows every number that the tensors depend on; knows no tensor."""
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -155,16 +156,7 @@ class HeadConfig:
     @property
     def retentions(self) -> dict[Retention, tuple[int, ...]]:
         """The key/value heads by what they have to remember: the longest window of their group."""
-        groups: dict[Retention, tuple[int, ...]] = {}
-        size = self.num_queries_per_kv
-        for kv_head in range(self.num_kv_heads):
-            windows = self.windows[kv_head * size : (kv_head + 1) * size]
-            finite = [window for window in windows if window is not None]
-            retention = (
-                Retention(max(finite), self.sink_tokens) if len(finite) == size else Retention()
-            )
-            groups[retention] = (*groups.get(retention, ()), kv_head)
-        return groups
+        return dict(_retentions(self.windows, self.num_kv_heads, self.sink_tokens))
 
     @property
     def label(self) -> str:
@@ -175,6 +167,20 @@ class HeadConfig:
             return base
         windows = dict.fromkeys("all" if w is None else str(w) for w in self.windows)
         return f"{base}w{'/'.join(windows)}"
+
+
+@functools.lru_cache(maxsize=256)
+def _retentions(
+    windows: tuple[int | None, ...], num_kv_heads: int, sink_tokens: int
+) -> tuple[tuple[Retention, tuple[int, ...]], ...]:
+    groups: dict[Retention, list[int]] = {}
+    size = len(windows) // num_kv_heads
+    for kv_head in range(num_kv_heads):
+        group = windows[kv_head * size : (kv_head + 1) * size]
+        finite = [window for window in group if window is not None]
+        retention = Retention(max(finite), sink_tokens) if len(finite) == size else Retention()
+        groups.setdefault(retention, []).append(kv_head)
+    return tuple((retention, tuple(kv_heads)) for retention, kv_heads in groups.items())
 
 
 @dataclass(frozen=True, slots=True)

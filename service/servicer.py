@@ -17,7 +17,7 @@ from service import codec
 from service.attention.compute import attend
 from service.attention.limits import AttentionLimits
 from service.engine.async_engine import AsyncEngine
-from service.engine.errors import EngineDrainingError, EngineError
+from service.engine.errors import EngineDrainingError, EngineError, QueueFullError
 from service.engine.sequence import FinishReason, SequenceOutput
 from service.errors import (
     DeadlinePassedError,
@@ -67,6 +67,7 @@ class HeadroomServicer:
             engine.engine.served_config, engine.engine.max_model_len, attention_limits
         )
         self._open_requests: set[str] = set()
+        self._planning: asyncio.Future[models_pb2.PlanCapacityResponse] | None = None
 
     @server_stream
     async def Generate(
@@ -166,9 +167,17 @@ class HeadroomServicer:
     ) -> models_pb2.PlanCapacityResponse:
         engine = self._engine.engine
         call = codec.planning_call(
-            request, engine.served_config, engine.config, engine.kv_cache.nbytes
+            request,
+            engine.served_config,
+            engine.config,
+            engine.kv_cache.nbytes,
+            max_output_tokens=codec.MAX_SERVED_OUTPUT_TOKENS,
         )
-        return await asyncio.to_thread(call.answer)
+        if self._planning is not None and not self._planning.done():
+            raise QueueFullError(unit="plans", limit=0)
+        # A client that goes away does not stop the thread, which still counts.
+        self._planning = asyncio.ensure_future(asyncio.to_thread(call.answer))
+        return await asyncio.shield(self._planning)
 
     @unary(health_pb2.HealthCheckResponse)
     async def Check(

@@ -1,12 +1,13 @@
-"""From runs to figures: medians, the fitted step model, and what bytes would have predicted."""
+"""From runs to figures: medians, the fitted step models, and what bytes would have predicted."""
 
 import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from loadtests.sweep.fits import fit_points, plan_unseen, summarise_fits
 from loadtests.sweep.plan import Plan
 from models.config import ModelConfig
-from service.capacity import StepModel, StepSample, UndeterminedFitError, fit_step_model
+from service.capacity import StepModel
 from service.capacity.machine import MachineLimits
 from service.capacity.step_time import decode_step, step_time
 
@@ -16,21 +17,27 @@ _PERCENTILES = ("p50", "p95", "p99")
 
 
 def analyse(plan: Plan, document: dict[str, Any]) -> dict[str, Any]:
-    """The document with `points`, `step_model`, `ratios` and `max_concurrent` added."""
+    """The document with `points`, `step_model`, `fits`, `ratios` and `max_concurrent`
+    added."""
     limits = MachineLimits.from_dict(document["limits"])
     points = [
         _point(configuration.to_dict(), load, document["runs"])
         for load in plan.spec()["loads"]
         for configuration in plan.configurations
     ]
-    step_model, reason = _fit(points)
     models = {one.name: one.model for one in plan.configurations}
     for point in points:
-        _predict(point, models[point["configuration"]], step_model, limits)
+        _describe_step(point, models[point["configuration"]], limits)
+    step_model, reason = fit_points(points)
+    for point in points:
+        _predict(point, step_model)
+    for configuration in plan.configurations:
+        plan_unseen(plan, configuration, points, limits)
     return document | {
         "points": points,
         "step_model": None if step_model is None else step_model.to_dict(),
         "step_model_reason": reason,
+        "fits": summarise_fits(points),
         "ratios": list(_ratios(points, plan.configurations[0].name)),
         "max_concurrent": [
             {
@@ -100,42 +107,27 @@ def _decode(servers: list[dict[str, float]]) -> dict[str, float] | None:
     }
 
 
-def _fit(points: list[dict[str, Any]]) -> tuple[StepModel | None, str | None]:
-    """The step model of all points, one group per configuration; or why there is none."""
-    samples = [
-        StepSample(
-            weight_bytes=point["weight_bytes"],
-            kv_bytes=point["decode"]["kv_bytes"],
-            seconds=point["decode"]["step_s"],
-            group=point["configuration"],
-        )
-        for point in points
-        if point["decode"]
-    ]
-    try:
-        return fit_step_model(samples), None
-    except UndeterminedFitError as error:
-        return None, str(error)
-
-
-def _predict(
-    point: dict[str, Any],
-    model: ModelConfig,
-    step_model: StepModel | None,
-    limits: MachineLimits,
-) -> None:
-    """Add to a point's decode step what the fit and the plain bytes predict."""
+def _describe_step(point: dict[str, Any], model: ModelConfig, limits: MachineLimits) -> None:
+    """Add to a point's decode step what it computes, and how long a copy of its bytes takes."""
     decode = point["decode"]
     if decode is None:
         return
-    step = decode_step(model, round(decode["sequences"]), point["weight_bytes"], decode["kv_bytes"])
-    floor = step_time(step, model, None, limits)
-    assert floor is not None, "the machine is measured"
-    decode["floor_s"] = floor.seconds
-    decode["arithmetic_bound"] = list(floor.arithmetic_bound or ())
+    step = decode_step(model, decode["sequences"], point["weight_bytes"], decode["kv_bytes"])
+    copied = step_time(step, model, None, limits)
+    assert copied is not None, "the machine is measured"
+    decode["flops"] = step.flops
+    decode["copy_s"] = copied.seconds
+    decode["arithmetic_bound"] = list(copied.arithmetic_bound or ())
+
+
+def _predict(point: dict[str, Any], step_model: StepModel | None) -> None:
+    """Add to a point's decode step what the fit says of it."""
+    decode = point["decode"]
+    if decode is None:
+        return
     decode["predicted_s"] = decode["prediction_off"] = None
     if step_model is not None:
-        predicted = step_model.predict(point["weight_bytes"], decode["kv_bytes"])
+        predicted = step_model.predict(point["weight_bytes"], decode["kv_bytes"], decode["flops"])
         decode["predicted_s"] = predicted
         decode["prediction_off"] = predicted / decode["step_s"] - 1
 

@@ -1,4 +1,4 @@
-"""What a plan needs that this machine, or its own KV budget, does not have."""
+"""What a plan needs that its models, its KV budget or this machine do not have."""
 
 from loadtests.sweep.plan import Plan
 from loadtests.sweep.source import Source
@@ -11,16 +11,27 @@ _PROCESS_BYTES = 512 * 2**20
 
 
 def check_plan(plan: Plan, source: Source) -> None:
-    """Remember what is too large, does not fit, or is taken."""
-    _check_size(plan, source)
-    _check_memory(plan, source)
-    _check_ports(plan, source)
-
-
-def _check_size(plan: Plan, source: Source) -> None:
+    """Remember what is too large, or does not fit into a model or its KV cache."""
     num_points = len(plan.configurations) * len(plan.loads) * plan.repeats
     if num_points > MAX_POINTS:
         source.refuse(("loads",), f"make {num_points} measurements; allowed: at most {MAX_POINTS}")
+        return
+    _check_positions(plan, source)
+    _check_budget(plan, source)
+
+
+def check_machine(plan: Plan, source: Source) -> None:
+    """What measuring needs, beside a plan that can run.
+
+    Raises:
+        SweepError: this machine has too little memory, or something listens on a port.
+    """
+    _check_memory(plan, source)
+    _check_ports(plan, source)
+    source.raise_if_mistaken()
+
+
+def _check_positions(plan: Plan, source: Source) -> None:
     longest = max(plan.loads, key=lambda load: load.prompt + load.output)
     for one in plan.configurations:
         if longest.prompt + longest.output > one.model.max_position_embeddings:
@@ -31,15 +42,14 @@ def _check_size(plan: Plan, source: Source) -> None:
             )
 
 
-def _check_memory(plan: Plan, source: Source) -> None:
-    """Refuse a KV budget that the loads do not fit into, and more than the machine has."""
+def _check_budget(plan: Plan, source: Source) -> None:
     budget = plan.engine.kv_cache_bytes
     for one in plan.configurations:
         for load in plan.loads:
             if load.prompt + load.output > one.model.max_position_embeddings:
                 continue  # refused already
             holds = plan.max_concurrent(one.model, load)
-            wanted = 1 if load.waiting else min(load.clients, plan.engine.max_num_seqs)
+            wanted = 1 if load.waiting else load.clients
             if holds < wanted:
                 source.refuse(
                     ("engine", "kv_cache_bytes"),
@@ -47,6 +57,10 @@ def _check_memory(plan: Plan, source: Source) -> None:
                     f"configuration {one.name}; needed: {wanted}"
                     + ("" if load.waiting else ", or `waiting: true` in the load"),
                 )
+
+
+def _check_memory(plan: Plan, source: Source) -> None:
+    budget = plan.engine.kv_cache_bytes
     assert budget is not None, "a sweep has a KV budget"
     needed = sum(one.weight_bytes + budget + _PROCESS_BYTES for one in plan.configurations)
     available = available_memory()

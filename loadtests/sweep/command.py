@@ -14,10 +14,16 @@ from service.console import err, fail, out
 
 if TYPE_CHECKING:
     from loadtests.sweep.plan import Plan
+    from loadtests.sweep.source import Source
 
 # What the extra `loadtests` installs.
 _NEEDED = ("jinja2", "locust", "plotly", "psutil")
 _QUICK = Path(__file__).parent.parent / "sweeps" / "quick.yaml"
+# What flags say of a sweep beside its models, if they say nothing else.
+_DEFAULTS: dict[str, Any] = {
+    "name": "flags", "clients": "1,8,32", "prompt": "128", "output": 128, "kv_cache": "1GiB",
+    "repeats": 3,
+}  # fmt: skip
 
 
 def sweep(
@@ -39,20 +45,25 @@ def sweep(
     hidden: Annotated[int | None, typer.Option(help="[default: 768]")] = None,
     intermediate: Annotated[int | None, typer.Option(help="[default: 2048]")] = None,
     dtype: Annotated[str | None, typer.Option(help="[default: bfloat16]")] = None,
-    clients: Annotated[str, typer.Option(help="Streams at once, without a file.")] = "1,8,32",
-    prompt: Annotated[str, typer.Option(help="Prompt tokens, without a file.")] = "128",
-    output: Annotated[int, typer.Option(help="Output tokens, without a file.")] = 128,
-    kv_cache: Annotated[str, typer.Option(help="KV budget, without a file.")] = "1GiB",
-    repeats: Annotated[int, typer.Option(help="Runs of a point, without a file.")] = 3,
+    clients: Annotated[str | None, typer.Option(help="Streams at once. [default: 1,8,32]")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt tokens. [default: 128]")] = None,
+    output: Annotated[int | None, typer.Option(help="Output tokens. [default: 128]")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="KV budget. [default: 1GiB]")] = None,
+    repeats: Annotated[int | None, typer.Option(help="Runs of a point. [default: 3]")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Folder of the results. [default: flags]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Measure head configurations under load and write a report.
 
-    An interrupted sweep goes on when the same command runs again.
+    A FILE says everything; without one, flags describe the models and the loads. An interrupted
+    sweep goes on when the same command runs again.
     """
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         fail(f"{', '.join(missing)} not installed; pip install 'headroom[loadtests]'", code=2)
+    from loadtests.run import LoadError
     from loadtests.servers import ServerError
     from loadtests.sweep.reading import read_plan
     from loadtests.sweep.source import SweepError, parse_source, read_source
@@ -62,29 +73,32 @@ def sweep(
         "window": _numbers(window), "layers": layers, "hidden": hidden,
         "intermediate": intermediate, "dtype": dtype,
     }  # fmt: skip
-    given = {name: value for name, value in shape.items() if value is not None}
-    if (file is not None) + quick + bool(given) != 1:
+    model = _given(shape)
+    rest = _given(
+        {
+            "name": name, "clients": clients, "prompt": prompt, "output": output,
+            "kv_cache": kv_cache, "repeats": repeats,
+        }
+    )  # fmt: skip
+    if (file is not None) + quick + bool(model) != 1:
         fail("give a FILE, or --quick, or --heads and other flags of a model", code=2)
+    if rest and not model:
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in rest)
+        fail(f"{flags}: allowed beside --heads and other flags of a model, not a file", code=2)
     try:
-        if given:
-            described = {
-                "engine": {"kv_cache_bytes": kv_cache},
-                "repeats": repeats,
-                "configurations": [given],
-                "loads": [
-                    {"clients": _numbers(clients), "prompt": _numbers(prompt), "output": output}
-                ],
-            }
-            plan = read_plan(parse_source(json.dumps(described), ""), "flags")
+        if model:
+            source = parse_source(json.dumps(_described(model, _DEFAULTS | rest)), "")
         else:
-            source = file or _QUICK
-            plan = read_plan(read_source(source), source.stem)
+            source = read_source(file or _QUICK)
+        plan = read_plan(source, Path(source.name).stem)
         directory = results / plan.name
-        document = _measure(plan, directory, fresh=fresh)
+        document = _measure(plan, source, directory, fresh=fresh)
     except SweepError as error:
         fail(str(error), code=2)
-    except (ServerError, OSError) as error:
-        fail(f"{error}; the same command goes on from here")
+    except (ServerError, LoadError, OSError) as error:
+        lines = str(error).splitlines() or [repr(error)]  # of a program that failed: its last
+        text = " ".join(dict.fromkeys((lines[0], lines[-1])))
+        fail(f"{text}; the same command goes on from here")
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from here", code=130)
     if as_json:
@@ -94,18 +108,47 @@ def sweep(
         out.print(f"\nreport  {directory / 'report.html'}")
 
 
-def _measure(plan: "Plan", directory: Path, *, fresh: bool) -> dict[str, Any]:
+def _given(flags: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _described(model: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """What a file would say instead of the flags."""
+    load = {
+        "clients": _numbers(rest["clients"]),
+        "prompt": _numbers(rest["prompt"]),
+        "output": rest["output"],
+    }
+    return {
+        "name": rest["name"],
+        "engine": {"kv_cache_bytes": rest["kv_cache"]},
+        "repeats": rest["repeats"],
+        "configurations": [model],
+        "loads": [load],
+    }
+
+
+def _measure(plan: "Plan", source: "Source", directory: Path, *, fresh: bool) -> dict[str, Any]:
     from loadtests.sweep.analysis import analyse
+    from loadtests.sweep.checks import check_machine
     from loadtests.sweep.report import write_report
-    from loadtests.sweep.results import open_results
+    from loadtests.sweep.results import new_results, read_results
     from loadtests.sweep.runner import missing_jobs, run_jobs
     from loadtests.sweep.watcher import ConsoleWatcher
 
-    # Whoever ends this process ends the servers that it has started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    command = shlex.join(["headroom", *sys.argv[1:]])
-    found = open_results(directory, plan, command, fresh=fresh)
+    # Whoever ends this process ends the servers that it has started. Python leaves SIGINT ignored
+    # where a shell has started it in the background.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    found = None if fresh else read_results(directory, plan)
     jobs = missing_jobs(plan, found)
+    if jobs:
+        check_machine(plan, source)
+    if found is None:
+        command = shlex.join(["headroom", *sys.argv[1:]])
+        found = new_results(directory, plan, command, fresh=fresh)
+    elif jobs:
+        found.go_on(plan)
     total = len(plan.configurations) * len(plan.loads) * plan.repeats
     err.print(
         f"{len(plan.configurations)} configurations, {len(plan.loads)} loads, "

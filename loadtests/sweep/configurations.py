@@ -18,6 +18,7 @@ from models.errors import ConfigError, ModelError
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from service.bench import BenchShape
+from service.config import DEMO_DIRECTORY
 
 # Ways to say the same: the field of a model, and the key of the file.
 _KEYS = {
@@ -33,7 +34,7 @@ class Configuration:
     """One model that is measured.
 
     Attributes:
-        checkpoint: its directory; None is written for the sweep, with random weights.
+        checkpoint: its directory, or `demo`; None is written for the sweep, with random weights.
         arm: `checkpoint`, `same shape` or `same parameters`: what the configurations have in
             common beside their heads.
         place: where the file describes it.
@@ -45,6 +46,11 @@ class Configuration:
     checkpoint: Path | None
     arm: str
     place: Place
+
+    @property
+    def directory(self) -> Path | None:
+        """Where its checkpoint is; None if it is written for the sweep."""
+        return None if self.checkpoint is None else _directory(self.checkpoint)
 
     @property
     def weight_bytes(self) -> int:
@@ -71,7 +77,7 @@ class Configuration:
             "parameters": self.num_parameters,
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self.model.kv_bytes_per_token(),
-            "quality": None if self.checkpoint is None else read_quality(self.checkpoint),
+            "quality": None if self.directory is None else read_quality(self.directory),
         }
 
 
@@ -103,14 +109,10 @@ def _configuration(shape: Shape, model: ModelConfig, place: Place) -> Configurat
     if shape.name is None:
         name = f"{model.head_label}-widened" if widened else model.head_label
     else:
-        name = shape.name if _is_one(shape) else f"{shape.name}-{model.head_label}"
+        is_one = shape.num_combinations == 1
+        name = shape.name if is_one else f"{shape.name}-{model.head_label}"
     arm = "same parameters" if widened else "same shape"
     return Configuration(name, model, count_parameters(model), None, arm, place)
-
-
-def _is_one(shape: Shape) -> bool:
-    lists = (shape.heads, shape.kv_heads or (), shape.head_dim or (), shape.window)
-    return all(len(values) <= 1 for values in lists)
 
 
 def widen(configuration: Configuration, num_parameters: int) -> Configuration:
@@ -127,8 +129,8 @@ def widen(configuration: Configuration, num_parameters: int) -> Configuration:
 def read_checkpoint(section: Checkpoint, place: Place, source: Source) -> Configuration | None:
     """A checkpoint that can be served; None, and a mistake, if it cannot."""
     try:
-        model = check_checkpoint(section.checkpoint)
-        Tokenizer.for_model(section.checkpoint, model)
+        model = check_checkpoint(_directory(section.checkpoint))
+        Tokenizer.for_model(_directory(section.checkpoint), model)
     except (ModelError, OSError) as error:
         source.refuse((*place, "checkpoint"), f"is {str(section.checkpoint)!r}: {error}")
         return None
@@ -138,6 +140,10 @@ def read_checkpoint(section: Checkpoint, place: Place, source: Source) -> Config
     return Configuration(
         section.name, model, count_parameters(model), section.checkpoint, "checkpoint", place
     )
+
+
+def _directory(checkpoint: Path) -> Path:
+    return DEMO_DIRECTORY if checkpoint == Path("demo") else checkpoint
 
 
 def count_parameters(model: ModelConfig) -> int:

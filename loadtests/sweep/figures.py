@@ -7,8 +7,6 @@ from typing import Any, TypeAlias
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from service.capacity import StepModel
-
 Document: TypeAlias = dict[str, Any]
 # Paul Tol's bright and muted schemes: distinct for colour-blind readers, on white and on black.
 _COLOURS = (
@@ -122,12 +120,11 @@ def memory(document: Document) -> go.Figure:
 
 
 def step_time(document: Document) -> go.Figure:
-    """Decode step time against the keys and values it reads, the fitted model, its residuals."""
+    """Decode step time against the keys and values it reads, what the fit says, its residuals."""
     figure = make_subplots(
         rows=2, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.65, 0.35]
     )  # fmt: skip
     decodes = [point["decode"] for point in document["points"] if point["decode"]]
-    model = document["step_model"] and StepModel.from_dict(document["step_model"])
     for name in _names(document):
         points = [p for p in document["points"] if p["configuration"] == name and p["decode"]]
         points.sort(key=lambda point: point["decode"]["kv_bytes"])
@@ -138,14 +135,12 @@ def step_time(document: Document) -> go.Figure:
         figure.add_scatter(
             x=read, y=[1000 * point["decode"]["step_s"] for point in points], **style, row=1, col=1
         )
-        if not model:
+        if not document["step_model"]:
             continue
-        weights = points[0]["weight_bytes"]
-        xs = [read[0] * (read[-1] / read[0]) ** (i / 40) for i in range(41)]
         figure.add_scatter(
-            x=xs, y=[1000 * model.predict(weights, x * _MIB) for x in xs], mode="lines",
-            line={"color": _colour(document, name), "width": 1}, showlegend=False,
-            hoverinfo="skip", row=1, col=1,
+            x=read, y=[1000 * point["decode"]["predicted_s"] for point in points],
+            **style | {"marker": style["marker"] | {"symbol": f"{style['marker']['symbol']}-open"}},
+            showlegend=False, row=1, col=1,
         )  # fmt: skip
         off = [100 * point["decode"]["prediction_off"] for point in points]
         figure.add_scatter(x=read, y=off, **style, showlegend=False, row=2, col=1)

@@ -20,7 +20,7 @@ class Measurement:
 
     Attributes:
         server: counted between start and end of the load.
-        server_cores: CPU seconds of the server per second of the load.
+        server_cores: CPU seconds of the server per second of the load itself.
         seconds: from start to end, with the start of the load generator.
     """
 
@@ -37,6 +37,13 @@ class Measurement:
         if self.summary.failures:
             failures = ", ".join(f"{n} {code}" for code, n in self.summary.failures.items())
             return f"requests failed: {failures}"
+        counted = (self.server.prompt_tokens, self.server.generation_tokens)
+        seen = (self.summary.prompt_tokens, self.summary.output_tokens)
+        if counted != seen:
+            return (
+                f"the server counted {counted[0]:.0f} prompt and {counted[1]:.0f} output tokens, "
+                f"the clients {seen[0]} and {seen[1]}"
+            )
         return None
 
     def to_dict(self) -> dict[str, Any]:
@@ -65,10 +72,11 @@ def measure(endpoint: Endpoint, load: Load, *, seed: int, samples: Path | None) 
     before = read_counters(endpoint.metrics_port)
     summary = run_load(spec, samples)
     server = read_counters(endpoint.metrics_port).since(before)
-    seconds = time.perf_counter() - started
+    cpu = endpoint.cpu_seconds() - cpu
     return Measurement(
         summary=summary,
         server=server,
-        server_cores=(endpoint.cpu_seconds() - cpu) / seconds,
-        seconds=seconds,
+        # An idle server takes next to nothing while the load generator starts.
+        server_cores=cpu / summary.seconds if summary.seconds else 0.0,
+        seconds=time.perf_counter() - started,
     )

@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         port, http_port, metrics_port: as in the file; None is any free one.
+        all_cores: `engine.num_threads` is not from the file, but the cores of this machine.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Plan:
     http_port: int | None
     metrics_port: int | None
     engine: EngineConfig
+    all_cores: bool
     configurations: tuple[Configuration, ...]
     loads: tuple[Load, ...]
 

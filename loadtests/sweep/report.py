@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from loadtests.sweep import figures
 from loadtests.sweep.analysis import TOLERANCE
+from loadtests.sweep.fits import MAX_SLOPE_SPREAD, MIN_R2
 
 _CONFIG = {"displayModeBar": False, "responsive": True}
 
@@ -43,6 +44,7 @@ def _environment() -> Environment:
         "number": _number,
         "gain": lambda value: "–" if value is None else f"{value:.2f}",
         "percent": lambda value: "–" if value is None else f"{100 * value:+.0f} %",
+        "met": lambda value: {True: "met", False: "not met", None: "cannot be said"}[value],
         "mib": lambda value: "–" if value is None else f"{value / 2**20:,.1f}",
         "plot": _plot,
     }
@@ -60,12 +62,22 @@ def _context(document: dict[str, Any]) -> dict[str, Any]:
         "figures": figures,
         "plotlyjs": Markup(plotly.offline.get_plotlyjs()),  # noqa: S704, a library's own code
         "tolerance": TOLERANCE,
+        "min_r2": MIN_R2,
+        "max_spread": MAX_SLOPE_SPREAD,
         "has_quality": any(one["quality"] for one in document["spec"]["configurations"]),
         "steps_off": [
             point
             for point in document["points"]
             if point["decode"] and abs(point["decode"]["prediction_off"] or 0) > TOLERANCE
         ],
+        "planned_off": [
+            point
+            for point in document["points"]
+            if point["decode"]
+            and point["decode"]["planned"]
+            and abs(point["decode"]["planned"]["off"]) > TOLERANCE
+        ],
+        "planned": [p for p in document["points"] if p["decode"] and p["decode"]["planned"]],
         "arithmetic": [
             point
             for point in document["points"]

@@ -2,20 +2,17 @@
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from loadtests.sweep.conditions import commit, conditions, differences
 from loadtests.sweep.measure import Measurement
 from loadtests.sweep.plan import Load, Plan
 from loadtests.sweep.source import SweepError
-from service.bench import machine
 from service.capacity.machine import measure_machine
 
 FORMAT = 1
@@ -33,6 +30,7 @@ class Results:
     def __init__(self, directory: Path, document: dict[str, Any]) -> None:
         self.directory = directory
         self.document = document
+        self._commit = commit()
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -43,18 +41,25 @@ class Results:
         return self.directory / "samples" / name
 
     def has(self, configuration: str, load: Load, repeat: int) -> bool:
-        """Whether a run is measured: its summary and its samples are there."""
-        key = (configuration, load.name, repeat)
+        """Whether a run is measured: its summary and its samples are there, and it counts."""
+        key = {"configuration": configuration, "load": load.name, "repeat": repeat}
+        counted = key | {"why_not_counted": None}
         return self.samples_file(configuration, load, repeat).exists() and any(
-            (run["configuration"], run["load"], run["repeat"]) == key for run in self.runs
+            counted.items() <= run.items() for run in self.runs
         )
 
     def add(self, configuration: str, load: Load, repeat: int, measured: Measurement) -> None:
-        """Keep a run, in place of an earlier one whose samples are gone."""
+        """Keep a run, in place of an earlier one whose samples are gone or that did not count.
+
+        `commit` of the document names those of all its runs.
+        """
         key = {"configuration": configuration, "load": load.name, "repeat": repeat}
         self.document["runs"] = [run for run in self.runs if not key.items() <= run.items()]
         samples = self.samples_file(configuration, load, repeat).relative_to(self.directory)
-        self.runs.append(key | measured.to_dict() | {"samples": str(samples)})
+        found = {"samples": str(samples), "commit": self._commit}
+        self.runs.append(key | measured.to_dict() | found)
+        commits = dict.fromkeys(run["commit"] for run in self.runs if run["commit"])
+        self.document["commit"] = ", ".join(commits) or None
         self.save()
 
     def save(self) -> None:
@@ -64,74 +69,86 @@ class Results:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, self.directory / _FILE)
 
+    def go_on(self, plan: Plan) -> None:
+        """Allow runs beside those that are there.
 
-def open_results(directory: Path, plan: Plan, command: str, *, fresh: bool) -> Results:
-    """The folder of a plan: new, or the one of an earlier run of the same plan.
+        Raises:
+            SweepError: those were measured elsewhere, or with something else.
+        """
+        different = differences(self.document, conditions(plan))
+        if different:
+            raise SweepError(
+                "\n".join(different) + f"\n{self.directory} lacks runs, and new ones could not be "
+                "compared with the old ones; name this sweep otherwise, or let --fresh delete them"
+            )
+        (self.directory / "samples").mkdir(exist_ok=True)
+
+
+def read_results(directory: Path, plan: Plan) -> Results | None:
+    """What a folder holds of a plan; None if nothing is there.
+
+    Raises:
+        SweepError: the folder holds another sweep.
+    """
+    file = directory / _FILE
+    if not file.exists():
+        return None
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        stored = document["spec"]
+        spec = _comparable(plan, stored)
+        same = document["format"] == FORMAT and stored == spec
+        for run in document["runs"]:
+            run.setdefault("commit", document["commit"])  # older files name it once for all
+    except (ValueError, KeyError, TypeError) as error:
+        raise SweepError(f"{file} is no result of a sweep: {error!r}") from error
+    if not same:
+        changed = [key for key, value in spec.items() if stored.get(key) != value]
+        raise SweepError(
+            f"{directory} holds a sweep that differs in {', '.join(changed) or 'its format'}; "
+            "give this one another name (`name` in its file, or --name), or let --fresh delete "
+            "that one"
+        )
+    return Results(directory, document)
+
+
+def new_results(directory: Path, plan: Plan, command: str, *, fresh: bool) -> Results:
+    """A folder for a plan.
+
+    Args:
+        fresh: whether an earlier sweep in it may be deleted.
 
     Raises:
         SweepError: the folder holds something else.
     """
-    file = directory / _FILE
     if fresh:
         shutil.rmtree(directory / "samples", ignore_errors=True)
         for name in _WRITTEN:
             (directory / name).unlink(missing_ok=True)
-    if not file.exists():
-        if directory.exists() and any(directory.iterdir()):
-            raise SweepError(f"{directory} holds files of something else; name the sweep otherwise")
-        results = Results(directory, _new_document(plan, command))
-        (directory / "samples").mkdir(parents=True, exist_ok=True)
-        results.save()
-        return results
-    spec = json.loads(json.dumps(plan.spec()))  # as it reads back
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        same = document["format"] == FORMAT and document["spec"] == spec
-    except (ValueError, KeyError, TypeError) as error:
-        raise SweepError(f"{file} is no result of a sweep: {error!r}") from error
-    if not same:
-        changed = [key for key, value in spec.items() if document["spec"].get(key) != value]
-        raise SweepError(
-            f"{directory} holds a sweep that differs in {', '.join(changed) or 'its format'}; "
-            "name this one otherwise, or let --fresh delete that one"
-        )
-    (directory / "samples").mkdir(exist_ok=True)
-    return Results(directory, document)
-
-
-def _new_document(plan: Plan, command: str) -> dict[str, Any]:
+    if directory.exists() and any(directory.iterdir()):
+        raise SweepError(f"{directory} holds files of something else; name the sweep otherwise")
     # What the machine can do is measured as an engine uses it.
     torch.set_num_threads(plan.engine.num_threads or torch.get_num_threads())
-    return {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "name": plan.name,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": command,
-        "commit": _commit(),
-        "machine": machine(torch.device("cpu")) | {"platform": platform.platform()},
-        "versions": {
-            name: version(name) for name in ("headroom", "torch", "ray", "grpcio", "locust")
-        }
-        | {"python": platform.python_version()},
+        "commit": commit(),
+        **conditions(plan),
         "limits": measure_machine(torch.device("cpu")).to_dict(),
         "spec": plan.spec(),
         "runs": [],
     }
+    results = Results(directory, document)
+    (directory / "samples").mkdir(parents=True, exist_ok=True)
+    results.save()
+    return results
 
 
-def _commit() -> str | None:
-    """The commit of the code that runs, where it is a git checkout; `+` marks changes on top."""
-    git = shutil.which("git")
-    if git is None:
-        return None
-    root = Path(__file__).parents[2]
-
-    def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [git, "-C", str(root), *arguments], capture_output=True, text=True, check=False
-        )
-
-    head = ask("rev-parse", "HEAD")
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+" if ask("status", "--porcelain").stdout.strip() else "")
+def _comparable(plan: Plan, stored: dict[str, Any]) -> dict[str, Any]:
+    """The plan's spec as it reads back. "All cores" are those of the machine that measured."""
+    spec: dict[str, Any] = json.loads(json.dumps(plan.spec()))
+    if plan.all_cores:
+        spec["engine"]["num_threads"] = stored["engine"]["num_threads"]
+    return spec

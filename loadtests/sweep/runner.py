@@ -47,7 +47,7 @@ class Watcher(Protocol):
         """A job ended; so many seconds of the estimate were meant for it."""
 
 
-def missing_jobs(plan: Plan, results: Results) -> list[Job]:
+def missing_jobs(plan: Plan, results: Results | None) -> list[Job]:
     """What is to be measured, in its order: a disturbance of the machine hits all configurations
     alike, because their runs of a load follow each other."""
     return [
@@ -55,7 +55,7 @@ def missing_jobs(plan: Plan, results: Results) -> list[Job]:
         for repeat in range(plan.repeats)
         for load in plan.loads
         for configuration in plan.configurations
-        if not results.has(configuration.name, load, repeat)
+        if results is None or not results.has(configuration.name, load, repeat)
     ]
 
 
@@ -63,7 +63,8 @@ def run_jobs(plan: Plan, jobs: list[Job], results: Results, watcher: Watcher) ->
     """Measure the jobs; each is kept as soon as it is done.
 
     Raises:
-        ServerError: a server ended before it was ready.
+        ServerError: a server ended before it was ready, or did not stop.
+        LoadError: the load generator failed.
         OSError: a server does not answer at its metrics port.
     """
     with tempfile.TemporaryDirectory(prefix="headroom-sweep-") as directory:

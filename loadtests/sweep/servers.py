@@ -53,7 +53,7 @@ def serve_configurations(plan: Plan, directory: Path) -> Iterator[dict[str, Endp
         The endpoint of each configuration, by its name.
 
     Raises:
-        ServerError: a server ended before it was ready.
+        ServerError: a server ended before it was ready, or did not stop.
     """
     models = _checkpoints(plan, directory)
     metrics_port = plan.metrics_port or _free_row(len(models))
@@ -90,8 +90,8 @@ def _settings(plan: Plan, metrics_port: int) -> dict[str, Any]:
 def _checkpoints(plan: Plan, directory: Path) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for one in plan.configurations:
-        paths[one.name] = one.checkpoint or directory / one.name
-        if one.checkpoint is None:
+        paths[one.name] = one.directory or directory / one.name
+        if one.directory is None:
             write_random_checkpoint(one.model, paths[one.name], seed=plan.seed)
     return paths
 

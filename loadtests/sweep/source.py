@@ -10,9 +10,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 _MAX_BYTES = 1024 * 1024
+_MAX_SHOWN = 80
 _SHOULD = re.compile(r"^(Input|String|List) should (be |have )?")
 Place = tuple[str | int, ...]
 _Section = TypeVar("_Section", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, each written where it stands: a few aliases of aliases can stand for more
+    values than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem="aliases are not allowed", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
 
 
 class SweepError(ValueError):
@@ -68,7 +82,7 @@ class Source:
                     self.refuse(inside, "is missing")
                 else:
                     allowed = _SHOULD.sub("", problem["msg"])
-                    self.refuse(inside, f"is {problem['input']!r}; allowed: {allowed}")
+                    self.refuse(inside, f"is {_shown(problem['input'])}; allowed: {allowed}")
             return None
 
     def raise_if_mistaken(self) -> None:
@@ -83,7 +97,8 @@ def read_source(path: Path) -> Source:
     """Read a YAML file without running anything that it names.
 
     Raises:
-        SweepError: it is missing, too large, no YAML, no mapping, or gives a key twice.
+        SweepError: it is missing, too large, no YAML, no mapping, has aliases, or gives a key
+            twice.
     """
     try:
         with path.open("rb") as file:
@@ -102,13 +117,13 @@ def parse_source(data: str | bytes, name: str) -> Source:
         SweepError: see `read_source`.
     """
     try:
-        loader = yaml.SafeLoader(data)
+        loader = _Loader(data)
         node = loader.get_single_node()
         values = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = 1 if error.problem_mark is None else error.problem_mark.line + 1
         raise SweepError(f"{name}:{line}: {error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # characters, numbers
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # characters, numbers, depth
         raise SweepError(f"{name} cannot be read: {error}") from error
     if not isinstance(node, yaml.MappingNode):
         raise SweepError(f"{name}:1: a sweep is a mapping with configurations, loads and engine")
@@ -129,6 +144,11 @@ def _repeated_keys(node: yaml.Node) -> Iterator[tuple[int, str]]:
             if isinstance(key.value, Hashable):
                 seen.add(key.value)
         yield from _repeated_keys(child)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _dotted(place: Sequence[str | int]) -> str:

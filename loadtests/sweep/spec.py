@@ -1,7 +1,8 @@
 """The fields of a sweep file: head configurations, loads, and what every engine is given."""
 
+import math
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
 
@@ -60,12 +61,23 @@ class Shape(_Section):
     window: Several[Annotated[int, Field(ge=1, le=MAX_WINDOW)] | None] = [None]
     same_parameters_as: Name | None = None
 
+    @property
+    def num_combinations(self) -> int:
+        """How many models the lists mean, those that cannot work included."""
+        lists = (self.heads, self.kv_heads, self.head_dim, self.window)
+        return math.prod(len(values) for values in lists if values is not None)
+
 
 class Checkpoint(_Section):
-    """A Hugging Face directory; a relative one is looked for from where the command runs."""
+    """A Hugging Face directory; a relative one is looked for from where the command runs.
+
+    Attributes:
+        checkpoint: the directory, or `demo`, the bundled one.
+    """
 
     name: Name
     checkpoint: Annotated[Path, Field(strict=False)]
+    num_combinations: ClassVar[int] = 1
 
 
 class LoadSection(_Section):
@@ -83,6 +95,11 @@ class LoadSection(_Section):
     waves: Annotated[int, Field(ge=1, le=1000)] = 2
     waiting: bool = False
 
+    @property
+    def num_combinations(self) -> int:
+        """How many loads the lists mean."""
+        return len(self.clients) * len(self.prompt)
+
 
 class EngineSection(_Section):
     """What every engine gets, the same for all configurations.
@@ -90,12 +107,13 @@ class EngineSection(_Section):
     Attributes:
         kv_cache_bytes: the KV budget, as a number or with a unit, such as 512MiB.
         max_num_seqs: by default as many as the largest load has clients.
+        max_num_batched_tokens: by default 512, or `max_num_seqs` if that is more.
         num_threads: by default all cores; only one server works at a time.
     """
 
     kv_cache_bytes: NumBytes
     max_num_seqs: Annotated[int, Field(ge=1, le=4096)] | None = None
-    max_num_batched_tokens: Annotated[int, Field(ge=1, le=65_536)] = 512
+    max_num_batched_tokens: Annotated[int, Field(ge=1, le=65_536)] | None = None
     block_size: Annotated[int, Field(ge=1, le=1024)] = 16
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 

@@ -1,4 +1,6 @@
-"""Which single changes of a configuration would reach a target, and what each may cost.
+"""Which changes of a configuration would reach a target, one at a time, and what each may cost.
+
+Where the target is more requests than the engine runs at once, each comes with a larger engine.
 
 What a change does to blocks and bytes is computed. What it does to quality is not: that has to be
 measured with the changed model.
@@ -57,7 +59,7 @@ class Target:
     def is_reached(self, plan: CapacityPlan) -> bool:
         rate = plan.decode_tokens_per_s
         return (
-            (self.concurrent is None or plan.concurrent >= self.concurrent)
+            (self.concurrent is None or min(plan.concurrent, plan.max_num_seqs) >= self.concurrent)
             and (self.tokens_per_s is None or (rate is not None and rate >= self.tokens_per_s))
             and (self.context is None or plan.longest_request >= self.context)
         )
@@ -102,8 +104,18 @@ def find_changes(
     def plan(changed: CapacityQuery) -> CapacityPlan:
         return plan_capacity(changed, step_model, machine)
 
-    tried = [*_fewer_kv_heads(query), *_windows(query), *_types_and_blocks(query)]
-    tried += [*_more_sequences(query, plan(query)), *_more_memory(query, target, plan)]
+    needed = target.concurrent or 0
+    roomy, more = _with_sequences(query, needed)
+    tried = [*_fewer_kv_heads(roomy), *_windows(roomy), *_types_and_blocks(roomy)]
+    tried += _more_memory(roomy, target, plan)
+    if more:
+        tried = [
+            (f"{what} and {more}", f"{cost} {_SEQUENCES_COST}", own) for what, cost, own in tried
+        ]
+    most = min(plan(query).concurrent, max(needed, query.engine.max_num_batched_tokens))
+    larger, more = _with_sequences(query, most)
+    if more:
+        tried.append((more, _SEQUENCES_COST, larger))
     changes: list[Change] = []
     for what, cost, changed in tried:
         try:
@@ -148,11 +160,18 @@ def _types_and_blocks(query: CapacityQuery) -> Iterator[_Tried]:
             yield f"blocks of {block_size} tokens", _BLOCK_COST, changed
 
 
-def _more_sequences(query: CapacityQuery, plan: CapacityPlan) -> Iterator[_Tried]:
-    most = min(plan.concurrent, query.engine.max_num_batched_tokens)
-    if most > query.engine.max_num_seqs:
-        engine = dataclasses.replace(query.engine, max_num_seqs=most)
-        yield f"max_num_seqs {most}", _SEQUENCES_COST, dataclasses.replace(query, engine=engine)
+def _with_sequences(query: CapacityQuery, number: int) -> tuple[CapacityQuery, str]:
+    """The query with an engine that runs so many sequences, and what that changes, in words."""
+    names = ("max_num_seqs", "max_num_batched_tokens")
+    words = " and ".join(
+        f"{name} {number}" for name in names if getattr(query.engine, name) < number
+    )
+    engine = dataclasses.replace(
+        query.engine,
+        max_num_seqs=max(query.engine.max_num_seqs, number),
+        max_num_batched_tokens=max(query.engine.max_num_batched_tokens, number),
+    )
+    return dataclasses.replace(query, engine=engine), words
 
 
 def _more_memory(

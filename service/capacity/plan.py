@@ -77,7 +77,7 @@ def plan_capacity(
     """Answer a query.
 
     Args:
-        step_model: predicts the step; without it `machine` gives the least a step can take.
+        step_model: predicts the step; without it `machine` says how long a copy of its bytes takes.
 
     Raises:
         InvalidRequestError: names every wrong field of the query.

@@ -16,6 +16,9 @@ MAX_SHARE = 1_000_000
 MAX_MEMORY = 2**50
 MAX_CLIENTS = 1_000_000
 MAX_BLOCK_SIZE = 4096
+# Query heads of a layer, and the width of one.
+MAX_HEADS = 512
+MAX_HEAD_DIM = 4096
 # Every output token is a step of the scheduler that is followed.
 MAX_OUTPUT_TOKENS = 32_768
 

@@ -108,6 +108,7 @@ def residency(
     )
 
 
+@functools.lru_cache(maxsize=256)
 def mean_kv_bytes(shape: RequestShape, model: ModelConfig) -> float:
     """Keys and values that a decode step of such a request reads, on average."""
     seq = Sequence(seq_id=0, token_ids=[], params=None, arrival_time=0.0)

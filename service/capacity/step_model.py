@@ -1,10 +1,11 @@
-"""How long a decode step takes, from the bytes it has to read, fitted to measured steps.
+"""How long a decode step takes, from what it reads and computes, fitted to measured steps.
 
-    step = a + c * weight bytes + e * key/value bytes
+    step = a + c * weight bytes + e * key/value bytes + f * operations
 
 `a` is what every step costs (scheduling, launching), `1 / c` and `1 / e` are the bandwidths that
-weights and the cache are read with. The model holds where reading is what takes the time; see
-`service.capacity.bounds` for where it is not.
+weights and the cache are read with, `1 / f` is the rate of arithmetic. With `f` = 0 it is the byte
+model, which holds where reading is what takes the time; `service.capacity.step_time` names the
+parts of a step for which it is not.
 """
 
 import dataclasses
@@ -13,12 +14,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-Matrix = npt.NDArray[np.float64]
+Matrix: TypeAlias = npt.NDArray[np.float64]
+Slopes: TypeAlias = dict[str, float]
 
 # Columns that agree to so many digits cannot be told apart by measured times.
 _RANK_TOLERANCE = 1e-4
@@ -37,12 +39,14 @@ class StepSample:
         kv_bytes: keys and values that a step reads.
         seconds: of a step.
         group: samples that share a slope, for example a head label.
+        flops: multiplications and additions of a step; 0 in all samples fits bytes alone.
     """
 
     weight_bytes: float
     kv_bytes: float
     seconds: float
     group: str
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +58,12 @@ class StepModel:
         c: seconds per weight byte; None where all samples have the same weights, which do not
             tell a constant from the time of reading them.
         e: seconds per key/value byte.
+        f: seconds per operation; 0 where the samples do not tell operations from bytes.
         r2: share of the variance of the measured times that the model explains.
         error: largest difference from a sample, as a share of its time.
-        slopes: `e` of each group, fitted on its own samples with an intercept of its own; groups
+        slopes: `e` of each group, where `a`, `c` and `f` are fitted anew for all together; groups
             whose samples all read the same bytes have none.
-        weight_bytes, kv_bytes: least and most among the samples; beyond is extrapolation.
+        weight_bytes, kv_bytes, flops: least and most among the samples; beyond is extrapolation.
     """
 
     a: float
@@ -66,11 +71,13 @@ class StepModel:
     e: float
     r2: float
     error: float
-    slopes: dict[str, float]
+    slopes: Slopes
     weight_bytes: tuple[float, float]
     kv_bytes: tuple[float, float]
+    f: float = 0.0
+    flops: tuple[float, float] = (0.0, 0.0)
 
-    def predict(self, weight_bytes: float, kv_bytes: float) -> float:
+    def predict(self, weight_bytes: float, kv_bytes: float, flops: float) -> float:
         """Seconds of a decode step.
 
         Raises:
@@ -83,15 +90,15 @@ class StepModel:
                     f"weight_bytes is {weight_bytes:.0f}; the step model was fitted for "
                     f"{fitted:.0f} only"
                 )
-            return self.a + self.e * kv_bytes
-        return self.a + self.c * weight_bytes + self.e * kv_bytes
+            weight_bytes = 0.0
+        return self.a + (self.c or 0.0) * weight_bytes + self.e * kv_bytes + self.f * flops
 
     @property
-    def slope_spread(self) -> float:
-        """How far the groups' slopes are apart: the largest over the smallest, less 1; 0 for fewer
-        than two groups, infinite if one does not rise."""
+    def slope_spread(self) -> float | None:
+        """How far the groups' slopes are apart: the largest over the smallest, less 1; infinite if
+        one does not rise, None for fewer than two groups."""
         if len(self.slopes) < 2:
-            return 0.0
+            return None
         least = min(self.slopes.values())
         return max(self.slopes.values()) / least - 1 if least > 0 else math.inf
 
@@ -118,6 +125,8 @@ class StepModel:
             slopes={str(group): _number(slopes, group, least=-math.inf) for group in slopes},
             weight_bytes=_range(fields, "weight_bytes"),
             kv_bytes=_range(fields, "kv_bytes"),
+            f=_number(fields, "f") if "f" in fields else 0.0,
+            flops=_range(fields, "flops") if "flops" in fields else (0.0, 0.0),
         )
 
 
@@ -129,71 +138,85 @@ def fit_step_model(samples: Sequence[StepSample]) -> StepModel:
     Raises:
         UndeterminedFitError: fewer than three samples, or all read the same key/value bytes, or
             the key/value bytes follow from the weight bytes.
-        ValueError: a sample is not a finite number above 0 (key/value bytes: 0 or more).
+        ValueError: a sample is not a finite number above 0 (key/value bytes, operations: 0 or
+            more).
     """
     for sample in samples:
         _check(sample)
     if len(samples) < 3:
         raise UndeterminedFitError(f"{len(samples)} samples; at least 3 are needed")
-    weights, cached, seconds = (
+    weights, cached, flops, seconds = (
         np.array([getattr(sample, field) for sample in samples], dtype=np.float64)
-        for field in ("weight_bytes", "kv_bytes", "seconds")
+        for field in ("weight_bytes", "kv_bytes", "flops", "seconds")
     )
     if _alike(cached):
         raise UndeterminedFitError(
             "all samples read the same key/value bytes; vary the users or the lengths"
         )
-    same_weights = _alike(weights)
-    columns = [np.ones_like(weights), *([] if same_weights else [weights]), cached]
-    matrix = np.stack(columns, axis=1)
-    if not same_weights and _rank(matrix) < 3:
+    columns = {"a": np.ones_like(weights), "c": weights, "e": cached, "f": flops}
+    if _alike(weights):
+        del columns["c"]
+    elif not _independent(weights, cached):
         raise UndeterminedFitError(
             "the key/value bytes of the samples follow from their weight bytes; vary the users or "
             "the lengths within a configuration"
         )
+    known = [column for name, column in columns.items() if name in ("c", "e")]
+    if len(samples) <= len(known) + 1 or _alike(flops) or not _independent(*known, flops):
+        del columns["f"]
+    matrix = np.stack(list(columns.values()), axis=1)
     fitted = _non_negative_least_squares(matrix, seconds)
     residuals = matrix @ fitted - seconds
     variance = float(((seconds - seconds.mean()) ** 2).sum())
+    coefficients = dict(zip(columns, map(float, fitted), strict=True))
     return StepModel(
-        a=float(fitted[0]),
-        c=None if same_weights else float(fitted[1]),
-        e=float(fitted[-1]),
+        a=coefficients["a"],
+        c=coefficients.get("c"),
+        e=coefficients["e"],
+        f=coefficients.get("f", 0.0),
         r2=1 - float((residuals**2).sum()) / variance if variance else 0.0,
         error=float(np.abs(residuals / seconds).max()),
-        slopes=_slopes(samples),
+        slopes=_slopes(samples, columns, seconds),
         weight_bytes=(float(weights.min()), float(weights.max())),
         kv_bytes=(float(cached.min()), float(cached.max())),
+        flops=(float(flops.min()), float(flops.max())),
     )
 
 
-def _non_negative_least_squares(matrix: Matrix, seconds: Matrix) -> Matrix:
-    """Coefficients, none below 0, with the least squared relative error.
+def _non_negative_least_squares(matrix: Matrix, seconds: Matrix, num_free: int = 0) -> Matrix:
+    """Coefficients with the least squared relative error, none below 0 but the first `num_free`.
 
-    The best non-negative fit is the plain fit of those columns that it uses, so with three
+    The best non-negative fit is the plain fit of those columns that it uses, so with four
     columns every choice of them is tried.
     """
     num_columns = matrix.shape[1]
+    free, bounded = range(num_free), range(num_free, num_columns)
     best, best_error = np.zeros(num_columns), math.inf
-    for size in range(1, num_columns + 1):
-        for used in map(list, itertools.combinations(range(num_columns), size)):
+    for size in range(len(bounded) + 1):
+        for chosen in itertools.combinations(bounded, size):
+            used = [*free, *chosen]
             candidate = np.zeros(num_columns)
             candidate[used] = _least_squares(matrix[:, used], seconds)
             error = float((((matrix @ candidate - seconds) / seconds) ** 2).sum())
-            if (candidate >= 0).all() and error < best_error:
+            if (candidate[num_free:] >= 0).all() and error < best_error:
                 best, best_error = candidate, error
     return best
 
 
-def _slopes(samples: Sequence[StepSample]) -> dict[str, float]:
-    slopes: dict[str, float] = {}
-    for group in dict.fromkeys(sample.group for sample in samples):
-        own = [sample for sample in samples if sample.group == group]
-        cached = np.array([sample.kv_bytes for sample in own], dtype=np.float64)
-        if not _alike(cached):
-            matrix = np.stack([np.ones_like(cached), cached], axis=1)
-            seconds = np.array([sample.seconds for sample in own])
-            slopes[group] = float(_least_squares(matrix, seconds)[1])
-    return slopes
+def _slopes(samples: Sequence[StepSample], columns: dict[str, Matrix], seconds: Matrix) -> Slopes:
+    """A slope for each group, the other columns in common."""
+    names = np.array([sample.group for sample in samples])
+    own = {group: columns["e"] * (names == group) for group in dict.fromkeys(names.tolist())}
+    common = [column for name, column in columns.items() if name != "e"]
+    if len(samples) < len(own) + len(common):
+        return {}
+    matrix = np.stack([*own.values(), *common], axis=1)
+    fitted = _non_negative_least_squares(matrix, seconds, num_free=len(own))
+    return {
+        group: float(slope)
+        for group, slope in zip(own, fitted, strict=False)
+        if not _alike(columns["e"][names == group])
+    }
 
 
 def _least_squares(matrix: Matrix, seconds: Matrix) -> Matrix:
@@ -206,11 +229,12 @@ def _least_squares(matrix: Matrix, seconds: Matrix) -> Matrix:
     return np.asarray(solution / scale, dtype=np.float64)
 
 
-def _rank(matrix: Matrix) -> int:
-    """Columns that are not combinations of the others."""
-    centred = matrix[:, 1:] - matrix[:, 1:].mean(axis=0)
+def _independent(*columns: Matrix) -> bool:
+    """Whether none of the columns follows from the others and a constant."""
+    matrix = np.stack(columns, axis=1)
+    centred = matrix - matrix.mean(axis=0)
     scaled = centred / np.linalg.norm(centred, axis=0)
-    return 1 + int(np.linalg.matrix_rank(scaled, tol=_RANK_TOLERANCE))
+    return int(np.linalg.matrix_rank(scaled, tol=_RANK_TOLERANCE)) == len(columns)
 
 
 def _alike(values: Matrix) -> bool:
@@ -222,8 +246,10 @@ def _check(sample: StepSample) -> None:
         value = getattr(sample, field)
         if not 0 < value < math.inf:
             raise ValueError(f"{field} of a sample is {value!r}; allowed: above 0, finite")
-    if not 0 <= sample.kv_bytes < math.inf:
-        raise ValueError(f"kv_bytes of a sample is {sample.kv_bytes!r}; allowed: 0 or more, finite")
+    for field in ("kv_bytes", "flops"):
+        value = getattr(sample, field)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{field} of a sample is {value!r}; allowed: 0 or more, finite")
 
 
 def _number(fields: Mapping[str, Any], name: str, *, least: float = 0.0) -> float:

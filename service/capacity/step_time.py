@@ -7,7 +7,7 @@ from models.config import ITEMSIZE, ModelConfig
 from service.capacity.machine import MachineLimits
 from service.capacity.step_model import StepModel
 
-Part = Literal["fixed", "weights", "cache"]
+Part = Literal["fixed", "weights", "cache", "arithmetic"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,18 +15,24 @@ class DecodeStep:
     """What one decode step has to do.
 
     Attributes:
-        num_sequences: each gets one token.
+        num_sequences: each gets one token; a mean of steps need not be whole.
         weight_bytes, kv_bytes: to be read.
         weight_flops_per_byte: operations on each weight byte, `num_sequences` for 2-byte types.
         kv_flops_per_byte: operations on each key/value byte, query heads over key/value heads
             for 2-byte types.
     """
 
-    num_sequences: int
+    num_sequences: float
     weight_bytes: int
     kv_bytes: float
     weight_flops_per_byte: float
     kv_flops_per_byte: float
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions: of the weights with every sequence, and of attention."""
+        weights = self.weight_flops_per_byte * self.weight_bytes
+        return weights + self.kv_flops_per_byte * self.kv_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +40,18 @@ class StepTime:
     """A decode step's time.
 
     Attributes:
-        basis: `fit` predicts, from a step model; `floor` is the least possible, from the bandwidth
-            of a copy.
+        basis: `fit` predicts, from a step model; `copy` is how long a plain copy takes to read as
+            many bytes: no bound, caches read faster and arithmetic takes longer.
         seconds: of one step.
-        parts: seconds of what every step costs, of reading the weights and of reading the cache.
-            A step model that does not know the weights' part counts it as fixed.
+        parts: seconds of what every step costs, of reading the weights, of reading the cache and
+            of arithmetic. A step model that does not know the weights' part counts it as fixed.
         bound_by: the largest part.
-        extrapolated: more or fewer bytes than the fitted samples had.
+        extrapolated: more or fewer bytes or operations than the fitted samples had.
         arithmetic_bound: the parts that have more operations per byte than the machine's ridge:
-            there a step takes longer than its bytes say. None if the ridge was not measured.
+            there bytes alone say too little. None if the ridge was not measured.
     """
 
-    basis: Literal["fit", "floor"]
+    basis: Literal["fit", "copy"]
     seconds: float
     parts: dict[Part, float]
     bound_by: Part
@@ -54,7 +60,7 @@ class StepTime:
 
 
 def decode_step(
-    model: ModelConfig, num_sequences: int, weight_bytes: int, kv_bytes: float
+    model: ModelConfig, num_sequences: float, weight_bytes: int, kv_bytes: float
 ) -> DecodeStep:
     """The work of a step in the type of `model`.
 
@@ -80,32 +86,36 @@ def step_time(
     step_model: StepModel | None,
     machine: MachineLimits | None,
 ) -> StepTime | None:
-    """Predict a step from a step model, else its floor from the machine; None without both.
+    """Predict a step from a step model, else from the bandwidth of a copy; None without both.
 
     Raises:
         ValueError: the step model was fitted for other weights, and for these only.
     """
     if step_model is not None:
-        seconds = step_model.predict(step.weight_bytes, step.kv_bytes)
+        seconds = step_model.predict(step.weight_bytes, step.kv_bytes, step.flops)
         weights = (step_model.c or 0.0) * step.weight_bytes
         cache = step_model.e * step.kv_bytes
+        arithmetic = step_model.f * step.flops
         extrapolated = not (
             _within(step.weight_bytes, step_model.weight_bytes)
             and _within(step.kv_bytes, step_model.kv_bytes)
+            and (step_model.f == 0 or _within(step.flops, step_model.flops))
         )
     elif machine is not None:
         weights = step.weight_bytes / machine.bytes_per_s
         cache = step.kv_bytes / machine.bytes_per_s
+        arithmetic = 0.0
         seconds, extrapolated = weights + cache, False
     else:
         return None
     parts: dict[Part, float] = {
-        "fixed": max(seconds - weights - cache, 0.0),
+        "fixed": max(seconds - weights - cache - arithmetic, 0.0),
         "weights": weights,
         "cache": cache,
+        "arithmetic": arithmetic,
     }
     return StepTime(
-        basis="floor" if step_model is None else "fit",
+        basis="copy" if step_model is None else "fit",
         seconds=seconds,
         parts=parts,
         bound_by=max(parts, key=lambda part: parts[part]),

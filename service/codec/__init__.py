@@ -4,6 +4,7 @@ from service.codec.attention import AttentionDecoder as AttentionDecoder
 from service.codec.attention import attend_response as attend_response
 from service.codec.descriptions import load_description as load_description
 from service.codec.descriptions import model_description as model_description
+from service.codec.planning import MAX_SERVED_OUTPUT_TOKENS as MAX_SERVED_OUTPUT_TOKENS
 from service.codec.planning import PlanningCall as PlanningCall
 from service.codec.planning import planning_call as planning_call
 from service.codec.requests import Call as Call

@@ -20,13 +20,20 @@ from service.capacity import (
     plan_capacity,
 )
 from service.capacity.changes import target_violations
-from service.capacity.query import query_violations, with_heads
+from service.capacity.query import (
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_OUTPUT_TOKENS,
+    query_violations,
+    with_heads,
+)
 from service.engine.config import EngineConfig
 from service.engine.errors import EncoderModelError, InvalidRequestError, Violation
 
-_MAX_HEADS = 4096
 _MAX_SHOWN = 32
-_HEAD_FIELDS = ("num_heads", "num_kv_heads", "head_dim")
+# Of a question to a server, which computes streams beside the answer.
+MAX_SERVED_OUTPUT_TOKENS = 2048
+_MOST = {"num_heads": MAX_HEADS, "num_kv_heads": MAX_HEADS, "head_dim": MAX_HEAD_DIM}
 
 T = TypeVar("T")
 
@@ -62,6 +69,8 @@ def planning_call(
     served: ModelConfig,
     limits: EngineConfig,
     cache_bytes: int,
+    *,
+    max_output_tokens: int = MAX_OUTPUT_TOKENS,
 ) -> PlanningCall:
     """Check a question about a model or a variant of it.
 
@@ -69,6 +78,7 @@ def planning_call(
         served: with the type that it computes in.
         limits: of its engine.
         cache_bytes: the memory to plan for if the request names none.
+        max_output_tokens: of all shapes of the mix; each takes time to follow.
 
     Raises:
         InvalidRequestError: names every wrong field.
@@ -100,6 +110,10 @@ def planning_call(
         fields = _fields(request.machine)
         machine = _read(MachineLimits.from_dict, fields, "machine", violations)
     violations += query_violations(query)
+    output = sum(shape.output for shape in query.mix)
+    if max_output_tokens < output <= MAX_OUTPUT_TOKENS:
+        allowed = f"at most {max_output_tokens} in all"
+        violations.append(Violation("mix", f"{output} output tokens", allowed))
     if request.HasField("target"):
         target = Target(**_set_fields(request.target))
         known = request.HasField("step_model") or request.HasField("machine")
@@ -133,10 +147,10 @@ def _model(
 
 
 def _head_violations(heads: pb.PlannedHeads) -> Iterator[Violation]:
-    for name in _HEAD_FIELDS:
+    for name, most in _MOST.items():
         value = getattr(heads, name)
-        if heads.HasField(name) and not 1 <= value <= _MAX_HEADS:
-            yield Violation(f"heads.{name}", str(value), f"1 to {_MAX_HEADS}")
+        if heads.HasField(name) and not 1 <= value <= most:
+            yield Violation(f"heads.{name}", str(value), f"1 to {most}")
 
 
 def _shape(message: pb.RequestShape) -> RequestShape:
@@ -169,8 +183,10 @@ def _fields(message: pb.StepModel | pb.MachineLimits) -> dict[str, Any]:
     plain = {name: getattr(message, name) for name in message.DESCRIPTOR.fields_by_name}
     if isinstance(message, pb.StepModel):
         plain["c"] = message.c if message.HasField("c") else None
-        for name in ("weight_bytes", "kv_bytes"):
+        for name in ("weight_bytes", "kv_bytes", "flops"):
             plain[name] = list(plain[name])
+        if not message.flops:
+            del plain["flops"]
     return plain
 
 
@@ -206,6 +222,7 @@ def _prediction(num_sequences: int, time: StepTime) -> pb.StepPrediction:
         fixed_seconds=time.parts["fixed"],
         weight_seconds=time.parts["weights"],
         cache_seconds=time.parts["cache"],
+        arithmetic_seconds=time.parts["arithmetic"],
         bound_by=time.bound_by,
         extrapolated=time.extrapolated,
         arithmetic_bound=time.arithmetic_bound or (),

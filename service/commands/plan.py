@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 # Random weights have no context of their own.
 _CONTEXT = 131_072
+# What a flag may ask for: beyond any model, and counted in moments.
+_MAX_WIDTH = 2**20
+_MAX_VOCAB = 2**24
+_MAX_LAYERS = 512
+_MAX_HEADS = 512
+_MAX_HEAD_DIM = 4096
+_MAX_UINT32 = 2**32 - 1  # what a message holds; what makes sense is checked later
+_MAX_RATE = 1e12
 _OWN_SHAPE = {"layers": 12, "hidden": 768, "intermediate": 2048, "vocab": 32_000}
 
 
@@ -34,22 +42,37 @@ def plan(
     application: Annotated[
         str, typer.Option(help="Application, if the server has several.")
     ] = "headroom",
-    layers: Annotated[int | None, typer.Option(min=1, max=4096, help="[default: 12]")] = None,
-    hidden: Annotated[int | None, typer.Option(min=1, help="[default: 768]")] = None,
-    intermediate: Annotated[int | None, typer.Option(min=1, help="[default: 2048]")] = None,
-    vocab: Annotated[int | None, typer.Option(min=2, help="[default: 32000]")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=_MAX_LAYERS, help="[default: 12]")
+    ] = None,
+    hidden: Annotated[
+        int | None, typer.Option(min=1, max=_MAX_WIDTH, help="[default: 768]")
+    ] = None,
+    intermediate: Annotated[
+        int | None, typer.Option(min=1, max=_MAX_WIDTH, help="[default: 2048]")
+    ] = None,
+    vocab: Annotated[
+        int | None, typer.Option(min=2, max=_MAX_VOCAB, help="[default: 32000]")
+    ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Query heads. [default: 12, or the model's]")
+        int | None,
+        typer.Option(min=1, max=_MAX_HEADS, help="Query heads. [default: 12, or the model's]"),
     ] = None,
     kv_heads: Annotated[
-        int | None, typer.Option(min=1, help="[default: as many as heads, or the model's]")
+        int | None,
+        typer.Option(min=1, max=_MAX_HEADS, help="[default: as many as heads, or the model's]"),
     ] = None,
     head_dim: Annotated[
-        int | None, typer.Option(min=1, help="[default: 64, or the model's]")
+        int | None,
+        typer.Option(min=1, max=_MAX_HEAD_DIM, help="[default: 64, or the model's]"),
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(min=0, help="Tokens that every head sees; 0 is all. [default: the model's]"),
+        typer.Option(
+            min=0,
+            max=_MAX_UINT32,
+            help="Tokens that every head sees; 0 is all. [default: the model's]",
+        ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -62,37 +85,52 @@ def plan(
         str | None, typer.Option(help="For the cache alone. [default: the server's]")
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(help="Tokens per block. [default: 16, or the server's]")
+        int | None,
+        typer.Option(
+            min=1, max=_MAX_UINT32, help="Tokens per block. [default: 16, or the server's]"
+        ),
     ] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Sequences of one step. [default: 64]")
+        int | None,
+        typer.Option(min=1, max=_MAX_UINT32, help="Sequences of one step. [default: 64]"),
     ] = None,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of one step. [default: 512]")
+        int | None, typer.Option(min=1, max=_MAX_UINT32, help="Tokens of one step. [default: 512]")
     ] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Prompt tokens of each request.")] = 512,
-    output: Annotated[int, typer.Option(min=2, help="Output tokens of each request.")] = 128,
+    prompt: Annotated[
+        int, typer.Option(min=1, max=_MAX_UINT32, help="Prompt tokens of each request.")
+    ] = 512,
+    output: Annotated[
+        int, typer.Option(min=2, max=_MAX_UINT32, help="Output tokens of each request.")
+    ] = 128,
     mix: Annotated[
         str | None,
         typer.Option(help="PROMPT/OUTPUT:SHARE of several kinds, as 512/128:3,4000/200:1."),
     ] = None,
     clients: Annotated[
-        int | None, typer.Option(min=1, help="Requests at once. [default: as many as fit]")
+        int | None,
+        typer.Option(min=1, max=_MAX_UINT32, help="Requests at once. [default: as many as fit]"),
     ] = None,
     fit: Annotated[
         Path | None, typer.Option(help="sweep.json of a sweep: predicts step times.")
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine: gives least step times.")
+        bool,
+        typer.Option("--measure", help="Measure this machine: step times at its copy bandwidth."),
     ] = False,
     target_concurrency: Annotated[
-        int | None, typer.Option(min=1, help="Find changes for so many requests at once.")
+        int | None,
+        typer.Option(min=1, max=_MAX_UINT32, help="Find changes for so many requests at once."),
     ] = None,
     target_tokens_per_s: Annotated[
-        float | None, typer.Option(help="Find changes for so many decode tokens per second.")
+        float | None,
+        typer.Option(
+            min=0, max=_MAX_RATE, help="Find changes for so many decode tokens per second."
+        ),
     ] = None,
     target_context: Annotated[
-        int | None, typer.Option(min=1, help="Find changes for requests of so many tokens.")
+        int | None,
+        typer.Option(min=1, max=_MAX_UINT32, help="Find changes for requests of so many tokens."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
@@ -141,13 +179,15 @@ def plan(
 def _ask(
     target: str, application: str, shapes: list[Shape], planning: Planning
 ) -> "PlanCapacityResponse":
-    with Client(target, application=application) as client:
-        try:
+    try:
+        with Client(target, application=application) as client:
             return client.plan_capacity(shapes, **planning)
-        except HeadroomError as error:
-            if error.violations:
-                fail("\n".join(error.violations.values()), code=2)
-            fail(str(error))
+    except HeadroomError as error:
+        if error.violations:
+            fail("\n".join(error.violations.values()), code=2)
+        fail(str(error))
+    except (TypeError, ValueError) as error:  # not a number of the message's type
+        fail(str(error), code=2)
 
 
 def _answer(
@@ -161,14 +201,19 @@ def _answer(
     from service.engine.config import EngineConfig
     from service.engine.errors import EncoderModelError, InvalidRequestError
 
+    def ask(planning: Planning) -> "PlanCapacityResponse":
+        return planning_call(plan_request(shapes, planning), served, engine, 0).answer()
+
     try:
         engine = EngineConfig(**limits)
         if measure:
-            planning["machine"] = _measured(planning["memory"])
-        return planning_call(plan_request(shapes, planning), served, engine, 0).answer()
+            plain = {key: value for key, value in planning.items() if "target" not in key}
+            plan = ask(cast(Planning, plain)).plan
+            planning["machine"] = _measured(plan.weight_bytes + round(plan.step_kv_bytes))
+        return ask(planning)
     except InvalidRequestError as error:
         fail("\n".join(map(str, error.violations)), code=2)
-    except (EncoderModelError, ValueError) as error:
+    except (EncoderModelError, TypeError, ValueError) as error:
         fail(str(error), code=2)
 
 

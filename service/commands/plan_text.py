@@ -13,6 +13,7 @@ _BOUND = {
     "fixed": "what every step costs",
     "weights": "reading the weights",
     "cache": "reading keys and values",
+    "arithmetic": "arithmetic",
 }
 
 
@@ -50,18 +51,22 @@ def _facts(plan: "CapacityPlan") -> Iterator[tuple[str, str]]:
 
 def _prediction(plan: "CapacityPlan") -> Iterator[tuple[str, str]]:
     time = plan.prediction
-    least, most = ("", "") if time.fitted else ("at least ", "at most ")
-    milliseconds = f"{least}{1000 * time.step_seconds:.2f} ms"
+    basis = "" if time.fitted else " at copy bandwidth"
+    milliseconds = f"{1000 * time.step_seconds:.2f} ms{basis}"
     yield "step", f"{milliseconds} for {plan.running} sequences: {_parts(time)}"
     rate = time.decode_tokens_per_s
     yield (
         "speed",
-        f"{most}{rate:,.0f} tokens/s, {rate / plan.running:,.1f} for each sequence; "
+        f"{rate:,.0f} tokens/s{basis}, {rate / plan.running:,.1f} for each sequence; "
         "prompts not counted",
     )
     yield "bound by", _BOUND[time.bound_by]
     if time.extrapolated:
-        yield "", "the step model was fitted to fewer or more bytes: this is an extrapolation"
+        yield (
+            "",
+            "the step model was fitted to fewer or more bytes or operations: this is an "
+            "extrapolation",
+        )
     intensities = {"weights": plan.weight_flops_per_byte, "cache": plan.kv_flops_per_byte}
     for part in time.arithmetic_bound:
         yield (
@@ -76,6 +81,7 @@ def _parts(time: "StepPrediction") -> str:
         ("fixed", time.fixed_seconds),
         ("weights", time.weight_seconds),
         ("cache", time.cache_seconds),
+        ("arithmetic", time.arithmetic_seconds),
     )
     return ", ".join(f"{name} {1000 * seconds:.2f}" for name, seconds in parts)
 
@@ -97,7 +103,7 @@ def _changes(answer: "PlanCapacityResponse") -> Iterator[Table | str]:
         table.add_row(
             change.change,
             f"{plan.kv_bytes_per_token:,}",
-            f"{plan.concurrent:,}",
+            f"{min(plan.concurrent, plan.max_num_seqs):,}",
             "" if rate is None else f"{rate:,.0f}",
         )
     yield table

@@ -81,7 +81,7 @@ def test_json_is_the_summary_and_nothing_else(
 def test_a_table_says_which_loop_it_was_and_has_a_row_per_stage(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary = summarize(SERVED, client_cpu=0.1, began=99.0, stages=STAGES)
+    summary = summarize(SERVED, client_cpu=0.1, client_wait=0.25, began=99.0, stages=STAGES)
     arguments = ["--rate", "8", "--seconds", "5", "--shape", "ramp", "--prompt", "sharegpt"]
     _, (spec,) = run(monkeypatch, arguments, summary)
     assert spec.rate == 8
@@ -90,6 +90,7 @@ def test_a_table_says_which_loop_it_was_and_has_a_row_per_stage(
     assert "open loop, ramp, 8 requests/s" in text
     assert "times count from the arrival" in text
     assert "TTFT 433.3 500.0 660.0 680.0 696.0 700.0" in text
+    assert "0.10 of one core at its busiest, waited 0.250 s per second for a core" in text
     assert "0.0 8.0 3 0 0.40" in text
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from loadtests.load import LoadSpec
 from loadtests.options import add_options, from_options, to_options
-from loadtests.workload import SHAREGPT_PROMPT, Lengths, Workload
+from loadtests.workload import SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Lengths, Workload
 
 WORKLOAD = Workload(Lengths.parse("fixed:8"), Lengths.parse("fixed:8"))
 
@@ -77,11 +77,21 @@ def test_all_wrong_fields_are_named_at_once() -> None:
     ],
 )
 def test_locust_gets_the_load_that_was_asked_for(spec: LoadSpec) -> None:
+    options = _parser().parse_args(to_options(spec))
+    assert from_options(options, target=options.host) == spec
+
+
+def test_locust_knows_sharegpt_by_its_name() -> None:
+    options = _parser().parse_args(["--prompt=sharegpt", "--output=sharegpt"])
+    workload = from_options(options, target="").workload
+    assert (workload.prompt, workload.output) == (SHAREGPT_PROMPT, SHAREGPT_OUTPUT)
+
+
+def _parser() -> Parser:
     parser = Parser()
     add_options(parser)
     parser.add_argument("--host")
     parser.add_argument("--users", type=int, dest="num_users")
     parser.add_argument("--spawn-rate", type=float)
     parser.add_argument("--processes", type=int)
-    options = parser.parse_args(to_options(spec))
-    assert from_options(options, target=options.host) == spec
+    return parser

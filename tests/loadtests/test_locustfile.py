@@ -8,6 +8,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -112,6 +113,34 @@ def test_workers_send_their_samples_to_the_master(paced_target: str) -> None:
     assert summary["requests"] == 11
     assert summary["finish_reasons"] == {"length": 11}
     assert summary["output_tokens"] == 33
+
+
+_BROKEN = """
+from loadtests.session import Session
+
+def _begin(self):
+    raise RuntimeError("unforeseen")
+
+Session._begin = _begin
+from loadtests.locustfile import GenerationUser
+"""
+
+
+def test_an_unforeseen_error_at_the_start_ends_locust_too(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(_BROKEN)
+    arguments = ["-m", "locust", "-f", str(file), "--headless", "--requests=1"]
+    with Process(*arguments, "--host=127.0.0.1:1") as process:
+        assert process.wait() == 1
+    assert json.dumps({"error": "RuntimeError('unforeseen')"}) in process.lines
+
+
+def test_samples_that_cannot_be_written_end_locust_with_one_line() -> None:
+    arguments = ["-m", "locust", "-f", "loadtests/locustfile.py", "--headless", "--requests=1"]
+    with Process(*arguments, "--host=127.0.0.1:1", "--samples=/dev/null/x") as process:
+        assert process.wait() == 1
+    (line,) = (line for line in process.lines if '"error"' in line)
+    assert json.loads(line)["error"].startswith("samples is '/dev/null/x': Not a directory")
 
 
 def test_wrong_options_end_locust_with_one_line_for_each() -> None:

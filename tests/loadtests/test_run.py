@@ -146,6 +146,22 @@ def test_no_server_is_one_clear_message() -> None:
         run_load(LoadSpec(f"127.0.0.1:{port}", EIGHT_TOKENS, users=1, num_requests=1))
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("/dev/null/samples.gz", "samples is '/dev/null/samples.gz': Not a directory; allowed: "),
+        ("/dev/full", "samples cannot be written: No space left on device"),
+    ],
+)
+def test_samples_that_cannot_be_written_end_the_load(
+    paced_target: str, path: str, reason: str, processes: int
+) -> None:
+    spec = LoadSpec(paced_target, EIGHT_TOKENS, users=2, num_requests=2, processes=processes)
+    with pytest.raises(LoadError, match=reason):
+        run_load(spec, Path(path))
+
+
 @pytest.mark.parametrize("client", [run_load, asyncio_client.run_load])
 def test_a_load_without_an_end_is_refused(client: Any) -> None:
     with pytest.raises(ValueError, match="at least one of them"):

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadtests.client_cpu import CpuMeter
+from loadtests.client_cpu import CpuMeter, WaitMeter
+from loadtests.collector import Collector
+from loadtests.load import LoadSpec
 from loadtests.samples import Sample, open_samples, read_samples, write_sample
 from loadtests.stages import Stage
 from loadtests.summary import distribution, from_dict, percentile, summarize
+from loadtests.workload import Workload
 
 DURATIONS = st.lists(st.floats(0, 1e4, allow_subnormal=False), min_size=1, max_size=60)
 
@@ -120,8 +127,25 @@ def test_nothing_at_all_is_no_division_by_zero() -> None:
 
 def test_a_summary_survives_json() -> None:
     stage = Stage(start=0.0, end=3.0, load=1.0)
-    summary = summarize(SAMPLES, client_cpu=0.25, began=99.0, stages=[stage])
+    summary = summarize(SAMPLES, client_cpu=0.25, client_wait=0.125, began=99.0, stages=[stage])
     assert from_dict(json.loads(json.dumps(dataclasses.asdict(summary)))) == summary
+
+
+def test_the_process_that_waits_most_counts() -> None:
+    workload = Workload.parse("fixed:1", "fixed:1")
+    collector = Collector(LoadSpec("", workload, users=3), processes=3, path=None)
+    for wait in (0.25, None, 0.5):
+        collector.add(
+            {
+                "samples": [],
+                "client_cpu": 0.1,
+                "client_wait": wait,
+                "began": 9.0,
+                "over": True,
+            }
+        )
+    assert collector.is_over
+    assert collector.close().client_wait == 0.5
 
 
 def test_samples_survive_their_file(tmp_path: Path) -> None:
@@ -148,3 +172,40 @@ def test_the_cpu_meter_finds_the_busiest_five_seconds(
     for _ in readings[2:]:
         meter.update()
     assert meter.busiest() == pytest.approx(cores)
+
+
+def test_waits_of_threads_that_come_and_go_are_added_up() -> None:
+    readings = iter(
+        [
+            {"main": 3.0, "old": 5.0},  # before the start: not counted
+            {"main": 3.5, "old": 5.25},
+            {"main": 4.0, "new": 0.5},
+            {"main": 4.0, "new": 0.75},
+        ]
+    )
+    times = iter([100.0, 110.0])
+    meter = WaitMeter(lambda: next(readings), lambda: next(times))
+    for _ in range(2):
+        meter.update()
+    assert meter.share() == pytest.approx(2.0 / 10)
+
+
+def test_where_the_kernel_does_not_say_there_is_no_wait() -> None:
+    assert WaitMeter(dict).share() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="Linux counts waits")
+def test_a_process_that_shares_its_core_with_another_waits_for_it() -> None:
+    cores = os.sched_getaffinity(0)
+    one = {min(cores)}
+    meter = WaitMeter()
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        os.sched_setaffinity(other.pid, one)
+        os.sched_setaffinity(0, one)
+        try:
+            deadline = time.monotonic() + 30
+            while (meter.share() or 0.0) < 0.3:  # half of its time, once it has run for a while
+                assert time.monotonic() < deadline, meter.share()
+        finally:
+            os.sched_setaffinity(0, cores)
+            other.kill()

@@ -29,6 +29,7 @@ def test_lengths_are_written_as_they_are_read(text: str) -> None:
         "lognormal:60,1.4",
         "lognormal:600,1.4,512",
         "lognormal:0,1.4,512",
+        "lognormal:60,10.5,512",
         "poisson:5",
         "",
     ],
@@ -37,6 +38,17 @@ def test_other_lengths_are_refused_by_name(text: str) -> None:
     with pytest.raises(ValueError, match="allowed") as caught:
         Lengths.parse(text)
     assert repr(text) in str(caught.value)
+
+
+def test_the_widest_log_normal_can_be_drawn() -> None:
+    rng, lengths = random.Random(0), Lengths.parse("lognormal:1000000,10,1000000")
+    assert all(1 <= lengths.draw(rng) <= 1_000_000 for _ in range(1000))
+
+
+def test_sharegpt_is_a_name_for_lengths_of_prompts_and_of_outputs() -> None:
+    parsed = Workload.parse("sharegpt", "sharegpt", seed=4)
+    assert parsed == Workload(SHAREGPT_PROMPT, SHAREGPT_OUTPUT, seed=4)
+    assert Workload.parse("fixed:3", "sharegpt").prompt == Lengths(3, 3)
 
 
 @given(st.integers(1, 500), st.integers(0, 500), st.integers(0, 2**32))

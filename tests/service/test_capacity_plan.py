@@ -238,13 +238,13 @@ def test_without_anything_to_predict_from_nothing_is_predicted() -> None:
     assert tiny.no_prediction == "not a single request of this mix fits"
 
 
-def test_the_machine_gives_the_floor_and_says_where_bytes_do_not_decide() -> None:
+def test_the_machine_gives_the_time_of_a_copy_and_says_where_bytes_do_not_decide() -> None:
     query = CapacityQuery(llama(), 10**6, False, (RequestShape(7, 6),), LIMITS, clients=6)
     machine = MachineLimits(1e9, dict.fromkeys(("float32", "bfloat16", "float16"), 2e9))
     plan = plan_capacity(query, machine=machine)
     assert plan.step is not None
     assert plan.step_time is not None
-    assert plan.step_time.basis == "floor"
+    assert plan.step_time.basis == "copy"
     assert plan.step_time.seconds * 1e9 == pytest.approx(plan.weight_bytes + plan.step.kv_bytes)
     # Six sequences use each weight of 4 bytes six times: 3 operations per byte, the ridge is 2.
     assert plan.step_time.arithmetic_bound == ("weights",)
@@ -256,6 +256,30 @@ def test_the_machine_gives_the_floor_and_says_where_bytes_do_not_decide() -> Non
     assert extrapolated is not None
     assert extrapolated.extrapolated
     assert not one.step_time.extrapolated
+    computes = dataclasses.replace(STEP_MODEL, f=1e-9, flops=(1.0, plan.step.flops))
+    within = plan_capacity(query, computes).step_time
+    more = plan_capacity(dataclasses.replace(query, clients=7), computes).step_time
+    assert within is not None
+    assert more is not None
+    assert (within.extrapolated, more.extrapolated) == (False, True)
+
+
+def test_a_step_computes_with_every_weight_and_every_key() -> None:
+    """By hand: 2 operations per weight and sequence; 2 on each key and value that a query head
+    sees, for each of its dimensions."""
+    layers = (HeadConfig(4, 2, 8), HeadConfig(4, 2, 8))
+    model = llama(layers=layers)
+    query = CapacityQuery(model, 10**6, False, (RequestShape(7, 6),), LIMITS, clients=3)
+    plan = plan_capacity(query, dataclasses.replace(STEP_MODEL, f=1e-6))
+    assert plan.step is not None
+    weights = 2 * 3 * random_model(model, seed=0).num_parameters
+    # Decode steps see 8 to 12 tokens.
+    attention = 3 * 10 * 2 * (4 * 4 * 8)
+    assert plan.step.flops == weights + attention
+    assert plan.step_time is not None
+    assert plan.step_time.parts["arithmetic"] == pytest.approx(1e-6 * (weights + attention))
+    assert plan.step_time.seconds == pytest.approx(sum(plan.step_time.parts.values()))
+    assert plan.step_time.bound_by == "arithmetic"
 
 
 def test_every_wrong_field_of_a_query_is_named() -> None:
@@ -285,3 +309,24 @@ def test_measuring_a_machine_takes_seconds_and_says_how_far_it_is() -> None:
         MachineLimits.from_dict(limits.to_dict() | {"bytes_per_s": 0})
     with pytest.raises(ValueError, match="flops_per_s is"):
         MachineLimits.from_dict(limits.to_dict() | {"flops_per_s": {"float32": 1.0}})
+
+
+def test_what_heads_remember_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan asks for it for every token of every request; each caller gets a dict of its own."""
+    from models import config
+
+    made: list[object] = []
+    retention = config.Retention
+
+    def counted(*args: int | None) -> config.Retention:
+        made.append(args)
+        return retention(*args)
+
+    monkeypatch.setattr(config, "Retention", counted)
+    heads = HeadConfig(64, 64, 8, window=777)
+    heads.retentions.clear()
+    for num_tokens in range(100):
+        llama(layers=(heads, heads)).kv_bytes(num_tokens)
+    assert heads.retentions == {retention(777): tuple(range(64))}
+    # Windows of which no sequence grows out are told apart by the model, once for each layer.
+    assert len(made) <= 64 + 2 * 100

@@ -1,8 +1,10 @@
 """`PlanCapacity` over a real channel, and `headroom plan`."""
 
 import asyncio
+import contextlib
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,13 @@ from service.cli import app
 from service.client import AsyncClient, Client, HeadroomError, to_error
 from service.client.planning import Shape
 from service.engine import EngineConfig
-from service.engine.errors import EncoderModelError
+from service.engine.errors import EncoderModelError, InvalidRequestError
 from tests.models.tiny import llama
 from tests.serving import RunningServer
 
 STEP_MODEL = StepModel(
     a=0.001, c=1e-9, e=2e-9, r2=0.99, error=0.1, slopes={"mha": 2e-9},
-    weight_bytes=(0.0, 1e9), kv_bytes=(0.0, 1e9),
+    weight_bytes=(0.0, 1e9), kv_bytes=(0.0, 1e9), f=1e-12, flops=(0.0, 1e12),
 )  # fmt: skip
 MACHINE = MachineLimits(1e9, {"float32": 2e9, "bfloat16": 3e9, "float16": 1e9})
 MIX: list[Shape] = [(20, 30), (50, 10, 2)]
@@ -102,7 +104,9 @@ async def test_the_answer_is_the_plan(server: RunningServer) -> None:
         "fixed": said.fixed_seconds,
         "weights": said.weight_seconds,
         "cache": said.cache_seconds,
+        "arithmetic": said.arithmetic_seconds,
     }
+    assert said.arithmetic_seconds > 0
     assert parts == time.parts
     assert said.bound_by == time.bound_by
     assert tuple(said.arithmetic_bound) == time.arithmetic_bound == ("weights", "cache")
@@ -132,9 +136,12 @@ def _bad(field: str, **fields: Any) -> Any:
         _bad("weights_included", weights_included=True),
         _bad("clients", clients=0),
         _bad("heads.num_heads", heads={"num_heads": 2**32 - 1}),
+        _bad("heads.num_heads", heads={"num_heads": 513}),
         _bad("heads.num_kv_heads", heads={"num_kv_heads": 3}),
         _bad("heads.head_dim", heads={"head_dim": 0}),
         _bad("step_model.weight_bytes", step_model={"a": 1, "e": 1}),
+        _bad("step_model.f", step_model=STEP_MODEL.to_dict() | {"f": -1}),
+        _bad("step_model.flops", step_model=STEP_MODEL.to_dict() | {"flops": [1]}),
         _bad("step_model.a", step_model=STEP_MODEL.to_dict() | {"a": math.inf}),
         _bad("machine.bytes_per_s", machine=MACHINE.to_dict() | {"bytes_per_s": 0}),
         _bad("machine.flops_per_s", machine={"bytes_per_s": 1}),
@@ -172,6 +179,52 @@ async def test_generations_go_on_beside_a_plan(server: RunningServer) -> None:
     async with AsyncClient(server.target) as client:
         await client.plan_capacity(MIX, target_concurrent=10_000)
     await server.until_idle()
+
+
+async def test_one_plan_at_a_time_and_the_next_is_told_when_to_ask(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the client of the first one is gone: its thread still computes."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def slow(call: codec.PlanningCall) -> models_pb2.PlanCapacityResponse:
+        entered.set()
+        assert leave.wait(30)
+        return models_pb2.PlanCapacityResponse()
+
+    request = models_pb2.PlanCapacityRequest(mix=[SHAPE])
+    with monkeypatch.context() as patched:
+        patched.setattr(codec.PlanningCall, "answer", slow)
+        first = server.models.PlanCapacity(request)
+        sent = asyncio.ensure_future(first)
+        await asyncio.to_thread(entered.wait, 30)
+        for is_gone in (False, True):
+            if is_gone:
+                first.cancel()
+                await asyncio.wait([sent])
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await server.models.PlanCapacity(request)
+            error = to_error(caught.value)
+            assert error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert (error.reason, error.retry_after) == ("QUEUE_FULL", 1.0)
+        leave.set()
+    answer = None
+    while answer is None:  # until the thread has ended
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            answer = await server.models.PlanCapacity(request)
+    assert answer.plan.num_blocks > 0
+
+
+def test_a_server_follows_fewer_tokens_than_a_plan_at_home() -> None:
+    long = llama(max_position_embeddings=2**16)
+    request = models_pb2.PlanCapacityRequest(mix=[{"prompt": 5, "output": 2049}])
+    assert codec.planning_call(request, long, EngineConfig(), 10**6)
+    with pytest.raises(InvalidRequestError) as caught:
+        codec.planning_call(
+            request, long, EngineConfig(), 10**6, max_output_tokens=codec.MAX_SERVED_OUTPUT_TOKENS
+        )
+    (violation,) = caught.value.violations
+    assert str(violation) == "mix is 2049 output tokens; allowed: at most 2048 in all"
 
 
 def test_an_encoder_has_no_cache_to_plan() -> None:
@@ -223,10 +276,26 @@ def test_flags_describe_a_model(tmp_path: Path) -> None:
     assert "reaches the target; so does" in _plan(*flags, "--target-concurrency", "1").stdout
 
 
-def test_measuring_gives_a_floor() -> None:
+def test_measuring_gives_times_at_copy_bandwidth() -> None:
     flags = ("--layers", "1", "--kv-memory", "1MiB", "--prompt", "5", "--output", "5", "--measure")
     assert _json(*flags)["plan"]["prediction"]["fitted"] is False
-    assert "at least" in _plan(*flags).stdout
+    text = _plan(*flags, "--target-tokens-per-s", "1").stdout
+    assert "at copy bandwidth" in text
+    assert "least" not in text
+
+
+def test_the_copy_is_as_large_as_the_bytes_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as large as the memory, most of which a step does not touch."""
+    copied: list[int] = []
+
+    def measure(device: object, footprint: int, **_: object) -> MachineLimits:
+        copied.append(footprint)
+        return MACHINE
+
+    monkeypatch.setattr("service.capacity.measure_machine", measure)
+    flags = ("--layers", "1", "--kv-memory", "64MiB", "--prompt", "5", "--output", "5")
+    plan = _json(*flags, "--clients", "2", "--measure")["plan"]
+    assert copied == [int(plan["weight_bytes"]) + round(plan["step_kv_bytes"])]
 
 
 async def test_a_server_answers_the_command_too(server: RunningServer) -> None:
@@ -259,6 +328,8 @@ async def test_a_server_answers_the_command_too(server: RunningServer) -> None:
         ("--memory 1GiB --max-num-seqs 1000", "max_num_batched_tokens is 512"),
         ("--memory 1GiB --fit nowhere.json", "fit is nowhere.json"),
         ("--memory 1GiB --target-tokens-per-s 5", "target.tokens_per_s is set"),
+        ("--memory 1GiB --prompt 4294967295", "mix[0].prompt is 4294967295"),
+        ("--memory 99999999TiB --target 127.0.0.1:1", "Value out of range"),
     ],
 )
 def test_bad_usage_is_one_clear_line(flags: str, message: str) -> None:
@@ -266,3 +337,42 @@ def test_bad_usage_is_one_clear_line(flags: str, message: str) -> None:
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"step_model": 5},
+        {"step_model": [1]},
+        {"step_model": {"a": "fast"}},
+        {"step_model": {"nothing": 1}},
+        {"step_model": STEP_MODEL.to_dict(), "limits": "fast"},
+        {"step_model": STEP_MODEL.to_dict() | {"slopes": {"x": "steep"}}},
+        ["step_model"],
+    ],
+)
+@pytest.mark.parametrize("asked", [["--memory", "1GiB"], ["--target", "127.0.0.1:1"]])
+def test_a_fit_that_is_none_is_one_clear_line(
+    content: object, asked: list[str], tmp_path: Path
+) -> None:
+    fit = tmp_path / "sweep.json"
+    fit.write_text(json.dumps(content))
+    result = _plan(*asked, "--fit", str(fit))
+    assert (result.exit_code, type(result.exception)) == (2, SystemExit)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--layers", "--hidden", "--intermediate", "--vocab", "--heads", "--kv-heads", "--head-dim",
+        "--window", "--block-size", "--max-num-seqs", "--max-num-batched-tokens", "--prompt",
+        "--output", "--clients", "--target-concurrency", "--target-tokens-per-s",
+        "--target-context",
+    ],
+)  # fmt: skip
+def test_every_number_has_a_maximum(flag: str) -> None:
+    result = _plan("--memory", "1GiB", flag, "1" + 15 * "0")
+    assert result.exit_code == 2
+    assert f"Invalid value for '{flag}'" in result.stderr

@@ -155,7 +155,7 @@ class RequestShape(_message.Message):
     def __init__(self, prompt: _Optional[int] = ..., output: _Optional[int] = ..., share: _Optional[int] = ...) -> None: ...
 
 class StepModel(_message.Message):
-    __slots__ = ("a", "c", "e", "r2", "error", "slopes", "weight_bytes", "kv_bytes")
+    __slots__ = ("a", "c", "e", "r2", "error", "slopes", "weight_bytes", "kv_bytes", "f", "flops")
     class SlopesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,8 @@ class StepModel(_message.Message):
     SLOPES_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    F_FIELD_NUMBER: _ClassVar[int]
+    FLOPS_FIELD_NUMBER: _ClassVar[int]
     a: float
     c: float
     e: float
@@ -179,7 +181,9 @@ class StepModel(_message.Message):
     slopes: _containers.ScalarMap[str, float]
     weight_bytes: _containers.RepeatedScalarFieldContainer[float]
     kv_bytes: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, a: _Optional[float] = ..., c: _Optional[float] = ..., e: _Optional[float] = ..., r2: _Optional[float] = ..., error: _Optional[float] = ..., slopes: _Optional[_Mapping[str, float]] = ..., weight_bytes: _Optional[_Iterable[float]] = ..., kv_bytes: _Optional[_Iterable[float]] = ...) -> None: ...
+    f: float
+    flops: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, a: _Optional[float] = ..., c: _Optional[float] = ..., e: _Optional[float] = ..., r2: _Optional[float] = ..., error: _Optional[float] = ..., slopes: _Optional[_Mapping[str, float]] = ..., weight_bytes: _Optional[_Iterable[float]] = ..., kv_bytes: _Optional[_Iterable[float]] = ..., f: _Optional[float] = ..., flops: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class MachineLimits(_message.Message):
     __slots__ = ("bytes_per_s", "flops_per_s")
@@ -259,7 +263,7 @@ class CapacityPlan(_message.Message):
     def __init__(self, head_label: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., longest_request: _Optional[int] = ..., concurrent: _Optional[int] = ..., concurrent_mean: _Optional[int] = ..., waste: _Optional[float] = ..., max_num_seqs: _Optional[int] = ..., running: _Optional[int] = ..., step_kv_bytes: _Optional[float] = ..., weight_flops_per_byte: _Optional[float] = ..., kv_flops_per_byte: _Optional[float] = ..., prediction: _Optional[_Union[StepPrediction, _Mapping]] = ..., no_prediction: _Optional[str] = ...) -> None: ...
 
 class StepPrediction(_message.Message):
-    __slots__ = ("fitted", "step_seconds", "decode_tokens_per_s", "fixed_seconds", "weight_seconds", "cache_seconds", "bound_by", "extrapolated", "arithmetic_bound")
+    __slots__ = ("fitted", "step_seconds", "decode_tokens_per_s", "fixed_seconds", "weight_seconds", "cache_seconds", "bound_by", "extrapolated", "arithmetic_bound", "arithmetic_seconds")
     FITTED_FIELD_NUMBER: _ClassVar[int]
     STEP_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DECODE_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +273,7 @@ class StepPrediction(_message.Message):
     BOUND_BY_FIELD_NUMBER: _ClassVar[int]
     EXTRAPOLATED_FIELD_NUMBER: _ClassVar[int]
     ARITHMETIC_BOUND_FIELD_NUMBER: _ClassVar[int]
+    ARITHMETIC_SECONDS_FIELD_NUMBER: _ClassVar[int]
     fitted: bool
     step_seconds: float
     decode_tokens_per_s: float
@@ -278,7 +283,8 @@ class StepPrediction(_message.Message):
     bound_by: str
     extrapolated: bool
     arithmetic_bound: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, fitted: _Optional[bool] = ..., step_seconds: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., fixed_seconds: _Optional[float] = ..., weight_seconds: _Optional[float] = ..., cache_seconds: _Optional[float] = ..., bound_by: _Optional[str] = ..., extrapolated: _Optional[bool] = ..., arithmetic_bound: _Optional[_Iterable[str]] = ...) -> None: ...
+    arithmetic_seconds: float
+    def __init__(self, fitted: _Optional[bool] = ..., step_seconds: _Optional[float] = ..., decode_tokens_per_s: _Optional[float] = ..., fixed_seconds: _Optional[float] = ..., weight_seconds: _Optional[float] = ..., cache_seconds: _Optional[float] = ..., bound_by: _Optional[str] = ..., extrapolated: _Optional[bool] = ..., arithmetic_bound: _Optional[_Iterable[str]] = ..., arithmetic_seconds: _Optional[float] = ...) -> None: ...
 
 class CapacityChange(_message.Message):
     __slots__ = ("change", "cost", "reaches", "plan")

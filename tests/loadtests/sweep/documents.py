@@ -1,4 +1,5 @@
-"""Sweeps that nobody measured: runs whose step times follow from bytes exactly."""
+"""Sweeps that nobody measured: runs whose step times follow from bytes and operations
+exactly."""
 
 from typing import Any
 
@@ -24,11 +25,11 @@ loads:
     prompt: [16, 128]
     output: 8
 """
-# Seconds of a step, per weight byte and per key/value byte.
-A, C, E = 0.002, 3e-9, 5e-9
+# Seconds of a step, per weight byte, per key/value byte and per operation.
+A, C, E, F = 0.002, 3e-9, 5e-9, 1e-9
 LIMITS = {
     "bytes_per_s": 1e9,
-    "flops_per_s": {"float32": 3e9, "bfloat16": 3e9, "float16": 3e9},
+    "flops_per_s": {"float32": 1.5e9, "bfloat16": 1.5e9, "float16": 1.5e9},
 }
 
 
@@ -60,7 +61,15 @@ def measured(plan: Plan) -> dict[str, Any]:
 
 def step_seconds(plan: Plan, name: str, load: Load) -> float:
     one = next(one for one in plan.configurations if one.name == name)
-    return A + C * one.weight_bytes + E * kv_bytes(plan, name, load)
+    return A + C * one.weight_bytes + E * kv_bytes(plan, name, load) + F * flops(plan, name, load)
+
+
+def flops(plan: Plan, name: str, load: Load) -> int:
+    """Every weight is used once for each sequence; every query head of 2 layers of 4 heads of 16
+    multiplies each key and each value that it sees."""
+    one = next(one for one in plan.configurations if one.name == name)
+    attention = 2 * 4 * 16 * 2 * (load.prompt + load.output // 2)
+    return load.clients * 2 * (one.num_parameters + attention)
 
 
 def kv_bytes(plan: Plan, name: str, load: Load) -> int:

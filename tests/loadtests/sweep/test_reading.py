@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.sweep import checks
+from loadtests.sweep import checks, reading
 from loadtests.sweep.reading import read_plan
 from loadtests.sweep.source import SweepError, parse_source, read_source
 from service.runtimes.ray_environment import free_ports
@@ -20,14 +20,22 @@ def mistakes(text: str) -> list[str]:
     return str(caught.value).splitlines()
 
 
+def refused_here(text: str) -> list[str]:
+    """What a plan that can run elsewhere lacks on this machine."""
+    source = parse_source(text, "sweep.yaml")
+    found = read_plan(source, "sweep")
+    with pytest.raises(SweepError) as caught:
+        checks.check_machine(found, source)
+    return str(caught.value).splitlines()
+
+
 def edited(old: str, new: str) -> str:
     assert old in SWEEP
     return SWEEP.replace(old, new)
 
 
 @pytest.mark.parametrize("file", sorted(SWEEPS.glob("*.yaml")), ids=lambda file: str(file.stem))
-def test_the_files_that_we_ship_can_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "available_memory", lambda: 2**36)
+def test_the_files_that_we_ship_can_run(file: Path) -> None:
     found = read_plan(read_source(file), file.stem)
     assert found.name == file.stem
     assert len(found.configurations) >= 2
@@ -121,10 +129,49 @@ loads:
          "a configuration without it"),
         ("repeats: 3", "repeats: 3\nrepeats: 4", "sweep.yaml:3: repeats is given twice"),
         ("repeats: 3", "repeats: [", "sweep.yaml:4: expected ',' or ']'"),
+        ("64MiB", "64MiB\n  max_num_batched_tokens: 3",
+         "sweep.yaml:5: engine.max_num_batched_tokens is 3; allowed: at least max_num_seqs=4"),
+        ("64MiB", "64MiB\n  max_num_seqs: 3",
+         "sweep.yaml:5: engine.max_num_seqs is 3; load c4-p128-o8 needs 4, or `waiting: true`"),
+        ("kv_heads: [4, 2, 1]", f"kv_heads: {[1] * 33}",
+         "sweep.yaml:12: configurations[0].kv_heads is [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, "
+         "1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1...; allowed: "),
+        ("clients: [1, 4]", "clients: &few [1, 4]\n    waves: *few",
+         "sweep.yaml:15: aliases are not allowed"),
+        ("repeats: 3", "repeats: " + "[" * 10_000, "sweep.yaml cannot be read: maximum recursion"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(old: str, new: str, expected: str) -> None:
     assert mistakes(edited(old, new))[0].startswith(expected)
+
+
+def test_too_many_are_counted_before_any_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("expanded")
+
+    monkeypatch.setattr(reading, "expand", never)
+    many = ", ".join(str(number) for number in range(1, 33))
+    shapes = f"heads: [{many}]\n    kv_heads: [{many}]\n    window: [{many}]"
+    assert mistakes(edited("heads: 4\n    kv_heads: [4, 2, 1]", shapes)) == [
+        "sweep.yaml:6: configurations[0] brings the configurations to 32768; allowed: at most 32"
+    ]
+    monkeypatch.undo()
+    loads = "".join(f"  - {{clients: [{many}], prompt: [{many}], output: 2}}\n" for _ in range(5))
+    assert mistakes(SWEEP[: SWEEP.index("loads:")] + "loads:\n" + loads)[-1] == (
+        "sweep.yaml:18: loads[4] brings the loads to 5120; allowed: at most 4096"
+    )
+    # What is too many measurements is not also checked load by load.
+    assert mistakes(
+        edited("repeats: 3", "repeats: 100")
+        .replace("64MiB", "64KiB")
+        .replace("clients: [1, 4]\n    prompt: [16, 128]", f"clients: [{many}]\n    prompt: 16")
+    ) == ["sweep.yaml:13: loads make 9600 measurements; allowed: at most 4096"]
+
+
+def test_more_sequences_than_tokens_of_a_step_need_no_setting() -> None:
+    many = plan(edited("clients: [1, 4]", "clients: 600").replace("64MiB", "1GiB"))
+    assert many.engine.max_num_batched_tokens == many.engine.max_num_seqs == 600
+    assert plan().engine.max_num_batched_tokens == 512
 
 
 def test_a_kv_budget_that_does_not_hold_the_largest_load_is_refused() -> None:
@@ -141,7 +188,7 @@ def test_a_kv_budget_that_does_not_hold_the_largest_load_is_refused() -> None:
 
 def test_more_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "available_memory", lambda: 2**30)
-    (mistake,) = mistakes(SWEEP)
+    (mistake,) = refused_here(SWEEP)
     assert mistake.startswith("sweep.yaml:5: configurations need 1.7 GiB together")
     assert mistake.endswith("available: 1.0 GiB")
 
@@ -150,18 +197,20 @@ def test_taken_ports_are_refused() -> None:
     first = free_ports(1)[0]
     with socket.create_server(("127.0.0.1", first)):
         text = f"metrics_port: {first - 2}\n{SWEEP}"
-        (mistake,) = mistakes(text)
+        (mistake,) = refused_here(text)
     assert mistake.startswith(
         f"sweep.yaml:1: metrics_port is {first - 2}: cannot listen on 127.0.0.1:{first}"
     )
     assert any(
-        "as port does" in line for line in mistakes(f"port: 9000\nmetrics_port: 9001\n{SWEEP}")
+        "as port does" in line for line in refused_here(f"port: 9000\nmetrics_port: 9001\n{SWEEP}")
     )
 
 
 def test_checkpoints_are_loaded_far_enough_to_know_that_they_can_be(tmp_path: Path) -> None:
     demo = "  - name: demo\n    checkpoint: models/demo\n"
     found = plan(edited("loads:", f"{demo}loads:"))
+    bundled = plan(edited("loads:", f"{demo.replace('models/demo', 'demo')}loads:"))
+    assert bundled.configurations[-1].model == found.configurations[-1].model
     quality = found.configurations[-1].to_dict()["quality"]
     assert quality["bits_per_byte"] == pytest.approx(1.007)
     (tmp_path / "config.json").write_text("{}")

@@ -78,10 +78,47 @@ def test_points_without_counted_runs_are_dashes(tmp_path: Path) -> None:
     assert "3 of 3 runs (requests failed: 1 UNAVAILABLE" in table
 
 
+def test_what_a_fit_has_to_reach_is_said_plainly(tmp_path: Path) -> None:
+    """For each fit, over its points; and every plan that misses, with what binds it."""
+    document = measured(plan())
+    for run in document["runs"]:
+        if run["configuration"] == "h4kv1d16" and run["load"].startswith("c4"):
+            run["server"]["decode_seconds"] *= 2
+    document = analyse(plan(), document)
+    write_report(document, tmp_path)
+    html = (tmp_path / "report.html").read_text()
+    markdown = (tmp_path / "report.md").read_text()
+    for text in (html, markdown):
+        assert "R² ≥ 0.95" in text
+        assert "within 15 %" in text
+    (row,) = (line for line in markdown.splitlines() if "| all points |" in line)
+    r2 = document["step_model"]["r2"]
+    assert "| all points | 12 |" in row
+    assert f"| {r2:.3f} | {'met' if r2 >= 0.95 else 'not met'} |" in row
+    assert row.endswith("| not met |")
+    missed = [
+        f"- {point['load']} {point['configuration']}: "
+        for point in document["points"]
+        if abs(point["decode"]["planned"]["off"]) > 0.2
+    ]
+    assert missed
+    shown = [line for line in markdown.splitlines() if line.startswith("- ")]
+    assert [line[: len(start)] for line, start in zip(shown, missed, strict=True)] == missed
+    slow = [line for line in shown if "h4kv1d16" in line]
+    assert slow
+    assert all(line.endswith(", bound by arithmetic") for line in slow)
+
+
 def test_the_table_is_markdown(document: dict[str, Any], tmp_path: Path) -> None:
     write_report(document, tmp_path)
     lines = (tmp_path / "report.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("|")]
     assert len({line.count("|") for line in rows[:5]}) == 1, "columns as the header has"
-    assert len({line.count("|") for line in rows[5:]}) == 1
+    gains, fits = rows[5:15], rows[15:]
+    assert len({line.count("|") for line in gains}) == 1
+    assert len({line.count("|") for line in fits}) == 1
+    assert [line.split("|")[2].strip() for line in fits[2:]] == [
+        "all points",
+        "points not bound by arithmetic",
+    ]
     assert not any(left == right == "" for left, right in itertools.pairwise(lines))

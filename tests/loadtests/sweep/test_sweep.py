@@ -2,13 +2,20 @@
 
 import gzip
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from typer.testing import CliRunner
 
+from loadtests.run import LoadError
+from loadtests.sweep import runner
+from service.cli import app
+from tests.integration.processes import Process
 from tests.loadtests.sweep.browser import open_page
 
 _CLI = [sys.executable, "-c", "from service.cli import app; app()"]
@@ -93,9 +100,83 @@ def _check_run(run: dict[str, Any], folder: Path) -> None:
     assert run["server"]["decode_sequences"] <= 16
 
 
+def interrupted(tmp_path: Path, number: int, *, after: str) -> Path:
+    """The file of a sweep that got a signal, and has ended what it had started."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(SWEEP)
+    arguments = (*_CLI, "sweep", str(file), "--results", str(tmp_path))
+    # As a shell without job control starts what is in the background.
+    shell = ("-c", 'trap "" INT; exec "$@"', "sh", *arguments)
+    with Process(*shell, program=Path("/bin/sh")) as process:
+        process.wait_for(lambda line: line.startswith(after))
+        family = process.family()
+        process.signal(number)
+        assert process.wait(30) == 130
+        assert process.lines[-1] == "error: interrupted; the same command goes on from here"
+    assert len(family) >= 2
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    return file
+
+
+def test_ctrl_c_ends_the_servers_even_if_a_shell_ignored_it(tmp_path: Path) -> None:
+    interrupted(tmp_path, signal.SIGINT, after="warming ")
+
+
+def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+    file = interrupted(tmp_path, signal.SIGTERM, after="1/2 ")
+    folder = tmp_path / "tiny"
+    (run,) = json.loads((folder / "sweep.json").read_text())["runs"]
+    samples = folder / run["samples"]
+    written = (samples.stat().st_mtime_ns, samples.read_bytes())
+    again = sweep(tmp_path, str(file), "--json")
+    assert again.returncode == 0, again.stderr
+    assert "2 runs, 1 of them measured already" in again.stderr
+    assert (samples.stat().st_mtime_ns, samples.read_bytes()) == written
+    runs = json.loads(again.stdout)["runs"]
+    assert len(runs) == 2
+    assert runs[0] == run
+
+
+def test_a_load_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_jobs(*_: object) -> None:
+        raise LoadError("locust ended with code 1:\nTraceback\nImportError: no gevent")
+
+    monkeypatch.setattr(runner, "run_jobs", run_jobs)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is not a sweep's own
+    file = tmp_path / "tiny.yaml"
+    file.write_text(SWEEP)
+    answer = CliRunner().invoke(app, ["sweep", str(file), "--results", str(tmp_path)])
+    assert answer.exit_code == 1
+    assert answer.stderr.splitlines()[1:] == [
+        "error: locust ended with code 1: ImportError: no gevent; the same command goes on from "
+        "here"
+    ]
+
+
+def test_flags_name_their_folder(tmp_path: Path) -> None:
+    """A folder of something else shows it before anything is measured."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    arguments = ("--heads", "12", "--clients", "1", "--kv-cache", "64MiB", "--name", "mine")
+    answer = sweep(tmp_path, *arguments)
+    assert (answer.returncode, answer.stderr) == (
+        2, f"error: {tmp_path / 'mine'} holds files of something else; name the sweep otherwise\n"
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (("--quick", "--clients", "4", "--prompt", "8", "--output", "8", "--kv-cache", "1GiB",
+          "--repeats", "1", "--name", "fast"),
+         "error: --name, --clients, --prompt, --output, --kv-cache, --repeats: allowed beside "
+         "--heads and other flags of a model, not a file\n"),
+        (("sweep.yaml", "--repeats", "1"),
+         "error: --repeats: allowed beside --heads and other flags of a model, not a file\n"),
+        (("--heads", "12", "--name", "two words"),
+         "error: name is 'two words'; allowed: match pattern '^[a-zA-Z0-9_-]{1,64}$'\n"),
         (("--quick", "--heads", "4"),
          "error: give a FILE, or --quick, or --heads and other flags of a model\n"),
         (("--heads", "12", "--kv-heads", "12,5", "--clients", "none"),
