@@ -318,9 +318,9 @@ def test_what_heads_remember_is_worked_out_once(monkeypatch: pytest.MonkeyPatch)
     made: list[object] = []
     retention = config.Retention
 
-    def counted(*args: int | None) -> config.Retention:
-        made.append(args)
-        return retention(*args)
+    def counted(window: int | None, sink_tokens: int) -> config.Retention:
+        made.append(window)
+        return retention(window, sink_tokens)
 
     monkeypatch.setattr(config, "Retention", counted)
     heads = HeadConfig(64, 64, 8, window=777)

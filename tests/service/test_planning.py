@@ -376,3 +376,13 @@ def test_every_number_has_a_maximum(flag: str) -> None:
     result = _plan("--memory", "1GiB", flag, "1" + 15 * "0")
     assert result.exit_code == 2
     assert f"Invalid value for '{flag}'" in result.stderr
+
+
+def test_a_step_model_of_bytes_alone_needs_no_operations() -> None:
+    bytes_alone = {
+        name: value for name, value in STEP_MODEL.to_dict().items() if name not in ("f", "flops")
+    }
+    request = models_pb2.PlanCapacityRequest(mix=[SHAPE], step_model=bytes_alone)
+    answer = codec.planning_call(request, llama(), EngineConfig(), 10**6).answer()
+    assert answer.plan.prediction.fitted
+    assert answer.plan.prediction.arithmetic_seconds == 0
