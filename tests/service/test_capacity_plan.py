@@ -318,7 +318,7 @@ def test_what_heads_remember_is_worked_out_once(monkeypatch: pytest.MonkeyPatch)
     made: list[object] = []
     retention = config.Retention
 
-    def counted(window: int | None, sink_tokens: int) -> config.Retention:
+    def counted(window: int | None = None, sink_tokens: int = 0) -> config.Retention:
         made.append(window)
         return retention(window, sink_tokens)
 
