@@ -129,7 +129,9 @@ def test_every_series_that_an_alert_looks_at_exists(prometheus: Prometheus) -> N
     """Else an alert would be silent for ever, and its rule test would not know."""
     groups = yaml.safe_load(RULES[1].read_text())["groups"]
     for rule in itertools.chain.from_iterable(group["rules"] for group in groups):
-        selectors = re.findall(r"(?:headroom_|grpc_|up{|head_config:)[^\s\[()]*", rule["expr"])
+        selectors = re.findall(
+            r"\b(?:headroom_[\w:]*|grpc_\w*|up\b|head_config:[\w:]*)(?:{[^}]*})?", rule["expr"]
+        )
         assert selectors, rule["alert"]
         for selector in selectors:
             prometheus.wait_for(selector, bool)
