@@ -35,7 +35,7 @@ _WINDOW_COST = (
 )
 _DTYPE_COST = "Numbers are rounded to 16 bits. Measure what it loses."
 _BLOCK_COST = "The model computes the same; smaller blocks make longer tables."
-_SEQUENCES_COST = "The model computes the same; steps have more to do, so each token takes longer."
+_SEQUENCES_COST = "Steps have more to do, so each token takes longer."
 _MEMORY_COST = "The model computes the same."
 
 # What is changed, in words, its cost, and the changed query.

@@ -1,17 +1,16 @@
 """`headroom plan`: flags to a question about capacity, answered here or by a server."""
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from google.protobuf.json_format import MessageToDict
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.progress import Progress
 
 from service.client import Client, HeadroomError
 from service.client.planning import Planning, Shape, plan_request
+from service.commands.plan_flags import read_num_bytes, read_shapes
 from service.commands.plan_text import plan_text
 from service.console import err, fail, out
 
@@ -150,14 +149,14 @@ def plan(
         dtype=dtype,
         block_size=block_size,
         clients=clients,
-        memory=_num_bytes(memory or kv_memory),
+        memory=read_num_bytes(memory or kv_memory),
         weights_included=True if memory else None,
         target_concurrent=target_concurrency,
         target_tokens_per_s=target_tokens_per_s,
         target_context=target_context,
     )
     planning = cast(Planning, fields | (_read_fit(fit) if fit else {}))
-    shapes: list[Shape] = [(prompt, output)] if mix is None else _shapes(mix)
+    shapes: list[Shape] = [(prompt, output)] if mix is None else read_shapes(mix)
     if target is not None:
         planning |= cast(Planning, own_heads)
         answer = _ask(target, application, shapes, planning)
@@ -272,26 +271,6 @@ def _read_fit(path: Path) -> dict[str, Any]:
         reason = result.get("step_model_reason")
         fail(f"fit is {path}, which has no step model: {reason}", code=2)
     return _given(step_model=step_model, machine=result.get("limits"))
-
-
-def _shapes(text: str) -> list[Shape]:
-    shapes: list[Shape] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,9})/(\d{1,9})(?::(\d{1,9}))?\s*", part)
-        if match is None:
-            fail(f"mix is {text!r}; allowed: PROMPT/OUTPUT:SHARE joined by commas", code=2)
-        prompt, output, share = match.groups(default="1")
-        shapes.append((int(prompt), int(output), int(share)))
-    return shapes
-
-
-def _num_bytes(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        fail(f"memory is {text!r}; allowed: a number of bytes, or with a unit, as 8GiB", code=2)
 
 
 def _given(**values: Any) -> dict[str, Any]:
