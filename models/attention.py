@@ -6,11 +6,12 @@ from torch.nn.functional import layer_norm
 
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, QKNorm
-from models.kernels import KernelName, get_kernel
+from models.kernels import KernelName, check_kernel, get_kernel, resolve_kernel
 from models.kernels.dense import attend
 from models.kv_cache import CachePart
 from models.kv_layout import query_heads
 from models.layers import rms_norm
+from models.linear import Linear
 from models.rope import apply_rope
 from models.scoring import Scoring
 
@@ -52,16 +53,27 @@ class Attention(nn.Module):
         self.heads = heads
         self.query_width = heads.num_heads * heads.head_dim
         self.kv_width = heads.num_kv_heads * heads.head_dim
-        self.qkv = nn.Linear(
+        self.qkv = Linear(
             config.hidden_size, self.query_width + 2 * self.kv_width, bias=config.qkv_bias
         )
-        self.output = nn.Linear(self.query_width, config.hidden_size, bias=config.output_bias)
+        self.output = Linear(self.query_width, config.hidden_size, bias=config.output_bias)
         self.query_norm, self.key_norm = (
             None if heads.qk_norm is None else HeadNorm(heads.qk_norm, num_heads, heads.head_dim)
             for num_heads in (heads.num_heads, heads.num_kv_heads)
         )
         self.sinks = nn.Parameter(torch.zeros(heads.num_heads)) if heads.learned_sinks else None
-        self._paged_attention = get_kernel(kernel)
+        check_kernel(kernel)
+        self._kernel: KernelName = kernel
+
+    @property
+    def kernel_name(self) -> str:
+        """Which implementation reads the paged cache, where and as the weights are now.
+
+        Raises:
+            ConfigError: the kernel that was asked for cannot.
+        """
+        weight = self.qkv.weight
+        return resolve_kernel(self._kernel, self.heads, weight.dtype, weight.device)
 
     @property
     def scoring(self) -> Scoring:
@@ -114,18 +126,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend with the paged cache; `hidden` is packed `[tokens, hidden]`."""
         query, key, value = self.project(hidden, rotation)
-        scoring = self.scoring
+        scoring, paged_attention = self.scoring, get_kernel(self.kernel_name)
         if len(cache) == 1:  # the usual case: all heads remember the same
             group = metadata.groups[cache[0].part.group]
             cache[0].write(key, value, group.slot_mapping)
-            attended = self._paged_attention(query, cache[0], group, scoring)
+            attended = paged_attention(query, cache[0], group, scoring)
             return self.output(attended.flatten(-2))  # type: ignore[no-any-return]
         attended = torch.empty_like(query)
         for part in cache:
             group = metadata.groups[part.part.group]
             kv_heads, heads = list(part.part.kv_heads), query_heads(self.heads, part.part)
             part.write(key[:, kv_heads], value[:, kv_heads], group.slot_mapping)
-            attended[:, heads] = self._paged_attention(
+            attended[:, heads] = paged_attention(
                 query[:, heads], part, group, scoring.of_heads(heads)
             )
         return self.output(attended.flatten(-2))  # type: ignore[no-any-return]

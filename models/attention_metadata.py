@@ -1,7 +1,10 @@
 """Where the tokens of one step live in the cache: what a kernel has to read, and for whom."""
 
+import itertools
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,16 +57,76 @@ class QueryBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockTables:
+    """The sequences of a step as they are, without padding of queries or copies.
+
+    Attributes:
+        block_tables: int32 `[sequences, blocks]`, `RELEASED` where there is none.
+        query_start: int32 `[sequences + 1]`, the first row of each sequence in the packed step.
+        num_computed: int32 `[sequences]`, tokens that the cache held before.
+    """
+
+    block_tables: Tensor
+    query_start: Tensor
+    num_computed: Tensor
+
+
 class GroupMetadata:
     """Where the new tokens of one step live in the blocks of one group.
 
-    Attributes:
-        slot_mapping: `[tokens]`, the cache slot of each new token.
-        batches: all rows of the step, in order.
+    Kernels differ in what they read; each form is made when it is first asked for.
     """
 
-    slot_mapping: Tensor
-    batches: tuple[QueryBatch, ...]
+    def __init__(
+        self,
+        rows: Sequence["_Row"],
+        block_size: int,
+        device: torch.device,
+        tokens_per_gather: int | None,
+    ) -> None:
+        self._rows = rows
+        self._block_size = block_size
+        self._device = device
+        self._tokens_per_gather = tokens_per_gather
+
+    @cached_property
+    def slot_mapping(self) -> Tensor:
+        """`[tokens]`, the cache slot of each new token."""
+        slots = [slot for row in self._rows for slot in row.slots(self._block_size)]
+        return torch.tensor(slots, dtype=torch.int64, device=self._device)
+
+    @cached_property
+    def batches(self) -> tuple[QueryBatch, ...]:
+        """All rows of the step, in order, as rectangles."""
+        num_decodes = sum(1 for row in self._rows if row.num_new == 1)
+        budget = self._tokens_per_gather
+        most = None if budget is None else budget // self._block_size
+        decodes = _split(self._rows[:num_decodes], most, self._block_size)
+        batches: list[QueryBatch] = []
+        start = 0
+        for members in (*decodes, *([row] for row in self._rows[num_decodes:])):
+            batch = _query_batch(members, start, self._block_size, self._device)
+            batches.append(batch)
+            start = batch.end
+        return tuple(batches)
+
+    @cached_property
+    def block_tables(self) -> BlockTables:
+        """All rows of the step, as they are."""
+        width = max(len(row.block_table) for row in self._rows)
+        tables = array("i")
+        for row in self._rows:
+            tables.extend(row.block_table)
+            tables.extend([RELEASED] * (width - len(row.block_table)))
+        ends = itertools.accumulate((row.num_new for row in self._rows), initial=0)
+        return BlockTables(
+            self._int32(tables).view(-1, width),
+            self._int32(array("i", ends)),
+            self._int32(array("i", [row.num_computed for row in self._rows])),
+        )
+
+    def _int32(self, numbers: "array[int]") -> Tensor:
+        return torch.frombuffer(numbers, dtype=torch.int32).to(self._device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +161,22 @@ class AttentionMetadata:
         """
         num_decodes = sum(1 for count in num_new_tokens if count == 1)
         assert all(count == 1 for count in num_new_tokens[:num_decodes]), "decodes come first"
-        groups: list[GroupMetadata] = []
-        for index, tables in enumerate(zip(*block_tables, strict=True)):
-            rows = [
-                _Row(table, computed, count)
-                for table, computed, count in zip(
-                    tables, num_computed_tokens, num_new_tokens, strict=True
+        return AttentionMetadata(
+            tuple(
+                GroupMetadata(
+                    [
+                        _Row(table, computed, count)
+                        for table, computed, count in zip(
+                            tables, num_computed_tokens, num_new_tokens, strict=True
+                        )
+                    ],
+                    block_size,
+                    device,
+                    None if tokens_per_gather is None else tokens_per_gather[index],
                 )
-            ]
-            slots = [slot for row in rows for slot in row.slots(block_size)]
-            batches: list[QueryBatch] = []
-            start = 0
-            most = None if tokens_per_gather is None else tokens_per_gather[index] // block_size
-            decodes = _split(rows[:num_decodes], most, block_size)
-            for members in (*decodes, *([row] for row in rows[num_decodes:])):
-                batch = _query_batch(members, start, block_size, device)
-                batches.append(batch)
-                start = batch.end
-            slot_mapping = torch.tensor(slots, dtype=torch.int64, device=device)
-            groups.append(GroupMetadata(slot_mapping, tuple(batches)))
-        return AttentionMetadata(tuple(groups))
+                for index, tables in enumerate(zip(*block_tables, strict=True))
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)

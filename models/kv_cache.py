@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
+from models.cpu import fused
 from models.kv_layout import KVLayout, LayerPart
+from models.memory import large_zeros
 
 # What one gather copies at most where decodes share it: small enough to be read again from a
 # cache of the CPU, large enough that calls cost little.
@@ -26,6 +28,10 @@ class CachePart:
         part: which heads, and where in a block.
         layout: how the pool is cut.
         scratch: where gathered blocks are put together.
+
+    Attributes:
+        places: in elements, how far it is into a block, to the next page and to the next block;
+            then blocks of a page, key/value heads, tokens of a block.
     """
 
     def __init__(
@@ -35,11 +41,19 @@ class CachePart:
         self.part = part
         self._scratch = scratch
         self.block_size = layout.block_size
+        group = layout.groups[part.group]
+        self.places = (
+            *(part.offset, layout.page_elements, group.block_elements),
+            *(group.blocks_per_page, len(part.kv_heads), layout.block_size),
+        )
         self._block_rows = _Rows(pool, part, layout, layout.block_size * part.head_dim)
         self._token_rows = _Rows(pool, part, layout, part.head_dim)
 
     def write(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store `[tokens, kv_heads, head_dim]` at slots `block * block_size + offset`."""
+        if fused.can_fuse(key, value, self.pool):
+            fused.store_kv(key, value, self.pool, slot_mapping, self.places)
+            return
         rows = self._slot_rows(slot_mapping)
         both = torch.stack((key, value), dim=1)
         self._token_rows.memory.index_copy_(0, rows, both.view(-1, self._token_rows.width))
@@ -144,7 +158,7 @@ class KVCache:
     ) -> None:
         self.num_pages = num_pages
         self.layout = KVLayout.of(config, block_size)
-        self.pool = torch.zeros(num_pages * self.layout.page_elements, dtype=dtype, device=device)
+        self.pool = large_zeros(num_pages * self.layout.page_elements, dtype, device)
         scratch = _Scratch(dtype, device)
         self.layers = tuple(
             tuple(CachePart(self.pool, part, self.layout, scratch) for part in parts)

@@ -6,6 +6,8 @@ from torch.nn.functional import gelu, linear, relu, silu
 from torch.nn.functional import rms_norm as torch_rms_norm
 
 from models.config import Activation, ModelConfig
+from models.cpu import fused
+from models.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -31,6 +33,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         wide = torch.promote_types(x.dtype, torch.float32)
         scaled = torch_rms_norm(x.to(wide), x.shape[-1:], eps=eps) * (1 + weight.to(wide))
         return scaled.to(x.dtype)
+    if weight.dim() == 1 and fused.can_fuse(x, weight):
+        return fused.rms_norm(x, weight, eps)
     if weight.dim() == 1:
         return torch_rms_norm(x, x.shape[-1:], weight, eps)
     return torch_rms_norm(x, x.shape[-1:], eps=eps) * weight
@@ -63,17 +67,20 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.intermediate_size * (2 if config.gated_mlp else 1)
-        self.up = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.up = Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.activation: Activation = config.activation
         self.gated = config.gated_mlp
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.gated:
-            gate, up = self.up(x).chunk(2, dim=-1)
-            hidden = activate(gate, self.activation) * up
+        hidden = self.up(x)
+        if not self.gated:
+            hidden = activate(hidden, self.activation)
+        elif self.activation == "silu" and fused.can_fuse(hidden):
+            hidden = fused.silu_mul(hidden)
         else:
-            hidden = activate(self.up(x), self.activation)
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = activate(gate, self.activation) * up
         return self.down(hidden)  # type: ignore[no-any-return]
 
 

@@ -75,7 +75,7 @@ def split_attention(
         visible=scoring.visible(positions, positions),
         bias=scoring.bias(positions),
     )
-    output_weights = attention.output.weight.unflatten(1, (attention.heads.num_heads, -1))
+    output_weights = attention.output.dense_weight.unflatten(1, (attention.heads.num_heads, -1))
     head_outputs = torch.einsum("htd,ohd->hto", attended.output[0], output_weights)
     output = head_outputs.sum(dim=0)
     if attention.output.bias is not None:

@@ -10,9 +10,11 @@ from torch.nn.functional import linear
 from models.attention import Attention
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, Residual
-from models.kernels import KernelName, resolve_kernel
+from models.cpu import linear as packed
+from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.layers import MLP, MixtureOfExperts, make_norm
+from models.linear import Linear
 from models.positions import RopeConfig
 from models.rope import rotation
 
@@ -76,12 +78,11 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, *, kernel: KernelName = "auto") -> None:
         super().__init__()
         self.config = config
-        self.kernel_name = resolve_kernel(kernel)
         embedding_size = config.embedding_size or config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
         projected = embedding_size != config.hidden_size
         self.embed_projection = (
-            nn.Linear(embedding_size, config.hidden_size, bias=False) if projected else None
+            Linear(embedding_size, config.hidden_size, bias=False) if projected else None
         )
         self.embed_positions = (
             nn.Embedding(config.learned_positions, config.hidden_size)
@@ -97,13 +98,35 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, heads, kernel) for heads in config.layers)
         self.final_norm = make_norm(config) if config.final_norm else None
         self.output_projection = (
-            nn.Linear(config.hidden_size, embedding_size, bias=False) if projected else None
+            Linear(config.hidden_size, embedding_size, bias=False) if projected else None
         )
         self.lm_head = (
             None
             if config.tie_word_embeddings or not config.is_causal
-            else nn.Linear(embedding_size, config.vocab_size, bias=config.lm_head_bias)
+            else Linear(embedding_size, config.vocab_size, bias=config.lm_head_bias)
         )
+        # The embeddings once more, where they are the output head too and weights are packed.
+        self._packed_head: Tensor | None = None
+
+    def pack_weights(self) -> None:
+        """Keep the weights of linear layers in the order in which the processor reads them, where
+        that is faster; for inference only."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        embeddings = self.embed_tokens.weight
+        if self.lm_head is None and self.config.is_causal and packed.can_pack(embeddings):
+            self._packed_head = packed.pack(embeddings.detach())
+
+    @property
+    def kernel_name(self) -> str:
+        """Which kernels attend: of all layers alike, or each of them once, joined by `+`.
+
+        Raises:
+            ConfigError: the kernel that was asked for cannot compute a layer's heads here.
+        """
+        names = dict.fromkeys(layer.attention.kernel_name for layer in self._decoder_layers)
+        return "+".join(names)
 
     @property
     def device(self) -> torch.device:
@@ -168,11 +191,14 @@ class Transformer(nn.Module):
         """
         if not self.config.is_causal:
             raise ValueError("an encoder has no logits; `forward_dense` gives its hidden states")
-        head = self.embed_tokens if self.lm_head is None else self.lm_head
-        bias = getattr(head, "bias", None)
         if self.output_projection is not None:
             hidden = self.output_projection(hidden)
-        logits = linear(hidden, head.weight, bias).float()
+        if self.lm_head is not None:
+            logits: Tensor = self.lm_head(hidden).float()
+        elif self._packed_head is not None:
+            logits = packed.packed_linear(hidden, self._packed_head).float()
+        else:
+            logits = linear(hidden, self.embed_tokens.weight).float()
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:

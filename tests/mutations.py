@@ -288,8 +288,8 @@ MUTATIONS = (
     Mutation(
         "output head tied although it is not",
         "models/transformer.py",
-        "head = self.embed_tokens if self.lm_head is None else self.lm_head",
-        "head = self.embed_tokens",
+        "if self.lm_head is not None:\n            logits",
+        "if False:\n            logits",
         parity("llama"),
     ),
     Mutation(
@@ -311,7 +311,7 @@ MUTATIONS = (
         "models/kernels/dense.py",
         "query = query.unflatten(1, (num_kv_heads, -1)).squeeze(3)",
         "query = query.unflatten(1, (-1, num_kv_heads)).transpose(1, 2).squeeze(3)",
-        (_PARITY, "-k", "llama and greedy"),
+        ("tests/models/test_kernels.py",),
     ),
     Mutation(
         "a decode in half precision reads the key/value head of another group",
@@ -319,6 +319,20 @@ MUTATIONS = (
         "grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))",
         "grouped = query.squeeze(2).unflatten(1, (-1, key.shape[1])).transpose(1, 2)",
         ("tests/models/test_kernels.py", "-k", "bfloat16"),
+    ),
+    Mutation(
+        "a window one token wider, in C++",
+        "models/kernels/paged_cpu.py",
+        "MAX_WINDOW if window is None else window for",
+        "MAX_WINDOW if window is None else window + 1 for",
+        ("tests/models/test_kernels.py", "-k", "paged_cpu"),
+    ),
+    Mutation(
+        "learned sinks dropped, in C++",
+        "models/kernels/paged_cpu.py",
+        "[] if scoring.sinks is None else scoring.sinks.tolist()",
+        "[]",
+        ("tests/models/test_kernels.py", "-k", "paged_cpu"),
     ),
     Mutation(
         "two decodes of a batch gather into the same rows",

@@ -83,7 +83,7 @@ def load_model(
     Raises:
         CheckpointError: a file is missing or damaged, or tensors are missing, unexpected or
             wrongly shaped; the message names them.
-        ConfigError: see `read_config`.
+        ConfigError: see `read_config`; or the kernel cannot compute the model's heads here.
     """
     directory = _directory(path)
     config = read_config(directory)
@@ -104,6 +104,7 @@ def load_model(
         joined = torch.cat([read(piece) for piece in pieces]).view(shapes[name])
         state[name] = joined.to(device=device or "cpu", dtype=dtype).contiguous()
     model.load_state_dict(state, assign=True)
+    _ = model.kernel_name  # refuses a kernel that cannot compute these heads here
     return model.eval().requires_grad_(False)
 
 

@@ -4,17 +4,19 @@ A kernel answers one question: given the queries of this step and a cache that a
 step's keys and values, what does each query read? All kernels agree with `reference`.
 """
 
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
 
+import torch
 from torch import Tensor
 
 from models.attention_metadata import GroupMetadata
+from models.config import HeadConfig
 from models.errors import ConfigError
-from models.kernels import dense, reference
+from models.kernels import dense, paged_cpu, reference
 from models.kv_cache import CachePart
 from models.scoring import Scoring
 
-KernelName: TypeAlias = Literal["auto", "dense", "reference"]
+KernelName: TypeAlias = Literal["auto", "paged_cpu", "dense", "reference"]
 
 
 class PagedAttention(Protocol):
@@ -29,23 +31,39 @@ class PagedAttention(Protocol):
 
 
 _KERNELS: dict[str, PagedAttention] = {
+    "paged_cpu": paged_cpu.paged_attention,
     "dense": dense.paged_attention,
     "reference": reference.paged_attention,
 }
 
 
-def resolve_kernel(name: KernelName) -> str:
-    """The kernel that `auto` means on this machine; any other name as it is.
+def check_kernel(name: KernelName) -> None:
+    """Raises:
+    ConfigError: there is no kernel of that name.
+    """
+    if name not in get_args(KernelName):
+        raise ConfigError("kernel", name, ", ".join(get_args(KernelName)))
+
+
+def resolve_kernel(
+    name: KernelName, heads: HeadConfig, dtype: torch.dtype, device: torch.device
+) -> str:
+    """The kernel that `auto` means for these heads on this machine; any other name as it is.
 
     Raises:
-        ConfigError: there is no kernel of that name.
+        ConfigError: there is no kernel of that name, or it cannot compute these heads here.
     """
+    check_kernel(name)
+    if name not in ("auto", "paged_cpu"):
+        return name
+    reason = paged_cpu.why_unsupported(heads, dtype, device)
+    if reason is None:
+        return "paged_cpu"
     if name == "auto":
         return "dense"
-    if name not in _KERNELS:
-        raise ConfigError("kernel", name, ", ".join(["auto", *_KERNELS]))
-    return name
+    raise ConfigError("kernel", name, f"auto, dense, reference, because {reason}")
 
 
-def get_kernel(name: KernelName) -> PagedAttention:
-    return _KERNELS[resolve_kernel(name)]
+def get_kernel(name: str) -> PagedAttention:
+    """The kernel of a name that `resolve_kernel` gave."""
+    return _KERNELS[name]

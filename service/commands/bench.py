@@ -27,7 +27,7 @@ def bench(
     vocab: Annotated[int, typer.Option(min=2)] = 32_000,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    kernel: Annotated[Literal["auto", "dense", "reference"], typer.Option()] = "auto",
+    kernel: Annotated[Literal["auto", "paged_cpu", "dense", "reference"], typer.Option()] = "auto",
     clients: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 32,
     prompt: Annotated[int, typer.Option(min=2, help="Prompt tokens of each.")] = 128,
     output: Annotated[int, typer.Option(min=4, help="Output tokens of each.")] = 128,

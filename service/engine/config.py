@@ -38,7 +38,7 @@ class EngineConfig:
     max_waiting_tokens: int = 262_144
     max_bypass: int = 64
     enable_prefix_caching: bool = False
-    kernel: Literal["auto", "dense", "reference"] = "auto"
+    kernel: Literal["auto", "paged_cpu", "dense", "reference"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     num_threads: int | None = None

@@ -24,6 +24,7 @@ class ModelRunner:
     def __init__(
         self, model: Transformer, kv_cache: KVCache, *, eos_token_ids: frozenset[int]
     ) -> None:
+        model.pack_weights()
         self.model = model
         self.kv_cache = kv_cache
         self._eos_token_ids = tuple(sorted(eos_token_ids))

@@ -16,11 +16,11 @@ from models.positions import RopeConfig
 from models.rope import rotation
 from models.transformer import random_model
 from tests.models import numpy_oracle, tiny
+from tests.models.kernels import KERNELS
 from tests.models.numpy_oracle import Array, array
 
 NUM_TOKENS = 11
 ROPE = RopeConfig(10_000.0, 8)
-KERNELS: tuple[KernelName, ...] = ("dense", "reference")
 
 
 def config_of(num_kv_heads: int) -> ModelConfig:

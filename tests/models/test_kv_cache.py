@@ -1,6 +1,7 @@
 """What is written is read back, whatever blocks a sequence owns and in whatever steps it came."""
 
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -144,6 +145,20 @@ def test_gather_reads_a_rectangle_of_tables() -> None:
         assert torch.equal(read_value[row, 0], value[slots, 0])
 
 
+def test_places_say_where_a_block_lies() -> None:
+    """In parts that share pages unevenly."""
+    cache = make_cache(layers=WINDOWS)
+    for part in all_parts(cache):
+        offset, page, block, per_page, num_kv_heads, block_size = part.places
+        key, value = torch.randn(2, block_size, num_kv_heads, part.part.head_dim)
+        number = 2 * per_page - 1  # the last block of the second page
+        part.write(key, value, torch.arange(number * block_size, (number + 1) * block_size))
+        start = offset + number // per_page * page + number % per_page * block
+        stored = cache.pool[start : start + 2 * key.numel()]
+        both = stored.view(2, num_kv_heads, block_size, part.part.head_dim).transpose(1, 2)
+        assert torch.equal(both, torch.stack((key, value)))
+
+
 @pytest.mark.parametrize("layers", [MIXED, WINDOWS], ids=["mixed", "windows"])
 def test_clearing_makes_a_slot_finite_and_no_other(layers: tuple[HeadConfig, ...]) -> None:
     cache = make_cache(layers=layers)
@@ -169,6 +184,22 @@ def test_allocated_bytes_equal_the_formula(dtype: str) -> None:
 
 def test_memory_starts_as_zeros() -> None:
     assert not make_cache().pool.any()
+
+
+def test_a_cache_of_nothing_has_no_memory() -> None:
+    assert make_cache(num_pages=0).nbytes == 0
+
+
+def test_a_system_without_large_pages_gives_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class SmallPages(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", SmallPages)
+    cache = make_cache()
+    assert not cache.pool.any()
+    cache.pool.fill_(1.0)
+    assert cache.pool.all()
 
 
 # Metadata
@@ -218,6 +249,29 @@ def test_blocks_that_were_given_back_are_not_read() -> None:
     assert chunk.block_tables.tolist() == [[1, 2]]
     assert chunk.key_positions.tolist() == [[0, 1, 2, 3, 8, 9, 10, -1]]
     assert metadata.slot_mapping.tolist() == [8 * 4 + 1, 6 * 4 + 1, 2 * 4, 2 * 4 + 1, 2 * 4 + 2]
+
+
+def test_all_rows_are_told_as_they_are() -> None:
+    metadata = build([[7, 2], [RELEASED, 4, 5], [9]], [4, 9, 0], [1, 2, 3])
+    tables = metadata.block_tables
+    assert tables.block_tables.tolist() == [
+        [7, 2, RELEASED],
+        [RELEASED, 4, 5],
+        [9, RELEASED, RELEASED],
+    ]
+    assert tables.query_start.tolist() == [0, 1, 3, 6]
+    assert tables.num_computed.tolist() == [4, 9, 0]
+    for each in (tables.block_tables, tables.query_start, tables.num_computed):
+        assert each.dtype == torch.int32
+        assert each.is_contiguous()
+
+
+def test_each_form_is_made_once() -> None:
+    """All layers of a group read the same."""
+    metadata = build([[0, 1, 2]], [9], [1])
+    assert metadata.block_tables is metadata.block_tables
+    assert metadata.batches is metadata.batches
+    assert metadata.slot_mapping is metadata.slot_mapping
 
 
 def test_groups_have_blocks_of_their_own() -> None:

@@ -2,7 +2,7 @@
 
 The oracle is the model without a cache, which other tests compare with the formulas. The ways:
 in chunks, token by token, mixed with other sequences, preempted and computed again, continued
-from a cached prefix; for everything that a head configuration can say, in both kernels.
+from a cached prefix; for everything that a head configuration can say, in every kernel.
 """
 
 from dataclasses import replace
@@ -37,8 +37,8 @@ from service.engine.sequence import SequenceOutput
 from service.engine.stats import StepStats
 from tests.engine.tiny import finish_all, greedy
 from tests.models import tiny
+from tests.models.kernels import KERNELS, NAMES, marks
 
-KERNELS: tuple[KernelName, ...] = ("dense", "reference")
 ROPE = RopeConfig(10_000.0, 8)
 PLAIN = HeadConfig(4, 2, 8, rope=ROPE)
 BLOCK_SIZE = 4
@@ -126,7 +126,10 @@ CONFIGS: dict[str, ModelConfig] = {
     **{name: tiny.llama(**changes) for name, changes in MODELS.items()},
 }
 EVERY_PATH = [
-    pytest.param(name, kernel, id=f"{name}-{kernel}") for name in CONFIGS for kernel in KERNELS
+    pytest.param(name, kernel, id=f"{name}-{kernel}", marks=marks(kernel))
+    for name in CONFIGS
+    for kernel in NAMES
+    if (name, kernel) != ("alibi-falcon", "paged_cpu")  # which does not round biases
 ]
 # Of three sequences of 23, 1 and 40 tokens.
 SCHEDULES = {
@@ -156,6 +159,8 @@ def test_however_tokens_are_cut_into_steps_the_logits_are_the_same(
 ) -> None:
     sequences = [tokens_of(length, length) for length in (23, 1, 40)]
     for dtype, bar in ((torch.float32, 1e-5), (torch.float64, 1e-6)):  # logits are float32
+        if (kernel, dtype) == ("paged_cpu", torch.float64):
+            continue
         model = model_of(name, kernel, dtype)
         expected = [model.logits(tokens[None])[0] for tokens in sequences]
         assert expected[0].std() > 0.1, "logits that vanish prove nothing"
@@ -189,7 +194,7 @@ def test_every_setting_matters(name: str) -> None:
     assert (model.logits(tokens) - other.logits(tokens)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", ["auto", "dense", "reference"])
 @pytest.mark.parametrize("window", [None, 5, (3, 5, None, 200)], ids=["all", "window", "each"])
 def test_an_encoder_is_the_same_with_a_cache_in_one_shot(
     kernel: KernelName, window: int | tuple[int | None, ...] | None

@@ -11,6 +11,7 @@ from models.kernels import KernelName
 from models.positions import RopeConfig
 from models.transformer import Transformer, random_model
 from tests.models import numpy_oracle, tiny
+from tests.models.kernels import KERNELS
 
 ROPE = RopeConfig(10_000.0, 8)
 CONFIGS: dict[str, ModelConfig] = {
@@ -21,7 +22,6 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
     "learned": tiny.gpt2(),
 }
-KERNELS: tuple[KernelName, ...] = ("dense", "reference")
 
 
 def tokens_of(length: int, seed: int = 0) -> Tensor:

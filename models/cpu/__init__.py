@@ -1,0 +1,1 @@
+"""Operations in C++ for processors with AVX-512 BF16, where the package was compiled with them."""

@@ -1,0 +1,163 @@
+// Products of small matrices on CPUs with AVX-512 (BF16), for all operations of this package.
+//
+// A 32-bit lane holds one float, or two neighbouring bfloat16 of the summed axis. Every element of a
+// product is summed in one order, whatever else is computed beside it: results do not depend, to
+// the last bit, on how many rows there are.
+
+#pragma once
+
+#include <ATen/ATen.h>
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace headroom {
+
+using Vec = __m512;
+
+constexpr int kLanes = 16;
+
+inline Vec splat(float x) { return _mm512_set1_ps(x); }
+
+// The first `count` lanes; all of them where there are more.
+inline __mmask16 first_lanes(int64_t count) {
+  return (__mmask16)(count >= kLanes ? 0xffff : (1u << count) - 1);
+}
+
+// exp(x), relative error below 3e-7; NaN stays NaN, and what a float cannot hold becomes 0.
+inline Vec exp(Vec x) {
+  const Vec scaled = _mm512_max_ps(splat(-200.f), _mm512_mul_ps(x, splat(1.44269504f)));
+  const Vec whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec f = _mm512_sub_ps(scaled, whole);
+  Vec p = splat(1.5403530e-4f);
+  for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f,
+                        1.f})
+    p = _mm512_fmadd_ps(p, f, splat(c));
+  return _mm512_scalef_ps(p, whole);
+}
+
+inline float exp(float x) { return _mm512_cvtss_f32(exp(splat(x))); }
+
+// What the lanes of a type hold, and the packing that depends on it.
+template <typename T>
+struct Lane;
+
+template <>
+struct Lane<float> {
+  static constexpr int kValues = 1;
+
+  static Vec multiply_add(Vec sum, Vec lanes, const uint32_t* splatted) {
+    float value;
+    std::memcpy(&value, splatted, sizeof value);
+    return _mm512_fmadd_ps(splat(value), lanes, sum);
+  }
+
+  // Sixteen weights, for the summed axis of the second product.
+  static void store_weights(uint32_t* to, int at, Vec weights) {
+    _mm512_storeu_ps(to + at, weights);
+  }
+
+  // Elements of one key's value.
+  static void pack_values(const float* const* rows, int at, __mmask16 mask, uint32_t* to) {
+    _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(mask, rows[0] + at));
+  }
+
+  static Vec load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+
+  static void store(float* to, Vec x, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, x); }
+};
+
+template <>
+struct Lane<at::BFloat16> {
+  static constexpr int kValues = 2;
+
+  static Vec multiply_add(Vec sum, Vec lanes, const uint32_t* splatted) {
+    int32_t pair;
+    std::memcpy(&pair, splatted, sizeof pair);
+    return _mm512_dpbf16_ps(sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(pair));
+  }
+
+  static void store_weights(uint32_t* to, int at, Vec weights) {
+    store(reinterpret_cast<at::BFloat16*>(to) + at, weights, 0xffff);
+  }
+
+  // Elements of two keys' values, side by side.
+  static void pack_values(const at::BFloat16* const* rows, int at, __mmask16 mask, uint32_t* to) {
+    const auto wide = [&](const at::BFloat16* row) {
+      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + at));
+    };
+    _mm512_storeu_si512(to, _mm512_or_si512(wide(rows[0]), _mm512_slli_epi32(wide(rows[1]), 16)));
+  }
+
+  static Vec load(const at::BFloat16* from, __mmask16 mask) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+
+  static void store(at::BFloat16* to, Vec x, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+};
+
+// `c[row, column] (+)= sum over k of a[row, k] * b[k, column]`, a block of it in registers.
+template <typename T, int kBlockRows, int kBlockVecs>
+void multiply_block(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, int depth,
+                    float* c, int c_stride, bool accumulate) {
+  Vec sum[kBlockRows][kBlockVecs];
+  for (int r = 0; r < kBlockRows; r++)
+    for (int v = 0; v < kBlockVecs; v++)
+      sum[r][v] = accumulate ? _mm512_loadu_ps(c + r * c_stride + v * kLanes) : splat(0.f);
+  for (int k = 0; k < depth; k++) {
+    Vec lanes[kBlockVecs];
+    for (int v = 0; v < kBlockVecs; v++) lanes[v] = _mm512_loadu_ps(b + k * b_stride + v * kLanes);
+    for (int r = 0; r < kBlockRows; r++)
+      for (int v = 0; v < kBlockVecs; v++)
+        sum[r][v] = Lane<T>::multiply_add(sum[r][v], lanes[v], a + r * a_stride + k);
+  }
+  for (int r = 0; r < kBlockRows; r++)
+    for (int v = 0; v < kBlockVecs; v++)
+      _mm512_storeu_ps(c + r * c_stride + v * kLanes, sum[r][v]);
+}
+
+template <typename T, int kBlockVecs>
+void multiply_columns(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, int depth,
+                      float* c, int c_stride, int rows, bool accumulate) {
+  int r = 0;
+  const auto block = [&]<int kBlockRows>() {
+    for (; r + kBlockRows <= rows; r += kBlockRows)
+      multiply_block<T, kBlockRows, kBlockVecs>(a + r * a_stride, a_stride, b, b_stride, depth,
+                                                c + r * c_stride, c_stride, accumulate);
+  };
+  block.template operator()<6>();
+  block.template operator()<4>();
+  block.template operator()<2>();
+  block.template operator()<1>();
+}
+
+// The whole product; `columns` is a multiple of the lanes of a vector.
+template <typename T>
+void multiply(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, int depth,
+              float* c, int c_stride, int rows, int columns, bool accumulate) {
+  int column = 0;
+  const auto block = [&]<int kBlockVecs>() {
+    for (; column + kBlockVecs * kLanes <= columns; column += kBlockVecs * kLanes)
+      multiply_columns<T, kBlockVecs>(a, a_stride, b + column, b_stride, depth, c + column,
+                                      c_stride, rows, accumulate);
+  };
+  block.template operator()<4>();
+  block.template operator()<2>();
+  block.template operator()<1>();
+}
+
+// Calls a function of the element type of a tensor.
+template <typename F>
+void with_type(const at::Tensor& tensor, F&& function) {
+  if (tensor.scalar_type() == at::kBFloat16)
+    function.template operator()<at::BFloat16>();
+  else if (tensor.scalar_type() == at::kFloat)
+    function.template operator()<float>();
+  else
+    TORCH_CHECK(false, "the type is ", tensor.scalar_type(), "; allowed: float32, bfloat16");
+}
+
+}  // namespace headroom

@@ -1,0 +1,35 @@
+"""The compiled operations, loaded when they are first needed.
+
+They are compiled when the package is installed, where there is a compiler. Loading them on another
+processor could execute instructions that it does not have, so it is asked first.
+"""
+
+import functools
+import importlib.machinery
+from pathlib import Path
+
+import torch
+
+_FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "fma3")
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Why this machine cannot run it, loading it if it can; None if it can."""
+    missing = [name for name in _FEATURES if not torch.cpu.get_capabilities().get(name)]
+    if missing:
+        return f"the processor lacks {', '.join(missing)}"
+    library = _library()
+    if library is None:
+        return "it was not compiled when the package was installed"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return f"it does not load: {error}"
+    return None
+
+
+def _library() -> Path | None:
+    names = (f"_operations{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    found = (Path(__file__).with_name(name) for name in names)
+    return next((path for path in found if path.exists()), None)

@@ -1,0 +1,143 @@
+"""What lies between products equals torch's own operations, for the tensors that it can take."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from models.config import HeadConfig
+from models.cpu import fused
+from models.kv_cache import KVCache
+from models.rope import apply_rope
+from tests.models import tiny
+from tests.models.cpu.conftest import needs_library
+
+pytestmark = needs_library
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+WIDTHS = st.integers(1, 100)
+ROWS = st.integers(1, 9)
+
+
+def numbers(*shape: int, dtype: torch.dtype, seed: int, factor: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * factor).to(dtype)
+
+
+def assert_rounded_once(ours: Tensor, exact: Tensor) -> None:
+    """In bfloat16 within half a unit of the last place, and float32's own error."""
+    assert ours.shape == exact.shape
+    unit = 2.0**-8 if ours.dtype == torch.bfloat16 else 0.0
+    allowed = exact.abs() * (unit + 2e-6) + 2e-6
+    assert bool(((ours.double() - exact).abs() <= allowed).all())
+
+
+@settings(max_examples=60)
+@given(rows=ROWS, width=WIDTHS, dtype=DTYPES, seed=st.integers(0, 2**16))
+def test_rms_norm(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    x, weight = (numbers(*shape, dtype=dtype, seed=seed) for shape in ((rows, width), (width,)))
+    exact = rms_norm(x.double(), (width,), weight.double(), 1e-5)
+    assert_rounded_once(fused.rms_norm(x, weight, 1e-5), exact)
+
+
+@settings(max_examples=60)
+@given(rows=ROWS, width=WIDTHS, dtype=DTYPES, seed=st.integers(0, 2**16))
+def test_silu_mul(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    x = numbers(rows, 2 * width, dtype=dtype, seed=seed)
+    gate, value = x.double().chunk(2, dim=-1)
+    assert_rounded_once(fused.silu_mul(x), silu(gate) * value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_silu_of_extremes(dtype: torch.dtype) -> None:
+    gates = torch.tensor([0.0, -0.0, 1e30, -1e30, -90.0, 90.0, float("inf"), float("nan")])
+    x = torch.cat((gates, torch.ones(8)))[None].to(dtype)
+    expected = silu(x[0, :8].double())
+    ours = fused.silu_mul(x)[0].double()
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-30, equal_nan=True)
+
+
+@settings(max_examples=60)
+@given(
+    tokens=ROWS,
+    heads=st.integers(1, 4),
+    pairs=st.integers(1, 40),
+    rest=st.integers(0, 20),
+    dtype=DTYPES,
+    seed=st.integers(0, 2**16),
+)
+def test_rope_of_a_part_of_a_projection(
+    tokens: int, heads: int, pairs: int, rest: int, dtype: torch.dtype, seed: int
+) -> None:
+    head_dim = 2 * pairs + rest
+    projected = numbers(tokens, heads * head_dim + 5, dtype=dtype, seed=seed)
+    x = projected[:, 5:].unflatten(1, (heads, head_dim))  # neither aligned nor contiguous
+    angles = numbers(tokens, 1, pairs, dtype=torch.float64, seed=seed + 1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    exact = apply_rope(x.double(), cos.double(), sin.double())
+    ours = fused.rope(x, cos, sin)
+    error = (ours.double() - exact).abs()
+    # Two products may cancel, so the error is measured by what went in.
+    assert error.max() <= x.double().abs().max() * (2.0**-8 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.equal(ours[..., 2 * pairs :], x[..., 2 * pairs :])
+
+
+@settings(max_examples=40)
+@given(
+    block_size=st.sampled_from([1, 3, 16]),
+    window=st.sampled_from([None, (None, None, 3, 3), (2, 2, 5, 5)]),
+    dtype=DTYPES,
+    seed=st.integers(0, 2**16),
+)
+def test_store_kv_writes_what_torch_writes(
+    block_size: int,
+    window: tuple[int | None, ...] | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    config = tiny.llama(layers=(HeadConfig(4, 2, 6, window=window), HeadConfig(2, 2, 10)))
+    caches = [
+        KVCache(config, num_pages=6, block_size=block_size, dtype=dtype, device=torch.device("cpu"))
+        for _ in range(2)
+    ]
+    for layers in zip(*(cache.layers for cache in caches), strict=True):
+        for ours, theirs in zip(*layers, strict=True):
+            part = ours.part
+            tokens = min(5, 6 * block_size)
+            shape = (2, tokens, len(part.kv_heads), part.head_dim)
+            key, value = numbers(*shape, dtype=dtype, seed=seed)
+            slots = torch.randperm(6 * block_size)[:tokens]
+            with torch.inference_mode():
+                ours.write(key, value, slots)
+            theirs.write(key, value, slots)  # with gradients: torch's own operations
+    assert torch.equal(caches[0].pool, caches[1].pool)
+
+
+def test_takes_only_what_it_computes() -> None:
+    x = torch.ones(2, 4)
+    assert not fused.can_fuse(x)  # gradients would be lost
+    with torch.no_grad():
+        assert fused.can_fuse(x, x)
+        assert fused.can_fuse(x.bfloat16())
+        assert not fused.can_fuse(x, x.bfloat16())
+        assert not fused.can_fuse(x.double())
+        assert not fused.can_fuse(x.half())
+        assert not fused.can_fuse(x.to("meta"))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fused.rms_norm(torch.ones(2, 4), torch.ones(3), 1e-5),
+        lambda: fused.silu_mul(torch.ones(2, 5)),
+        lambda: fused.rope(torch.ones(2, 1, 4), torch.ones(2, 1, 3), torch.ones(2, 1, 3)),
+        lambda: fused.rope(torch.ones(2, 1, 4), torch.ones(1, 1, 2), torch.ones(1, 1, 2)),
+        lambda: fused.silu_mul(torch.ones(2, 4, dtype=torch.float64)),
+    ],
+)
+def test_what_does_not_fit_is_refused(call: object) -> None:
+    assert callable(call)
+    with pytest.raises(RuntimeError, match=r"allowed|elements|gate|heads|cosine"):
+        call()

@@ -1,0 +1,132 @@
+"""The compiled operations are loaded only where they run; the package works without them."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.config import HeadConfig
+from models.cpu import library
+from models.cpu.library import why_unavailable
+from models.errors import ConfigError
+from models.kernels import resolve_kernel
+from tests.models import tiny
+from tests.models.cpu.conftest import needs_library
+
+CPU = torch.device("cpu")
+HEADS = HeadConfig(4, 2, 8)
+
+
+@pytest.fixture
+def asked_again() -> Iterator[None]:
+    """The machine is asked, and is asked again after the test."""
+    why_unavailable.cache_clear()
+    yield
+    why_unavailable.cache_clear()
+
+
+def fail_to_load(path: object) -> None:
+    raise AssertionError(f"{path} is loaded")
+
+
+@pytest.mark.parametrize(
+    ("has", "reason"),
+    [
+        (
+            {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3"},
+            "the processor lacks avx512_bf16",
+        ),
+        ({"avx512_f", "avx512_bw", "avx512_vl"}, "lacks avx512_dq, avx512_bf16, fma3"),
+        (set(), "lacks avx512_f, avx512_bw, avx512_vl, avx512_dq, avx512_bf16, fma3"),
+    ],
+    ids=["avx512", "old", "another"],
+)
+def test_a_processor_without_the_instructions_never_loads_it(
+    has: set[str], reason: str, monkeypatch: pytest.MonkeyPatch, asked_again: None
+) -> None:
+    capabilities = {name: name in has for name in ("avx2", "avx512_bf16", *sorted(has))}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.ops, "load_library", fail_to_load)
+    assert str(why_unavailable()).endswith(reason)
+    assert resolve_kernel("auto", HEADS, torch.float32, CPU) == "dense"
+
+
+@pytest.fixture
+def able_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    able = dict.fromkeys(library._FEATURES, True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+
+
+@pytest.mark.usefixtures("able_processor", "asked_again")
+def test_a_package_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_library", lambda: None)
+    assert why_unavailable() == "it was not compiled when the package was installed"
+    with pytest.raises(ConfigError, match="it was not compiled when the package was installed"):
+        resolve_kernel("paged_cpu", HEADS, torch.float32, CPU)
+
+
+@pytest.mark.usefixtures("able_processor", "asked_again")
+def test_a_library_that_does_not_load_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Compiled for another torch, for example."""
+    broken = tmp_path / "_operations.so"
+    broken.write_text("no library")
+    monkeypatch.setattr(library, "_library", lambda: broken)
+    assert str(why_unavailable()).startswith("it does not load: ")
+    assert str(broken) in str(why_unavailable())
+    model = tiny.model(tiny.llama())
+    assert model.kernel_name == "dense"
+    tokens = torch.arange(9)
+    (logits,) = tiny.paged_logits(model, [tokens], [[5], [1], [3]])
+    assert (logits - model.logits(tokens[None])[0]).abs().max() <= 1e-5
+
+
+# In processes of their own
+
+
+def run_python(code: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+RUN_MODEL = """
+import torch
+from models.cpu import library
+from tests.models import tiny
+
+{before}
+model = tiny.model(tiny.llama())
+tokens = torch.arange(30)
+(logits,) = tiny.paged_logits(model, [tokens], [[20], *[[1]] * 10])
+assert (logits - model.logits(tokens[None])[0]).abs().max() <= 1e-5
+print(model.kernel_name)
+{after}
+"""
+
+
+def test_without_the_library_the_package_attends_with_torch() -> None:
+    before = "library._library = lambda: None"
+    assert run_python(RUN_MODEL.format(before=before, after="")).split() == ["dense"]
+
+
+@needs_library
+@pytest.mark.skipif(sys.platform != "linux", reason="the libraries of a process are read in /proc")
+def test_a_process_has_one_openmp() -> None:
+    """A second one would keep threads of its own that fight for the cores."""
+    after = "print(open('/proc/self/maps').read())"
+    kernel, *maps = run_python(RUN_MODEL.format(before="", after=after)).splitlines()
+    assert kernel == "paged_cpu"
+    libraries = {line.split(maxsplit=5)[5] for line in maps if len(line.split(maxsplit=5)) == 6}
+    names = [Path(library).name for library in libraries]
+    assert [name for name in names if name.startswith("_operations.")]
+    kinds = [
+        kind for name in names for kind in ("libgomp", "libiomp", "libomp") if name.startswith(kind)
+    ]
+    assert kinds == ["libgomp"]
