@@ -57,9 +57,10 @@ struct Lane<float> {
     _mm512_storeu_ps(to + at, weights);
   }
 
-  // Elements of one key's value.
-  static void pack_values(const float* const* rows, int at, __mmask16 mask, uint32_t* to) {
-    _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(mask, rows[0] + at));
+  // The value of one key.
+  static void pack_values(const float* const* rows, int width, uint32_t* to) {
+    for (int d = 0; d < width; d += kLanes)
+      _mm512_storeu_ps(to + d, _mm512_maskz_loadu_ps(first_lanes(width - d), rows[0] + d));
   }
 
   static Vec load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
@@ -81,12 +82,20 @@ struct Lane<at::BFloat16> {
     store(reinterpret_cast<at::BFloat16*>(to) + at, weights, 0xffff);
   }
 
-  // Elements of two keys' values, side by side.
-  static void pack_values(const at::BFloat16* const* rows, int at, __mmask16 mask, uint32_t* to) {
-    const auto wide = [&](const at::BFloat16* row) {
-      return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, row + at));
-    };
-    _mm512_storeu_si512(to, _mm512_or_si512(wide(rows[0]), _mm512_slli_epi32(wide(rows[1]), 16)));
+  // The values of two keys, element beside element.
+  static void pack_values(const at::BFloat16* const* rows, int width, uint32_t* to) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40,
+                                         8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(kLanes));
+    for (int d = 0; d < width; d += 2 * kLanes) {
+      const int left = width - d;
+      const __mmask32 mask = left >= 2 * kLanes ? ~0u : (1u << left) - 1;
+      const __m512i first = _mm512_maskz_loadu_epi16(mask, rows[0] + d);
+      const __m512i second = _mm512_maskz_loadu_epi16(mask, rows[1] + d);
+      _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(first, low, second));
+      if (left > kLanes)
+        _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(first, high, second));
+    }
   }
 
   static Vec load(const at::BFloat16* from, __mmask16 mask) {

@@ -17,7 +17,7 @@ namespace {
 
 constexpr int kPanel = 64;   // outputs of a task
 constexpr int kTile = 48;    // rows of input of a task
-constexpr int kDepth = 64;   // lanes of the summed axis that stay in the first-level cache
+constexpr int kDepth = 256;  // lanes of the summed axis at once, so that a panel's part stays in a cache
 
 // Calls `visit(at in the packed weight, at in the plain one)` for every element, in packed order.
 template <typename T, typename F>

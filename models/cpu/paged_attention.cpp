@@ -292,14 +292,12 @@ class Worker {
       }
     multiply<T>(space_.query, depth_, space_.keys, kChunk, depth_, space_.scores, kChunk, rows,
                 padded, false);
+    for (int r = 0; r < rows; r++) weigh(r, first, padded / kLanes, running);
     for (int i = 0; i < padded; i += L::kValues) {
-      for (int d = 0; d < head_dim_; d += kLanes)
-        L::pack_values(here.values + i, d, first_lanes(head_dim_ - d),
-                       space_.values + i / L::kValues * width_ + d);
+      L::pack_values(here.values + i, head_dim_, space_.values + i / L::kValues * width_);
       for (int k = i; k < i + L::kValues; k++)
         for (int d = 0; d < depth_; d += kLanes) prefetch(next.keys[k] + d * L::kValues);
     }
-    for (int r = 0; r < rows; r++) weigh(r, first, padded / kLanes, running);
     multiply<T>(space_.weights, kChunk / L::kValues, space_.values, width_, padded / L::kValues,
                 running.read, width_, rows, width_, true);
   }
