@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench sweep saturation attention dashboard parity mutations demo clean
+.PHONY: install tools serve test lint format proto bench sweep saturation attention operations dashboard parity mutations demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -53,6 +53,9 @@ saturation: install  ## twice the load that a running server sustains; writes lo
 
 attention: install  ## fused and split attention; writes loadtests/results
 	$(BIN)/python -m loadtests.attention
+
+operations: install  ## our operations in C++ and torch's; writes loadtests/results
+	$(BIN)/python -m loadtests.operations
 
 dashboard: install  ## the Grafana dashboard, from its code
 	$(BIN)/python -m deploy.grafana.dashboard

@@ -26,8 +26,8 @@ from torch.nn.functional import linear
 
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig
-from models.cpu import linear as packed
 from models.cpu.library import why_unavailable
+from models.cpu.linear import multiply, pack
 from models.kernels import dense, paged_cpu
 from models.kv_cache import KVCache
 from models.scoring import Scoring
@@ -133,7 +133,10 @@ def measure_attention(case: Attend, layers: int, repeats: int) -> dict[str, Any]
         lambda: attend(dense.paged_attention),
         repeats,
         num_bytes=kv_bytes,
-        operations=4 * layers * 12 * 64 * case.context * case.sequences * case.new,
+        # The new tokens of a prompt see half of each other.
+        operations=round(
+            4 * layers * 12 * 64 * case.sequences * case.new * (case.context - (case.new - 1) / 2)
+        ),
     )
 
 
@@ -142,18 +145,18 @@ def measure_linear(case: Multiply, layers: int, repeats: int) -> dict[str, Any]:
     """All linear layers in bfloat16, multi-head, each with a weight of its own."""
     shapes = [(2304, 768), (768, 768), (4096, 768), (768, 2048)] * layers + [(32_000, 768)]
     weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    ours = [packed.pack(weight) for weight in weights]
+    ours = [pack(weight) for weight in weights]
     inputs = {width: torch.randn(case.tokens, width).bfloat16() for width in (768, 2048)}
     num_bytes = sum(weight.nbytes for weight in weights)
     return asdict(case) | _compare(
         lambda: [
-            packed.packed_linear(inputs[shape[1]], weight)
+            multiply(inputs[shape[1]], weight, shape[0])
             for shape, weight in zip(shapes, ours, strict=True)
         ],
         lambda: [linear(inputs[weight.shape[1]], weight) for weight in weights],
         repeats,
         num_bytes=num_bytes,
-        operations=num_bytes * case.tokens,
+        operations=num_bytes * case.tokens,  # two for each weight, which has two bytes
     )
 
 

@@ -14,6 +14,6 @@ def large_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu" or not size:
         return torch.zeros(size, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a system without large pages
+    with contextlib.suppress(OSError, AttributeError):  # a system without large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)

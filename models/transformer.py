@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from models.attention import Attention
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, Residual
-from models.cpu import linear as packed
+from models.cpu.linear import can_pack, multiply, pack
 from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.layers import MLP, MixtureOfExperts, make_norm
@@ -110,13 +110,29 @@ class Transformer(nn.Module):
 
     def pack_weights(self) -> None:
         """Keep the weights of linear layers in the order in which the processor reads them, where
-        that is faster; for inference only."""
+        that is faster. Embeddings that are the output head too take their memory twice then.
+
+        For inference: until `unpack_weights`, changes of the embeddings do not reach the head.
+        """
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
         embeddings = self.embed_tokens.weight
-        if self.lm_head is None and self.config.is_causal and packed.can_pack(embeddings):
-            self._packed_head = packed.pack(embeddings.detach())
+        is_tied = self.lm_head is None and self.config.is_causal
+        if is_tied and self._packed_head is None and can_pack(embeddings):
+            self._packed_head = pack(embeddings.detach())
+
+    def unpack_weights(self) -> None:
+        """The opposite of `pack_weights`."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.unpack()
+        self._packed_head = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        self._packed_head = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def kernel_name(self) -> str:
@@ -134,7 +150,12 @@ class Transformer(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters())
+        padding = sum(
+            module.weight.numel() - module.in_features * module.out_features
+            for module in self.modules()
+            if isinstance(module, Linear)
+        )
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
 
     @property
     def dtype(self) -> torch.dtype:
@@ -196,7 +217,7 @@ class Transformer(nn.Module):
         if self.lm_head is not None:
             logits: Tensor = self.lm_head(hidden).float()
         elif self._packed_head is not None:
-            logits = packed.packed_linear(hidden, self._packed_head).float()
+            logits = multiply(hidden, self._packed_head, self.config.vocab_size).float()
         else:
             logits = linear(hidden, self.embed_tokens.weight).float()
         if self.config.logit_scale != 1.0:

@@ -20,6 +20,8 @@ from models.transformer import Transformer
 from service.bench import BenchShape
 from service.config import DEMO_DIRECTORY
 
+# Widths are multiples of it: a vector of 32-bit numbers, and what matrix units like.
+_VECTOR = 16
 # Ways to say the same: the field of a model, and the key of the file.
 _KEYS = {
     "num_heads": "heads",
@@ -117,12 +119,13 @@ def _configuration(shape: Shape, model: ModelConfig, place: Place) -> Configurat
 
 def widen(configuration: Configuration, num_parameters: int) -> Configuration:
     """The same heads with an `intermediate_size` that brings it to so many parameters, up to the
-    rounding to whole columns."""
+    rounding to whole vectors: nobody would build a model of other widths, which compute slower."""
     model = configuration.model
     one_more = model.replace(intermediate_size=model.intermediate_size + 1)
     each = count_parameters(one_more) - configuration.num_parameters
-    columns = round((num_parameters - configuration.num_parameters) / each)
-    wide = model.replace(intermediate_size=max(model.intermediate_size + columns, 1))
+    columns = model.intermediate_size + (num_parameters - configuration.num_parameters) / each
+    vectors = max(round(columns / _VECTOR), 1)
+    wide = model.replace(intermediate_size=vectors * _VECTOR)
     return dataclasses.replace(configuration, model=wide, num_parameters=count_parameters(wide))
 
 

@@ -34,11 +34,11 @@ def save_model(model: Transformer, path: str | Path) -> None:
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Our parameters under the names, and cut into the pieces, that the family uses."""
-    parameters = dict(model.named_parameters())
+    parameters = model.state_dict()
     tensors: dict[str, Tensor] = {}
     names = FAMILIES[model.config.family].names(model.config)
     for name, pieces in find_pieces(model.config, names).items():
-        parts = parameters[name].detach().split([piece.shape[0] for piece in pieces])
+        parts = parameters[name].split([piece.shape[0] for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             tensors[piece.name] = piece.to_theirs(part).contiguous()
     return tensors

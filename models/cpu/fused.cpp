@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cache.h"
 #include "lanes.h"
 
 namespace headroom {
@@ -24,6 +25,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
                   weight.scalar_type() == x.scalar_type(),
               "the weight has one number for each of ", width, " elements, of their type");
   const at::Tensor input = x.contiguous(), output = at::empty_like(input);
+  if (!width) return output;
   with_type(x, [&]<typename T>() {
     using L = Lane<T>;
     const T *from = input.const_data_ptr<T>(), *scale = weight.const_data_ptr<T>();
@@ -114,27 +116,31 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
 // Keys and values `[tokens, kv_heads, head_dim]` to their slots; `places` as in CachePart.
 void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& pool,
               const at::Tensor& slots, at::IntArrayRef places) {
-  TORCH_CHECK(places.size() == 6, "places are 6 numbers");
+  const Places in_pool = Places::of(places);
   TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1 && key.sizes() == value.sizes() &&
-                  slots.numel() == key.size(0) && slots.is_contiguous(),
+                  key.size(1) == in_pool.num_kv_heads && slots.numel() == key.size(0) &&
+                  slots.is_contiguous() && pool.is_contiguous(),
               "a key, a value and a slot for each token");
   TORCH_CHECK(key.scalar_type() == pool.scalar_type() && value.scalar_type() == pool.scalar_type(),
               "keys, values and the cache have one type");
-  const int64_t heads = key.size(1), head_dim = key.size(2), block_size = places[5];
+  const int64_t heads = key.size(1), head_dim = key.size(2), block_size = in_pool.block_size;
+  const int64_t num_slots = in_pool.num_blocks(pool) * block_size;
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t token = 0; token < key.size(0); token++)
+    TORCH_CHECK(slot[token] >= 0 && slot[token] < num_slots, "slot ", slot[token],
+                "; allowed: 0 to ", num_slots - 1);
   with_type(key, [&]<typename T>() {
     const T *keys = key.const_data_ptr<T>(), *values = value.const_data_ptr<T>();
-    const int64_t* slot = slots.const_data_ptr<int64_t>();
     T* memory = pool.mutable_data_ptr<T>();
     at::parallel_for(0, key.size(0), grain(heads * head_dim), [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; token++) {
         const int64_t block = slot[token] / block_size, within = slot[token] % block_size;
-        T* to = memory + places[0] + block / places[3] * places[1] +
-                block % places[3] * places[2] + within * head_dim;
+        T* to = memory + in_pool.block(block) + within * head_dim;
         for (int64_t head = 0; head < heads; head++, to += block_size * head_dim) {
           const T* k = keys + token * key.stride(0) + head * key.stride(1);
           const T* v = values + token * value.stride(0) + head * value.stride(1);
           std::memcpy(to, k, head_dim * sizeof(T));
-          std::memcpy(to + heads * block_size * head_dim, v, head_dim * sizeof(T));
+          std::memcpy(to + in_pool.to_value(head_dim), v, head_dim * sizeof(T));
         }
       }
     });

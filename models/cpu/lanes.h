@@ -24,9 +24,10 @@ inline __mmask16 first_lanes(int64_t count) {
   return (__mmask16)(count >= kLanes ? 0xffff : (1u << count) - 1);
 }
 
-// exp(x), relative error below 3e-7; NaN stays NaN, and what a float cannot hold becomes 0.
+// exp(x), relative error below 3e-7; what a float cannot hold is 0 or infinite; NaN stays NaN.
 inline Vec exp(Vec x) {
-  const Vec scaled = _mm512_max_ps(splat(-200.f), _mm512_mul_ps(x, splat(1.44269504f)));
+  const Vec bounded = _mm512_min_ps(splat(200.f), _mm512_max_ps(splat(-200.f), x));
+  const Vec scaled = _mm512_mul_ps(bounded, splat(1.44269504f));
   const Vec whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec f = _mm512_sub_ps(scaled, whole);
   Vec p = splat(1.5403530e-4f);

@@ -25,7 +25,7 @@ def why_unavailable() -> str | None:
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"it does not load: {error}"
+        return f"it does not load: {error.__cause__ or error}"
     return None
 
 

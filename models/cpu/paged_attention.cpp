@@ -15,21 +15,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <vector>
 
-#include "lanes.h"
+#include "tasks.h"
 
 namespace headroom {
 namespace {
 
-constexpr int kChunk = 64;  // keys between two updates of a running softmax
-constexpr int kSpan = 4;    // chunks that one task may compute by itself
-constexpr int kRows = 48;   // queries that share packed keys and values
 constexpr int kMaxHeadDim = 256;
-constexpr float kNothing = -3e38f;  // the running maximum before any key is seen
-
-// How many tasks a thread should find at least; with fewer, sequences are cut into spans.
-constexpr int64_t kTasksPerThread = 4;
 
 alignas(64) const uint32_t kZeros[kMaxHeadDim] = {};  // stands for keys that nobody sees
 
@@ -70,75 +64,6 @@ void transpose(const uint32_t* const* rows, int num_lanes, uint32_t* to, int str
   for (int i = 0; i < std::min(num_lanes, kLanes); i++) _mm512_storeu_si512(to + i * stride, a[i]);
 }
 
-// Everything that one call says; plain pointers, so that threads share it without counting.
-template <typename T>
-struct Call {
-  const T* query;
-  int64_t query_token_stride, query_head_stride;
-  const T* pool;
-  const int32_t* block_tables;
-  int64_t max_blocks;
-  const int32_t* query_start;
-  const int32_t* num_computed;
-  int64_t num_seqs, num_heads, num_kv_heads, head_dim;
-  int64_t offset, page_elements, block_elements, blocks_per_page, block_size;
-  const double* scale;    // of each head, as are the next three
-  const int64_t* window;  // keys nearer than this are seen
-  const double* slopes;   // of a bias that grows with the position of a key; may be null
-  const double* sinks;    // logits that take part in the softmax; may be null
-  int32_t sink_tokens;    // keys before this one are seen in spite of the window
-  float softcap;          // 0 is none
-  T* output;
-
-  int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t width() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
-};
-
-// Some queries of one sequence that share a key/value head, and the chunks of keys they read here.
-struct Task {
-  int32_t seq, kv_head, first_row, num_rows, first_chunk, end_chunk;
-  int64_t partial;  // where an unfinished result goes; -1 if this task is all of it
-};
-
-// A running softmax of each row: the largest score, the sum of the weights, the weighted values.
-struct Running {
-  float* highest;
-  float* sum;
-  float* read;  // [rows, width]
-
-  static int64_t size(int64_t rows, int64_t width) { return rows * (width + 2); }
-
-  static Running at(float* memory, int64_t rows) {
-    return {memory, memory + rows, memory + 2 * rows};
-  }
-
-  void clear(int64_t rows, int64_t width) const {
-    std::fill(highest, highest + rows, kNothing);
-    std::fill(sum, sum + rows, 0.f);
-    std::fill(read, read + rows * width, 0.f);
-  }
-};
-
-void scale_row(float* row, int64_t width, float factor) {
-  for (int64_t d = 0; d < width; d += kLanes)
-    _mm512_storeu_ps(row + d, _mm512_mul_ps(_mm512_loadu_ps(row + d), splat(factor)));
-}
-
-// Add what later keys gave to what earlier ones gave.
-void join(const Running& total, const Running& part, int64_t rows, int64_t width) {
-  for (int64_t r = 0; r < rows; r++) {
-    const float highest = std::max(total.highest[r], part.highest[r]);
-    const float keep = exp(total.highest[r] - highest), add = exp(part.highest[r] - highest);
-    total.highest[r] = highest;
-    total.sum[r] = total.sum[r] * keep + part.sum[r] * add;
-    float *to = total.read + r * width, *from = part.read + r * width;
-    for (int64_t d = 0; d < width; d += kLanes) {
-      const Vec kept = _mm512_mul_ps(_mm512_loadu_ps(to + d), splat(keep));
-      _mm512_storeu_ps(to + d, _mm512_fmadd_ps(_mm512_loadu_ps(from + d), splat(add), kept));
-    }
-  }
-}
-
 // What a thread works with.
 struct Workspace {
   std::vector<float> running, total;
@@ -149,6 +74,11 @@ struct Workspace {
   alignas(64) uint32_t weights[kRows * kChunk];
   int32_t position[kRows], first_seen[kRows], head[kRows];
 };
+
+Workspace& workspace() {
+  thread_local Workspace space;
+  return space;
+}
 
 template <typename T>
 class Worker {
@@ -166,30 +96,31 @@ class Worker {
     space.total.resize(size);
   }
 
-  // `following` is what this thread will do afterwards; null if nothing.
-  void run(const Task& task, const Task* following, float* partials) {
+  // `expected` is what this thread will probably do afterwards; null if nothing.
+  void run(const Task& task, const Task* expected, float* partials) {
     take_queries(task);
-    if (!is_located_) locate(task, task.first_chunk, located_[current_]);
-    is_located_ = following != nullptr;
     const Running total = task.partial < 0
-                              ? Running::at(space_.total.data(), task.num_rows)
-                              : Running::at(partials + task.partial, task.num_rows);
+                              ? Running::in(space_.total.data(), task.num_rows)
+                              : Running::in(partials + task.partial, task.num_rows);
     total.clear(task.num_rows, width_);
-    const Running span = Running::at(space_.running.data(), task.num_rows);
-    for (int first = task.first_chunk; first < task.end_chunk;) {
-      const int end = std::min(task.end_chunk, (first / kSpan + 1) * kSpan);
+    const Running span = Running::in(space_.running.data(), task.num_rows);
+    for (int chunk = seen_from(task, task.first_chunk); chunk < task.end_chunk;) {
+      const int end = std::min(task.end_chunk, (chunk / kSpan + 1) * kSpan);
       span.clear(task.num_rows, width_);
-      for (int chunk = first; chunk < end; chunk++) {
-        const bool is_last = chunk + 1 == task.end_chunk;
-        if (!is_last)
-          locate(task, chunk + 1, located_[1 - current_]);
-        else if (following)
-          locate(*following, following->first_chunk, located_[1 - current_]);
-        if (is_seen(task, chunk)) attend_chunk(task, chunk, span);
+      while (chunk < end) {
+        const int next = seen_from(task, chunk + 1);
+        Located &here = located_[current_], &ahead = located_[1 - current_];
+        locate(task, chunk, here);
+        if (next < task.end_chunk)
+          locate(task, next, ahead);
+        else if (expected)
+          locate(*expected, expected->first_chunk, ahead);
+        const bool has_next = next < task.end_chunk || expected;
+        attend_chunk(task, chunk, here, has_next ? ahead : here, span);
         current_ = 1 - current_;
+        chunk = next;
       }
       join(total, span, task.num_rows, width_);
-      first = end;
     }
     if (task.partial < 0) finish(task, total);
   }
@@ -232,19 +163,18 @@ class Worker {
     first_seen_ = *std::min_element(space_.first_seen, space_.first_seen + task.num_rows);
   }
 
-  bool is_seen(const Task& task, int chunk) const {
-    const int first = chunk * kChunk;
-    return first + kChunk > first_seen_ || first < call_.sink_tokens;
-  }
-
-  const T* block(int32_t number, int kv_head) const {
-    const int64_t page = number / call_.blocks_per_page, within = number % call_.blocks_per_page;
-    return call_.pool + call_.offset + page * call_.page_elements + within * call_.block_elements +
-           kv_head * call_.block_size * head_dim_;
+  // The first chunk from this one on with a key that a query sees, or the end.
+  int seen_from(const Task& task, int chunk) const {
+    while (chunk < task.end_chunk && (chunk + 1) * kChunk <= first_seen_ &&
+           chunk * kChunk >= call_.sink_tokens)
+      chunk++;
+    return chunk;
   }
 
   // Where the keys and values of a chunk lie; zeros for positions that nobody sees.
   struct Located {
+    const Task* task = nullptr;
+    int chunk = 0;
     const T *keys[kChunk], *values[kChunk];
   };
 
@@ -255,32 +185,38 @@ class Worker {
   }
 
   void locate(const Task& task, int chunk, Located& located) const {
+    if (located.task == &task && located.chunk == chunk) return;
+    located.task = &task;
+    located.chunk = chunk;
     const int first = chunk * kChunk, end = end_of(task);
+    const int64_t block_size = call_.places.block_size;
+    const int64_t to_head = task.kv_head * block_size * head_dim_;
+    const int64_t to_value = call_.places.to_value(head_dim_);
     const int32_t* table = call_.block_tables + task.seq * call_.max_blocks;
-    const int64_t to_values = call_.num_kv_heads * call_.block_size * head_dim_;
     const T* zeros = reinterpret_cast<const T*>(kZeros);
     for (int i = 0; i < kChunk;) {
-      const int64_t index = (first + i) / call_.block_size;
-      int64_t within = (first + i) % call_.block_size;
+      const int64_t index = (first + i) / block_size;
+      int64_t within = (first + i) % block_size;
       const bool missing = first + i >= end || table[index] < 0;
-      const T* start = missing ? zeros : block(table[index], task.kv_head);
-      for (; i < kChunk && within < call_.block_size; i++, within++) {
+      const T* start = missing ? zeros : call_.pool + call_.places.block(table[index]) + to_head;
+      for (; i < kChunk && within < block_size; i++, within++) {
         const bool hidden = missing || first + i >= end;
         located.keys[i] = hidden ? zeros : start + within * head_dim_;
-        located.values[i] = hidden ? zeros : located.keys[i] + to_values;
+        located.values[i] = hidden ? zeros : located.keys[i] + to_value;
       }
     }
   }
 
-  static void prefetch(const void* at) { _mm_prefetch((const char*)at, _MM_HINT_T1); }
+  static void prefetch(const T* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
 
-  // Memory is asked for a whole step ahead: values while keys are packed, the next keys while
-  // values are. A line holds as many bytes as a vector.
-  void attend_chunk(const Task& task, int chunk, const Running& running) {
+  // Memory is asked for a whole chunk ahead, values while keys are packed and keys while values are,
+  // into the second-level cache: the first is full of what is packed. A line holds as many bytes as
+  // a vector.
+  void attend_chunk(const Task& task, int chunk, const Located& here, const Located& next,
+                    const Running& running) {
     const int first = chunk * kChunk, rows = task.num_rows;
     const int used = std::min(kChunk, end_of(task) - first);
     const int padded = (used + kLanes - 1) / kLanes * kLanes;
-    const Located &here = located_[current_], &next = located_[1 - current_];
     for (int i = 0; i < padded; i += kLanes)
       for (int d = 0; d < depth_; d += kLanes) {
         const uint32_t* tile[kLanes];
@@ -349,119 +285,96 @@ class Worker {
   int32_t first_seen_ = 0;
   Located located_[2];  // the chunk at hand and the one after it
   int current_ = 0;
-  bool is_located_ = false;  // whether the first chunk of the next task is
 };
 
-// Spans that were computed apart: tasks `first` to `end` are the same rows.
-struct Pieces {
-  int64_t first, end;
-};
-
-template <typename T>
-void cut(const Call<T>& call, std::vector<Task>& tasks, std::vector<Pieces>& pieces,
-         int64_t& partial_size) {
-  const int64_t group = call.group();
-  std::vector<Task> whole;
-  for (int64_t seq = 0; seq < call.num_seqs; seq++) {
-    const int32_t num_new = call.query_start[seq + 1] - call.query_start[seq];
-    for (int32_t kv_head = 0; kv_head < call.num_kv_heads; kv_head++)
-      for (int32_t row = 0; row < num_new * group; row += kRows) {
-        const int32_t rows = (int32_t)std::min<int64_t>(kRows, num_new * group - row);
-        const int32_t first = call.num_computed[seq] + row / group;
-        const int32_t last = call.num_computed[seq] + (int32_t)((row + rows - 1) / group);
-        int32_t first_chunk = 0;
-        if (call.sink_tokens == 0) {
-          const int64_t* window = call.window + kv_head * group;
-          const int64_t widest = *std::max_element(window, window + group);
-          first_chunk = (int32_t)(std::max<int64_t>(0, first - widest + 1) / kChunk);
-        }
-        whole.push_back({(int32_t)seq, kv_head, row, rows, first_chunk, last / kChunk + 1, -1});
-      }
-  }
-  if ((int64_t)whole.size() >= kTasksPerThread * at::get_num_threads()) {
-    tasks = std::move(whole);
-    return;
-  }
-  for (Task& task : whole) {
-    const int64_t begin = (int64_t)tasks.size();
-    for (int first = task.first_chunk; first < task.end_chunk;) {
-      Task piece = task;
-      piece.first_chunk = first;
-      piece.end_chunk = first = std::min(task.end_chunk, (first / kSpan + 1) * kSpan);
-      tasks.push_back(piece);
-    }
-    if ((int64_t)tasks.size() == begin + 1) continue;
-    for (int64_t i = begin; i < (int64_t)tasks.size(); i++) {
-      tasks[i].partial = partial_size;
-      partial_size += Running::size(task.num_rows, call.width());
-    }
-    pieces.push_back({begin, (int64_t)tasks.size()});
-  }
+// Calls `work(worker, index, next index)` on all threads until all are done.
+template <typename T, typename F>
+void in_parallel(const Call<T>& call, int64_t count, F&& work) {
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    Worker<T> worker(call, workspace());
+    for (int64_t index; (index = next.fetch_add(1)) < count;) work(worker, index, next.load());
+  });
 }
 
 template <typename T>
 void attend(const Call<T>& call) {
-  std::vector<Task> tasks;
-  std::vector<Pieces> pieces;
-  int64_t partial_size = 0;
-  cut(call, tasks, pieces, partial_size);
-  std::vector<float> partials(partial_size);
-  const auto in_parallel = [&](int64_t count, auto&& work) {
-    std::atomic<int64_t> next{0};
-    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-      thread_local Workspace space;
-      Worker<T> worker(call, space);
-      for (int64_t at = next.fetch_add(1), after; at < count; at = after) {
-        after = next.fetch_add(1);
-        work(worker, at, after);
-      }
-    });
-  };
-  const int64_t num_tasks = (int64_t)tasks.size();
-  in_parallel(num_tasks, [&](Worker<T>& worker, int64_t at, int64_t after) {
-    worker.run(tasks[at], after < num_tasks ? &tasks[after] : nullptr, partials.data());
+  const Division division = divide(call);
+  const std::vector<Task>& tasks = division.tasks;
+  const auto partials = std::make_unique_for_overwrite<float[]>(division.partial_size);
+  in_parallel(call, (int64_t)tasks.size(), [&](Worker<T>& worker, int64_t index, int64_t next) {
+    const Task* expected = next < (int64_t)tasks.size() ? &tasks[next] : nullptr;
+    worker.run(tasks[index], expected, partials.get());
   });
-  if (pieces.empty()) return;
-  in_parallel((int64_t)pieces.size(), [&](Worker<T>& worker, int64_t at, int64_t) {
-    const Task& task = tasks[pieces[at].first];
-    std::vector<float> memory(Running::size(task.num_rows, call.width()));
-    const Running total = Running::at(memory.data(), task.num_rows);
-    total.clear(task.num_rows, call.width());
-    for (int64_t piece = pieces[at].first; piece < pieces[at].end; piece++)
-      join(total, Running::at(partials.data() + tasks[piece].partial, task.num_rows),
-           task.num_rows, call.width());
+  if (division.pieces.empty()) return;
+  in_parallel(call, (int64_t)division.pieces.size(), [&](Worker<T>& worker, int64_t index, int64_t) {
+    const auto [first, end] = division.pieces[index];
+    const Task& task = tasks[first];
+    const Running total = Running::in(partials.get() + task.partial, task.num_rows);
+    for (int64_t piece = first + 1; piece < end; piece++)
+      join(total, Running::in(partials.get() + tasks[piece].partial, task.num_rows), task.num_rows,
+           call.width());
     worker.finish(task, total);
   });
 }
 
+// Everything that is read without looking is checked here.
+void check_tables(const at::Tensor& query, const at::Tensor& pool, const at::Tensor& block_tables,
+                  const at::Tensor& query_start, const at::Tensor& num_computed,
+                  const Places& places) {
+  const int64_t num_seqs = num_computed.numel();
+  TORCH_CHECK(block_tables.dim() == 2 && block_tables.size(0) == num_seqs &&
+                  query_start.numel() == num_seqs + 1 && block_tables.is_contiguous() &&
+                  query_start.is_contiguous() && num_computed.is_contiguous(),
+              "a row of blocks, a start and a number of computed tokens for each sequence");
+  const auto *start = query_start.const_data_ptr<int32_t>(),
+             *computed = num_computed.const_data_ptr<int32_t>(),
+             *tables = block_tables.const_data_ptr<int32_t>();
+  const int64_t num_blocks = places.num_blocks(pool);
+  TORCH_CHECK(start[0] == 0 && start[num_seqs] == query.size(0), "all queries are of a sequence");
+  for (int64_t seq = 0; seq < num_seqs; seq++) {
+    const int64_t num_new = start[seq + 1] - start[seq], length = computed[seq] + num_new;
+    const int64_t used = (length + places.block_size - 1) / places.block_size;
+    TORCH_CHECK(num_new >= 0 && computed[seq] >= 0 && used <= block_tables.size(1),
+                "sequence ", seq, " has ", length, " tokens and ", block_tables.size(1), " blocks");
+    const int32_t* table = tables + seq * block_tables.size(1);
+    for (int64_t index = 0; index < used; index++)
+      TORCH_CHECK(table[index] >= -1 && table[index] < num_blocks, "block ", table[index],
+                  " of sequence ", seq, "; allowed: -1 to ", num_blocks - 1);
+  }
+}
+
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& pool,
                            const at::Tensor& block_tables, const at::Tensor& query_start,
-                           const at::Tensor& num_computed, at::IntArrayRef layout,
+                           const at::Tensor& num_computed, at::IntArrayRef places,
                            at::ArrayRef<double> scale, at::IntArrayRef window,
                            at::ArrayRef<double> slopes, at::ArrayRef<double> sinks,
                            int64_t sink_tokens, double softcap) {
-  TORCH_CHECK(layout.size() == 6, "layout has 6 numbers");
+  const Places in_pool = Places::of(places);
   TORCH_CHECK(query.dim() == 3 && query.stride(2) == 1, "queries are [tokens, heads, head_dim]");
   const int64_t num_heads = query.size(1), head_dim = query.size(2);
   TORCH_CHECK(head_dim <= kMaxHeadDim, "head_dim is ", head_dim, "; allowed: up to 256");
   TORCH_CHECK(query.scalar_type() == at::kFloat || head_dim % 2 == 0,
               "head_dim is ", head_dim, "; allowed in bfloat16: even numbers");
   TORCH_CHECK(query.scalar_type() == pool.scalar_type(), "queries and cache have one type");
-  TORCH_CHECK(layout[4] > 0 && num_heads % layout[4] == 0, "num_kv_heads is ", layout[4],
+  TORCH_CHECK(num_heads % in_pool.num_kv_heads == 0, "num_kv_heads is ", in_pool.num_kv_heads,
               "; allowed: a divisor of ", num_heads);
+  TORCH_CHECK(pool.is_contiguous(), "the cache lies in one piece");
+  check_tables(query, pool, block_tables, query_start, num_computed, in_pool);
   const auto of_heads = [&](size_t size) { return size == (size_t)num_heads; };
   TORCH_CHECK(of_heads(scale.size()) && of_heads(window.size()) &&
                   (slopes.empty() || of_heads(slopes.size())) &&
                   (sinks.empty() || of_heads(sinks.size())),
               "scale, window, slopes and sinks have one number for each head");
+  TORCH_CHECK(std::all_of(window.begin(), window.end(), [](int64_t size) { return size > 0; }),
+              "windows are 1 or more");
   const at::Tensor output = at::empty(query.sizes(), query.options());
   with_type(query, [&]<typename T>() {
     attend<T>({query.const_data_ptr<T>(), query.stride(0), query.stride(1),
-               pool.const_data_ptr<T>(), block_tables.const_data_ptr<int32_t>(),
+               pool.const_data_ptr<T>(), in_pool, block_tables.const_data_ptr<int32_t>(),
                block_tables.size(1), query_start.const_data_ptr<int32_t>(),
-               num_computed.const_data_ptr<int32_t>(), num_computed.size(0), num_heads, layout[4],
-               head_dim, layout[0], layout[1], layout[2], layout[3], layout[5], scale.data(),
-               window.data(), slopes.empty() ? nullptr : slopes.data(),
+               num_computed.const_data_ptr<int32_t>(), num_computed.numel(), num_heads, head_dim,
+               scale.data(), window.data(), slopes.empty() ? nullptr : slopes.data(),
                sinks.empty() ? nullptr : sinks.data(), (int32_t)sink_tokens, (float)softcap,
                output.mutable_data_ptr<T>()});
   });
@@ -474,7 +387,7 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& pool,
 TORCH_LIBRARY_FRAGMENT(headroom, library) {
   library.def(
       "paged_attention(Tensor query, Tensor pool, Tensor block_tables, Tensor query_start, "
-      "Tensor num_computed, int[] layout, float[] scale, int[] window, float[] slopes, "
+      "Tensor num_computed, int[] places, float[] scale, int[] window, float[] slopes, "
       "float[] sinks, int sink_tokens, float softcap) -> Tensor");
 }
 

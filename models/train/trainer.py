@@ -65,6 +65,7 @@ def train(
     on_step: Callable[[TrainProgress], None],
 ) -> int:
     """Train in place on int64 `[tokens]`; returns the number of tokens seen."""
+    model.unpack_weights()
     model.train().requires_grad_(True)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     kept = [p for p in model.parameters() if p.ndim == 1]

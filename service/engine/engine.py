@@ -73,7 +73,7 @@ class Engine:
     """A model, its KV cache and the requests that share them.
 
     Args:
-        model: the model to run.
+        model: the model to run; the engine packs its weights (see `Transformer.pack_weights`).
         config: limits.
         tokenizer: needed for stop strings only.
         on_step: told about every step.

@@ -12,11 +12,11 @@ CPU = torch.device("cpu")
 NAMES: tuple[KernelName, ...] = ("dense", "reference", "paged_cpu")
 
 _REASON = why_unavailable()
-needs_paged_cpu = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+needs_library = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
 def marks(kernel: KernelName) -> tuple[pytest.MarkDecorator, ...]:
-    return (needs_paged_cpu,) if kernel == "paged_cpu" else ()
+    return (needs_library,) if kernel == "paged_cpu" else ()
 
 
 # For parametrize; with a machine of the right kind these are all of them.

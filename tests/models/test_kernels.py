@@ -15,7 +15,7 @@ from models.kernels import KernelName, get_kernel, resolve_kernel
 from models.transformer import Transformer
 from tests.models import tiny
 from tests.models.batches import EVERYTHING, Batch, Case, make_batch
-from tests.models.kernels import CPU, KERNELS, computes, marks, needs_paged_cpu
+from tests.models.kernels import CPU, KERNELS, computes, marks, needs_library
 from tests.models.variants import EACH_HEAD, PLAIN, Variant, variants
 
 # These compute in float64 too.
@@ -95,7 +95,7 @@ def long_cases(draw: st.DrawFn) -> tuple[Case, Variant]:
 LONG = Case(2, 3, 80, 16, ((699, 1), (0, 1), (255, 1), (256, 1), (190, 129)), seed=1)
 
 
-@needs_paged_cpu
+@needs_library
 @settings(max_examples=60)
 @given(varied=long_cases() | VARIED_CASES)
 @example(varied=(EVERYTHING, PLAIN))
@@ -131,7 +131,7 @@ def test_every_kernel_equals_loops_over_each_sequence_alone(
 
 
 # Attention of one query has a path of its own in half precision.
-@pytest.mark.parametrize("kernel", ["dense", pytest.param("paged_cpu", marks=needs_paged_cpu)])
+@pytest.mark.parametrize("kernel", ["dense", pytest.param("paged_cpu", marks=needs_library)])
 @settings(max_examples=150)
 @given(varied=VARIED_CASES)
 @example(varied=(EVERYTHING, PLAIN))

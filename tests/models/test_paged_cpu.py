@@ -20,7 +20,7 @@ from models.positions import Alibi, RopeConfig, alibi_slopes
 from models.scoring import Scoring
 from tests.models import tiny
 from tests.models.batches import EVERYTHING, make_batch
-from tests.models.kernels import CPU, needs_paged_cpu
+from tests.models.kernels import CPU, needs_library
 from tests.models.variants import PLAIN
 
 PLAIN_HEADS = HeadConfig(4, 2, 8, rope=RopeConfig(10_000.0, 8))
@@ -155,7 +155,7 @@ SCORINGS = {
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@needs_paged_cpu
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCORINGS)
 @settings(max_examples=25)
@@ -182,7 +182,7 @@ def test_the_bits_of_a_sequence_depend_on_itself_alone(
         assert_equal_bits(read[index : index + 1], alone)
 
 
-@needs_paged_cpu
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCORINGS)
 def test_token_by_token_equals_one_shot(name: str, dtype: torch.dtype) -> None:
@@ -192,7 +192,7 @@ def test_token_by_token_equals_one_shot(name: str, dtype: torch.dtype) -> None:
     assert_equal_bits(sequences.read(SCORINGS[name], [[1]] * 330, dtype=dtype), one_shot)
 
 
-@needs_paged_cpu
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCORINGS)
 def test_threads_and_spans_change_no_bit(
@@ -219,7 +219,7 @@ def test_threads_and_spans_change_no_bit(
             assert_equal_bits(output[:1], alone)
 
 
-@needs_paged_cpu
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_queries_may_lie_anywhere(dtype: torch.dtype) -> None:
     """A view of a wider matrix, or with heads before tokens."""
@@ -236,7 +236,7 @@ def test_queries_may_lie_anywhere(dtype: torch.dtype) -> None:
 # What is not a number
 
 
-@needs_paged_cpu
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCORINGS)
 @settings(max_examples=20)
@@ -307,7 +307,7 @@ def test_the_rest_is_computed_wherever_it_runs(heads: HeadConfig, dtype: torch.d
     assert why_unsupported(HeadConfig(4, 2, 7), torch.float32, CPU) == why_unavailable()
 
 
-@needs_paged_cpu
+@needs_library
 def test_each_layer_has_the_kernel_that_can_compute_it() -> None:
     rounded = HeadConfig(4, 2, 8, alibi=ROUNDED)
     config = tiny.llama(layers=(PLAIN_HEADS, rounded, PLAIN_HEADS))
@@ -321,7 +321,7 @@ def test_each_layer_has_the_kernel_that_can_compute_it() -> None:
         _ = tiny.model(config, kernel="paged_cpu").kernel_name
 
 
-@needs_paged_cpu
+@needs_library
 def test_greedy_tokens_are_those_of_the_definition() -> None:
     """Three sequences of a tiny model that generate together, each step by the whole batch."""
     config = tiny.llama(layers=(PLAIN_HEADS, replace(PLAIN_HEADS, window=9)))
@@ -339,3 +339,26 @@ def test_greedy_tokens_are_those_of_the_definition() -> None:
         generated.append(sequences)
     assert generated[0] == generated[1]
     assert len({*generated[0][0][21:]}) > 3, "a token over and over again proves nothing"
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_tables": torch.zeros(7, 1, dtype=torch.int32)}, "tokens and 1 blocks"),
+        ({"block_tables": torch.full((7, 9), 10**6, dtype=torch.int32)}, "block 1000000 of"),
+        ({"block_tables": torch.full((7, 9), -2, dtype=torch.int32)}, "block -2 of"),
+        ({"block_tables": torch.zeros(6, 9, dtype=torch.int32)}, "for each sequence"),
+        ({"num_computed": torch.full((7,), -1, dtype=torch.int32)}, "sequence 0"),
+        ({"query_start": torch.arange(8, dtype=torch.int32)}, "all queries are of a sequence"),
+    ],
+)
+def test_tables_that_lead_out_of_the_cache_are_refused(
+    change: dict[str, Tensor], message: str
+) -> None:
+    """What the operation reads, it reads without looking."""
+    batch = make_batch(EVERYTHING, torch.float32)
+    wrong = replace(batch.metadata.block_tables, **change)
+    vars(batch.metadata)["block_tables"] = wrong
+    with pytest.raises(RuntimeError, match=message):
+        batch.run("paged_cpu", PLAIN)

@@ -12,7 +12,7 @@ from models.cpu import fused
 from models.kv_cache import KVCache
 from models.rope import apply_rope
 from tests.models import tiny
-from tests.models.cpu.conftest import needs_library
+from tests.models.kernels import needs_library
 
 pytestmark = needs_library
 
@@ -52,7 +52,7 @@ def test_silu_mul(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_silu_of_extremes(dtype: torch.dtype) -> None:
-    gates = torch.tensor([0.0, -0.0, 1e30, -1e30, -90.0, 90.0, float("inf"), float("nan")])
+    gates = torch.tensor([0.0, -0.0, 3e38, -3e38, -90.0, 90.0, float("inf"), float("nan")])
     x = torch.cat((gates, torch.ones(8)))[None].to(dtype)
     expected = silu(x[0, :8].double())
     ours = fused.silu_mul(x)[0].double()
@@ -127,6 +127,18 @@ def test_takes_only_what_it_computes() -> None:
         assert not fused.can_fuse(x.to("meta"))
 
 
+def test_rows_without_elements_are_nothing() -> None:
+    assert fused.rms_norm(torch.ones(2, 0), torch.ones(0), 1e-5).shape == (2, 0)
+    assert fused.silu_mul(torch.ones(2, 0)).shape == (2, 0)
+
+
+def store(*, slot: int = 0, heads: int = 2) -> None:
+    """One token, to a pool of two blocks of 16 tokens with 2 heads of 4."""
+    key = torch.ones(1, heads, 4)
+    places = (0, 256, 256, 1, 2, 16)
+    fused.store_kv(key, key, torch.zeros(512), torch.tensor([slot]), places)
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -135,9 +147,12 @@ def test_takes_only_what_it_computes() -> None:
         lambda: fused.rope(torch.ones(2, 1, 4), torch.ones(2, 1, 3), torch.ones(2, 1, 3)),
         lambda: fused.rope(torch.ones(2, 1, 4), torch.ones(1, 1, 2), torch.ones(1, 1, 2)),
         lambda: fused.silu_mul(torch.ones(2, 4, dtype=torch.float64)),
+        lambda: store(slot=-5),
+        lambda: store(slot=32),
+        lambda: store(heads=3),
     ],
 )
 def test_what_does_not_fit_is_refused(call: object) -> None:
     assert callable(call)
-    with pytest.raises(RuntimeError, match=r"allowed|elements|gate|heads|cosine"):
+    with pytest.raises(RuntimeError, match=r"allowed|elements|gate|heads|cosine|slot"):
         call()

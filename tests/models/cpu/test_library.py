@@ -14,7 +14,7 @@ from models.cpu.library import why_unavailable
 from models.errors import ConfigError
 from models.kernels import resolve_kernel
 from tests.models import tiny
-from tests.models.cpu.conftest import needs_library
+from tests.models.kernels import needs_library
 
 CPU = torch.device("cpu")
 HEADS = HeadConfig(4, 2, 8)

@@ -1,0 +1,114 @@
+// The attention of a step, and how it is divided among threads.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cache.h"
+#include "running.h"
+
+namespace headroom {
+
+constexpr int kChunk = 64;  // keys between two updates of a running softmax
+constexpr int kSpan = 4;    // chunks that are joined to what was before in one piece
+constexpr int kRows = 48;   // queries that share packed keys and values
+
+// How many tasks a thread should find at least; with fewer, sequences are cut into spans, unless
+// their unfinished results would take more memory than this many floats.
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kMaxPartial = 4 << 20;
+
+// Everything that one call says; plain pointers, so that threads share it without counting.
+template <typename T>
+struct Call {
+  const T* query;
+  int64_t query_token_stride, query_head_stride;
+  const T* pool;
+  Places places;
+  const int32_t* block_tables;
+  int64_t max_blocks;
+  const int32_t* query_start;
+  const int32_t* num_computed;
+  int64_t num_seqs, num_heads, head_dim;
+  const double* scale;    // of each head, as are the next three
+  const int64_t* window;  // keys nearer than this are seen
+  const double* slopes;   // of a bias that grows with the position of a key; may be null
+  const double* sinks;    // logits that take part in the softmax; may be null
+  int32_t sink_tokens;    // keys before this one are seen in spite of the window
+  float softcap;          // 0 is none
+  T* output;
+
+  int64_t group() const { return num_heads / places.num_kv_heads; }
+  int64_t width() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+};
+
+// Some queries of one sequence that share a key/value head, and the chunks of keys they read here.
+struct Task {
+  int32_t seq, kv_head, first_row, num_rows, first_chunk, end_chunk;
+  int64_t partial = -1;  // where an unfinished result goes; -1 if this task is all of it
+};
+
+// Tasks `first` to `end` are the spans of one.
+struct Pieces {
+  int64_t first, end;
+};
+
+struct Division {
+  std::vector<Task> tasks;
+  std::vector<Pieces> pieces;
+  int64_t partial_size = 0;  // floats
+};
+
+// Tasks that each read all their keys.
+template <typename T>
+std::vector<Task> whole_tasks(const Call<T>& call) {
+  const int64_t group = call.group();
+  std::vector<Task> tasks;
+  for (int32_t seq = 0; seq < call.num_seqs; seq++) {
+    const int64_t rows = (call.query_start[seq + 1] - call.query_start[seq]) * group;
+    for (int32_t kv_head = 0; kv_head < call.places.num_kv_heads; kv_head++)
+      for (int64_t row = 0; row < rows; row += kRows) {
+        const int64_t count = std::min<int64_t>(kRows, rows - row);
+        const int64_t first = call.num_computed[seq] + row / group;
+        const int64_t last = call.num_computed[seq] + (row + count - 1) / group;
+        int64_t first_chunk = 0;
+        if (call.sink_tokens == 0) {
+          const int64_t* window = call.window + kv_head * group;
+          const int64_t widest = *std::max_element(window, window + group);
+          first_chunk = std::max<int64_t>(0, first - widest + 1) / kChunk;
+        }
+        tasks.push_back({seq, kv_head, (int32_t)row, (int32_t)count, (int32_t)first_chunk,
+                         (int32_t)(last / kChunk + 1)});
+      }
+  }
+  return tasks;
+}
+
+template <typename T>
+Division divide(const Call<T>& call) {
+  Division whole{whole_tasks(call), {}};
+  if ((int64_t)whole.tasks.size() >= kTasksPerThread * at::get_num_threads()) return whole;
+  Division cut;
+  for (const Task& task : whole.tasks) {
+    const int64_t begin = (int64_t)cut.tasks.size();
+    for (int first = task.first_chunk; first < task.end_chunk;) {
+      Task piece = task;
+      piece.first_chunk = first;
+      piece.end_chunk = first = std::min(task.end_chunk, (first / kSpan + 1) * kSpan);
+      cut.tasks.push_back(piece);
+    }
+    const int64_t end = (int64_t)cut.tasks.size();
+    if (end == begin + 1) continue;
+    for (int64_t piece = begin; piece < end; piece++) {
+      cut.tasks[piece].partial = cut.partial_size;
+      cut.partial_size += Running::size(task.num_rows, call.width());
+    }
+    cut.pieces.push_back({begin, end});
+  }
+  return cut.partial_size > kMaxPartial ? whole : cut;
+}
+
+}  // namespace headroom
