@@ -13,10 +13,17 @@ import torch
 _FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "fma3")
 
 
+def has_feature(name: str) -> bool:
+    """Whether the processor has a feature, by the name that torch gives it; a torch that cannot
+    tell means no."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return ask is not None and bool(ask().get(name))
+
+
 @functools.cache
 def why_unavailable() -> str | None:
     """Why this machine cannot run it, loading it if it can; None if it can."""
-    missing = [name for name in _FEATURES if not torch.cpu.get_capabilities().get(name)]
+    missing = [name for name in _FEATURES if not has_feature(name)]
     if missing:
         return f"the processor lacks {', '.join(missing)}"
     library = _library()

@@ -7,7 +7,7 @@ bytes. Each output is summed in one order, however many rows there are.
 import torch
 from torch import Tensor
 
-from models.cpu.library import why_unavailable
+from models.cpu.library import has_feature, why_unavailable
 from models.memory import large_zeros
 
 _LANES = 16  # as `kLanes` in lanes.h
@@ -23,7 +23,7 @@ def can_pack(weight: Tensor) -> bool:
         and weight.dtype in (torch.float32, torch.bfloat16)
         and weight.shape[1] % 2 == 0
         and weight.numel() > 0
-        and not (weight.dtype == torch.bfloat16 and torch.cpu.get_capabilities().get("amx_bf16"))
+        and not (weight.dtype == torch.bfloat16 and has_feature("amx_bf16"))
         and why_unavailable() is None
     )
 

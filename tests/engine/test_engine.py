@@ -34,6 +34,7 @@ from tests.engine.tiny import (
     tiny_model,
 )
 from tests.fakes import FakeClock
+from tests.models.kernels import KERNELS
 
 BROKEN = 200
 
@@ -110,7 +111,7 @@ def test_preemption_changes_nothing(
     assert num_preempted > 10
 
 
-@pytest.mark.parametrize("kernel", ["dense", "reference"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_change_nothing(
     params: list[SamplingParams], alone: list[RequestOutput], kernel: KernelName
 ) -> None:
@@ -328,7 +329,7 @@ def test_an_abort_ends_a_request_once(model: Transformer) -> None:
 SOUND = greedy(logit_bias={BROKEN: -100.0})
 
 
-@pytest.fixture(scope="module", params=["dense", "reference"])
+@pytest.fixture(scope="module", params=KERNELS)
 def broken_model(request: pytest.FixtureRequest) -> Transformer:
     return tiny_model(kernel=request.param, broken_token=BROKEN)
 

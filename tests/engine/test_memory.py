@@ -19,6 +19,7 @@ from service.engine.memory import (
 )
 from tests import checkpoints
 from tests.engine.tiny import CONFIG, tiny_model
+from tests.models.kernels import KERNELS
 
 # Two layers of two key/value heads and one, eight wide, keys and values, four bytes each.
 BYTES_PER_TOKEN = (2 + 1) * 8 * 2 * 4
@@ -116,7 +117,7 @@ def test_no_free_memory_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         num_blocks_for(tiny_model(), EngineConfig(), 100)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "reference"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_checkpoint_is_loaded_as_configured(tmp_path: Path, kernel: KernelName) -> None:
     path = checkpoints.save(checkpoints.llama(), tmp_path)
     config = EngineConfig(dtype="bfloat16", device="cpu", kernel=kernel)

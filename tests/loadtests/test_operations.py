@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 
 from loadtests import operations
+from models.cpu.library import has_feature
 from tests.models.kernels import needs_library
 
-without_amx = pytest.mark.skipif(
-    bool(torch.cpu.get_capabilities().get("amx_bf16")), reason="torch multiplies by AMX"
-)
+without_amx = pytest.mark.skipif(has_feature("amx_bf16"), reason="torch multiplies by AMX")
 
 
 @needs_library

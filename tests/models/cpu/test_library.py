@@ -54,6 +54,14 @@ def test_a_processor_without_the_instructions_never_loads_it(
     assert resolve_kernel("auto", HEADS, torch.float32, CPU) == "dense"
 
 
+def test_a_torch_that_does_not_know_the_processor_never_loads_it(
+    monkeypatch: pytest.MonkeyPatch, asked_again: None
+) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.ops, "load_library", fail_to_load)
+    assert str(why_unavailable()).startswith("the processor lacks avx512_f")
+
+
 @pytest.fixture
 def able_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     able = dict.fromkeys(library._FEATURES, True)
