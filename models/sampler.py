@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 NEGATIVE_INFINITY = float("-inf")
 # Smaller ones are 0 in float32.
 _MIN_TEMPERATURE = 1e-38
+# Tokens whose probabilities are first looked at together.
+_PART = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,9 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     random = [i for i, row in enumerate(rows) if row.temperature > 0 and not broken[i]]
     if random:
         random_rows = [rows[index] for index in random]
-        probabilities = filtered_probabilities(logits[random], random_rows)
+        if len(random) < len(rows):
+            logits = logits.index_select(0, torch.tensor(random, device=logits.device))
+        probabilities = filtered_probabilities(logits, random_rows)
         for index, token_id in zip(random, _draw(probabilities, random_rows), strict=True):
             chosen[index] = token_id
     return [
@@ -108,7 +113,8 @@ def filtered_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tenso
     """Probabilities `[rows, vocab]` after temperature, top_k, top_p and min_p.
 
     Args:
-        logits: float32 `[rows, vocab]`; every row's temperature is above 0.
+        logits: float32 `[rows, vocab]`, which are overwritten: a vocabulary for each row is too
+            much memory to ask for several times. Every row's temperature is above 0.
     """
     temperatures = torch.tensor(
         [max(row.temperature, _MIN_TEMPERATURE) for row in rows],
@@ -116,11 +122,12 @@ def filtered_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tenso
         device=logits.device,
     )
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    scaled = (logits - logits.max(dim=-1, keepdim=True)[0]) / temperatures[:, None]
+    scaled = logits.sub_(logits.max(dim=-1, keepdim=True)[0]).div_(temperatures[:, None])
     for index, row in enumerate(rows):
         if row.filters:
             _filter(scaled[index], row)
-    return scaled.softmax(dim=-1)
+    weights = scaled.exp_()
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
 
 
 def _edit(logits: Tensor, row: SamplingRow) -> None:
@@ -165,14 +172,32 @@ def _filter(scaled: Tensor, row: SamplingRow) -> None:
 
 
 def _draw(probabilities: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Invert each row's cumulative distribution at its uniform number."""
-    cumulative = probabilities.double().cumsum(dim=-1)
+    """Invert each row's cumulative distribution at its uniform number.
+
+    First the part of the vocabulary, by the sums of all parts, then the token in it: a running sum
+    over a whole vocabulary in float64 would take longer than everything else here.
+    """
     uniform = torch.tensor(
         [row.uniform for row in rows], dtype=torch.float64, device=probabilities.device
     )
-    targets = uniform[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, targets, right=True).squeeze(-1)
-    return drawn.tolist()
+    padded = pad(probabilities, (0, -probabilities.shape[1] % _PART))
+    parts = padded.unflatten(-1, (-1, _PART))
+    sums = parts.sum(dim=-1, dtype=torch.float64)
+    part, left = _invert(sums, uniform * sums.sum(dim=-1))
+    chosen = parts[torch.arange(len(rows), device=part.device), part].double()
+    token, _ = _invert(chosen, left)
+    return (part * _PART + token).tolist()
+
+
+def _invert(shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Where in each row of `[rows, n]` the running sum passes the target, which is never a share of
+    0, and how much of the target is left there."""
+    cumulative = shares.cumsum(dim=-1)
+    most = cumulative[:, -1].nextafter(torch.zeros_like(targets))  # sums are rounded
+    targets = targets.minimum(most)[:, None]
+    found = torch.searchsorted(cumulative, targets, right=True)
+    before = (cumulative - shares).gather(1, found)
+    return found.squeeze(-1), (targets - before).clamp(min=0).squeeze(-1)
 
 
 def _logprob_rows(

@@ -78,7 +78,7 @@ def test_neighbouring_uniform_numbers_fall_on_the_right_side_of_a_boundary(
 ) -> None:
     row = SamplingRow(temperature=temperature)
     logits = logits_of(seed, vocab=vocab)
-    probabilities = filtered_probabilities(logits, [row])[0].double()
+    probabilities = filtered_probabilities(logits.clone(), [row])[0].double()
     token_id = seed % (vocab - 1)
     boundary = float(probabilities[: token_id + 1].sum() / probabilities.sum())
     # Wider than float64 rounds, far narrower than float32.
