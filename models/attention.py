@@ -1,5 +1,7 @@
 """One attention module for every head configuration: `HeadConfig` decides."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
@@ -64,6 +66,12 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(heads.num_heads)) if heads.learned_sinks else None
         check_kernel(kernel)
         self._kernel: KernelName = kernel
+        self._scoring: Scoring | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        self._scoring = None  # it is where the weights are
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @property
     def kernel_name(self) -> str:
@@ -72,11 +80,15 @@ class Attention(nn.Module):
         Raises:
             ConfigError: the kernel that was asked for cannot.
         """
-        weight = self.qkv.weight
-        return resolve_kernel(self._kernel, self.heads, weight.dtype, weight.device)
+        return resolve_kernel(self._kernel, self.heads, self.qkv.dtype, self.qkv.weight.device)
 
     @property
     def scoring(self) -> Scoring:
+        if self._scoring is None:
+            self._scoring = self._describe_scoring()
+        return self._scoring
+
+    def _describe_scoring(self) -> Scoring:
         heads = self.heads
         scale: float | Tensor = heads.softmax_scale
         if heads.temperature is not None:

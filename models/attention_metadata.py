@@ -13,6 +13,8 @@ from models.scoring import Scoring
 
 # In a block table: a block whose tokens nobody needs any more, and that was given back.
 RELEASED = -1
+# Enough to use a matrix unit well; more would leave too few tiles.
+_MAX_TILE_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,22 @@ class BlockTables:
     num_computed: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class QueryTiles:
+    """The queries of a step in tiles: a row is a token and one of the query heads that share a
+    key/value head, all heads of a token before the next token.
+
+    Attributes:
+        seq: int32 `[tiles]`, whose queries.
+        first_row: int32 `[tiles]`, the first of them, counted within the sequence.
+        rows: of a tile, a power of two; the last tile of a sequence may have fewer.
+    """
+
+    seq: Tensor
+    first_row: Tensor
+    rows: int
+
+
 class GroupMetadata:
     """Where the new tokens of one step live in the blocks of one group.
 
@@ -88,6 +106,7 @@ class GroupMetadata:
         self._block_size = block_size
         self._device = device
         self._tokens_per_gather = tokens_per_gather
+        self._tiles: dict[tuple[int, int], QueryTiles] = {}
 
     @cached_property
     def slot_mapping(self) -> Tensor:
@@ -124,6 +143,26 @@ class GroupMetadata:
             self._int32(array("i", ends)),
             self._int32(array("i", [row.num_computed for row in self._rows])),
         )
+
+    @cached_property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence, the new ones included."""
+        return max(row.length for row in self._rows)
+
+    def query_tiles(self, group: int, least_rows: int) -> QueryTiles:
+        """Tiles of at least so many rows, where so many query heads share a key/value head."""
+        if (group, least_rows) not in self._tiles:
+            longest = group * max(row.num_new for row in self._rows)
+            rows = max(least_rows, 1 << (min(longest, _MAX_TILE_ROWS) - 1).bit_length())
+            seq, first_row = array("i"), array("i")
+            for index, row in enumerate(self._rows):
+                starts = range(0, row.num_new * group, rows)
+                seq.extend([index] * len(starts))
+                first_row.extend(starts)
+            self._tiles[group, least_rows] = QueryTiles(
+                self._int32(seq), self._int32(first_row), rows
+            )
+        return self._tiles[group, least_rows]
 
     def _int32(self, numbers: "array[int]") -> Tensor:
         return torch.frombuffer(numbers, dtype=torch.int32).to(self._device)

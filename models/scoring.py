@@ -1,11 +1,37 @@
 """Everything between query · key and the softmax, in one description that all kernels read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from models.config import MAX_WINDOW
 from models.positions import Alibi
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNumbers:
+    """What differs between query heads, as kernels want it: one number for each.
+
+    Attributes:
+        windows: `MAX_WINDOW` where all keys are seen.
+        slopes: of a bias that grows with the position of a key; empty if there is none.
+    """
+
+    scales: list[float]
+    windows: list[int]
+    slopes: list[float]
+    _tensors: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as tensors `[heads]` (float32, int32, float32), copied once."""
+        if device not in self._tensors:
+            self._tensors[device] = (
+                torch.tensor(self.scales, dtype=torch.float32, device=device),
+                torch.tensor(self.windows, dtype=torch.int32, device=device),
+                torch.tensor(self.slopes, dtype=torch.float32, device=device),
+            )
+        return self._tensors[device]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +58,22 @@ class Scoring:
     softcap: float | None = None
     alibi: Alibi | None = None
     sinks: Tensor | None = None
+    _numbers: dict[int, HeadNumbers] = field(default_factory=dict)
+
+    def numbers(self, num_heads: int) -> HeadNumbers:
+        """Scale, window and slope of each of so many heads; computed once."""
+        if num_heads not in self._numbers:
+            window, scale = self.window, self.scale
+            windows = window if isinstance(window, tuple) else [window] * num_heads
+            scales = scale.tolist() if isinstance(scale, Tensor) else [scale] * num_heads
+            slopes: list[float] = []
+            if self.alibi is not None:
+                factors = scales if self.alibi.before_scale else [1.0] * num_heads
+                slopes = [a * b for a, b in zip(self.alibi.slopes, factors, strict=True)]
+            self._numbers[num_heads] = HeadNumbers(
+                scales, [MAX_WINDOW if size is None else size for size in windows], slopes
+            )
+        return self._numbers[num_heads]
 
     def is_plain(self, length: int) -> bool:
         """Whether nothing but causality decides what is seen within so many positions."""

@@ -322,9 +322,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a window one token wider, in C++",
-        "models/kernels/paged_cpu.py",
-        "MAX_WINDOW if window is None else window for",
-        "MAX_WINDOW if window is None else window + 1 for",
+        "models/scoring.py",
+        "MAX_WINDOW if size is None else size for",
+        "MAX_WINDOW if size is None else size + 1 for",
         ("tests/models/test_kernels.py", "-k", "paged_cpu"),
     ),
     Mutation(
@@ -333,6 +333,20 @@ MUTATIONS = (
         "[] if scoring.sinks is None else scoring.sinks.tolist()",
         "[]",
         ("tests/models/test_kernels.py", "-k", "paged_cpu"),
+    ),
+    Mutation(
+        "sinks do not take part, in Triton",
+        "models/gpu/attention.py",
+        "total = tl.full([rows], 1.0, tl.float32)",
+        "total = tl.full([rows], 0.0, tl.float32)",
+        ("tests/models/test_paged_triton.py",),
+    ),
+    Mutation(
+        "spans are joined without their maxima, in Triton",
+        "models/gpu/attention.py",
+        "add = tl.exp2((their_highest - higher) * _LOG2_E)",
+        "add = keep * 0.0 + 1.0",
+        ("tests/models/test_paged_triton.py",),
     ),
     Mutation(
         "two decodes of a batch gather into the same rows",

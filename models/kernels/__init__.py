@@ -12,11 +12,11 @@ from torch import Tensor
 from models.attention_metadata import GroupMetadata
 from models.config import HeadConfig
 from models.errors import ConfigError
-from models.kernels import dense, paged_cpu, reference
+from models.kernels import dense, paged_cpu, paged_triton, reference
 from models.kv_cache import CachePart
 from models.scoring import Scoring
 
-KernelName: TypeAlias = Literal["auto", "paged_cpu", "dense", "reference"]
+KernelName: TypeAlias = Literal["auto", "paged_cpu", "paged_triton", "dense", "reference"]
 
 
 class PagedAttention(Protocol):
@@ -32,9 +32,18 @@ class PagedAttention(Protocol):
 
 _KERNELS: dict[str, PagedAttention] = {
     "paged_cpu": paged_cpu.paged_attention,
+    "paged_triton": paged_triton.paged_attention,
     "dense": dense.paged_attention,
     "reference": reference.paged_attention,
 }
+
+
+# Those that cannot compute everything, and which of them is best where it can.
+_WHY_UNSUPPORTED = {
+    "paged_cpu": paged_cpu.why_unsupported,
+    "paged_triton": paged_triton.why_unsupported,
+}
+_BEST = {"cpu": "paged_cpu", "cuda": "paged_triton"}
 
 
 def check_kernel(name: KernelName) -> None:
@@ -54,14 +63,16 @@ def resolve_kernel(
         ConfigError: there is no kernel of that name, or it cannot compute these heads here.
     """
     check_kernel(name)
-    if name not in ("auto", "paged_cpu"):
-        return name
-    reason = paged_cpu.why_unsupported(heads, dtype, device)
-    if reason is None:
-        return "paged_cpu"
     if name == "auto":
-        return "dense"
-    raise ConfigError("kernel", name, f"auto, dense, reference, because {reason}")
+        best = _BEST.get(device.type)
+        if best is None or _WHY_UNSUPPORTED[best](heads, dtype, device) is not None:
+            return "dense"
+        return best
+    if name in _WHY_UNSUPPORTED:
+        reason = _WHY_UNSUPPORTED[name](heads, dtype, device)
+        if reason is not None:
+            raise ConfigError("kernel", name, f"auto, dense, reference, because {reason}")
+    return name
 
 
 def get_kernel(name: str) -> PagedAttention:

@@ -31,14 +31,7 @@ def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device)
 def paged_attention(
     query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
-    num_heads = query.shape[1]
-    windows = scoring.window if isinstance(scoring.window, tuple) else [scoring.window] * num_heads
-    scale = scoring.scale
-    scales: list[float] = scale.tolist() if isinstance(scale, Tensor) else [scale] * num_heads
-    slopes: list[float] = []
-    if scoring.alibi is not None:
-        factors = scales if scoring.alibi.before_scale else [1.0] * num_heads
-        slopes = [a * b for a, b in zip(scoring.alibi.slopes, factors, strict=True)]
+    numbers = scoring.numbers(query.shape[1])
     tables = metadata.block_tables
     return torch.ops.headroom.paged_attention(  # type: ignore[no-any-return]
         query,
@@ -47,9 +40,9 @@ def paged_attention(
         tables.query_start,
         tables.num_computed,
         cache.places,
-        scales,
-        [MAX_WINDOW if window is None else window for window in windows],
-        slopes,
+        numbers.scales,
+        numbers.windows,
+        numbers.slopes,
         [] if scoring.sinks is None else scoring.sinks.tolist(),
         min(scoring.sink_tokens, MAX_WINDOW),
         scoring.softcap or 0.0,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.cpu.library import why_unavailable
-from models.kernels import KernelName, paged_cpu
+from models.kernels import KernelName, paged_cpu, paged_triton
 from tests.models.batches import Case
 from tests.models.variants import Variant
 
@@ -26,4 +26,6 @@ KERNELS = tuple(pytest.param(name, marks=marks(name)) for name in NAMES)
 def computes(kernel: KernelName, case: Case, variant: Variant, dtype: torch.dtype) -> bool:
     """Whether a kernel can be asked for this."""
     heads = case.heads(alibi=variant.scoring().alibi, causal=variant.causal)
+    if kernel == "paged_triton":
+        return paged_triton.why_unsupported(heads, dtype, CPU) is None
     return kernel != "paged_cpu" or paged_cpu.why_unsupported(heads, dtype, CPU) is None

@@ -199,13 +199,13 @@ def test_auto_is_the_kernel_in_cpp_where_it_runs_and_dense_elsewhere() -> None:
     runs = why_unavailable() is None
     assert resolve_kernel("auto", HEADS, torch.float32, CPU) == ("paged_cpu" if runs else "dense")
     assert resolve_kernel("auto", HEADS, torch.float64, CPU) == "dense"
-    assert resolve_kernel("auto", HEADS, torch.float32, torch.device("cuda")) == "dense"
+    assert resolve_kernel("auto", HEADS, torch.float64, torch.device("cuda")) == "dense"
 
 
 def test_names_stay_as_they_are() -> None:
     for name in BY_TORCH:
         assert resolve_kernel(name, HEADS, torch.float16, CPU) == name
-    assert len({get_kernel(name) for name in ("dense", "reference", "paged_cpu")}) == 3
+    assert len({get_kernel(name) for name in (*BY_TORCH, "paged_cpu", "paged_triton")}) == 4
 
 
 def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
@@ -217,4 +217,6 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones() -> None:
         with pytest.raises(ConfigError) as caught:
             use()
         assert caught.value.field == "kernel"
-        assert str(caught.value) == "kernel is 'flash'; allowed: auto, paged_cpu, dense, reference"
+        assert str(caught.value) == (
+            "kernel is 'flash'; allowed: auto, paged_cpu, paged_triton, dense, reference"
+        )

@@ -1,0 +1,1 @@
+"""Operations in Triton, for GPUs; without one, through Triton's interpreter."""

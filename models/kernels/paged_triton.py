@@ -1,0 +1,121 @@
+"""Attention in Triton (`models/gpu/attention.py`), which reads the cache where it lies."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from models.attention_metadata import GroupMetadata
+from models.config import MAX_WINDOW, HeadConfig
+from models.kv_cache import CachePart
+from models.scoring import Scoring
+
+_MAX_HEAD_DIM = 256
+# Of a matrix product in Triton.
+_LEAST_ROWS = 16
+_LEAST_DIM = 16
+
+
+def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why it cannot compute these heads; None if it can."""
+    if device.type != "cuda":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return f"the device is {device.type}"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies the bits of bfloat16"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the type is {dtype}".replace("torch.", "")
+    if heads.head_dim > _MAX_HEAD_DIM:
+        return f"head_dim is {heads.head_dim}"
+    if not heads.causal:
+        return "the heads are not causal"
+    if heads.alibi is not None and heads.alibi.bfloat16:
+        return "the position bias is rounded to bfloat16"
+    return None if _is_installed() else "triton is not installed"
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def paged_attention(
+    query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
+) -> Tensor:
+    # Nothing but a GPU's own process needs Triton, and importing it takes a second.
+    from models.gpu.attention import KEYS, SPAN, attend_spans, join_spans
+
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads = len(cache.part.kv_heads)
+    group = num_heads // num_kv_heads
+    tables = metadata.block_tables
+    tiles = metadata.query_tiles(group, _LEAST_ROWS)
+    num_spans = -(-metadata.max_length // SPAN)
+    rows, wide_dim = tiles.rows, max(_LEAST_DIM, _power_of_two(head_dim))
+    shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
+    partial_read = query.new_empty((*shape, wide_dim), dtype=torch.float32)
+    partial_highest, partial_sum = query.new_empty((2, *shape), dtype=torch.float32)
+    heads = scoring.numbers(num_heads).on(query.device)
+    offset, page_elements, block_elements, blocks_per_page, _, block_size = cache.places
+    attend_spans[shape[:3]](
+        query,
+        cache.pool,
+        tables.block_tables,
+        tables.query_start,
+        tables.num_computed,
+        tiles.seq,
+        tiles.first_row,
+        *heads,
+        partial_read,
+        partial_highest,
+        partial_sum,
+        query.stride(0),
+        query.stride(1),
+        tables.block_tables.shape[1],
+        offset,
+        page_elements,
+        block_elements,
+        blocks_per_page,
+        min(scoring.sink_tokens, MAX_WINDOW),
+        scoring.softcap or 1.0,
+        num_spans,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        block_size=block_size,
+        wide_dim=wide_dim,
+        rows=rows,
+        keys=KEYS,
+        span=SPAN,
+        has_softcap=scoring.softcap is not None,
+        has_slopes=scoring.alibi is not None,
+        precision="ieee",
+    )
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    join_spans[shape[:2]](
+        output,
+        partial_read,
+        partial_highest,
+        partial_sum,
+        tables.query_start,
+        tables.num_computed,
+        tiles.seq,
+        tiles.first_row,
+        heads[0] if scoring.sinks is None else scoring.sinks,
+        num_heads,
+        num_spans,
+        num_kv_heads=num_kv_heads,
+        group=group,
+        head_dim=head_dim,
+        wide_dim=wide_dim,
+        rows=rows,
+        span=SPAN,
+        has_sinks=scoring.sinks is not None,
+    )
+    return output
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
