@@ -30,7 +30,8 @@ def extensions() -> list[Extension]:
                 *("-std=c++20", "-O3", "-fopenmp"),
                 # GCC 12 says so of its own intrinsics.
                 *("-Wno-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-                *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma"),
+                *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+                *("-mavx512vnni", "-mfma"),
             ],
             language="c++",
             optional=True,

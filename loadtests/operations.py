@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig
 from models.cpu.library import why_unavailable
-from models.cpu.linear import multiply, pack
+from models.cpu.linear import pack
 from models.kernels import dense, paged_cpu
 from models.kv_cache import KVCache
 from models.scoring import Scoring
@@ -129,8 +129,10 @@ def measure_attention(case: Attend, layers: int, repeats: int) -> dict[str, Any]
 
     kv_bytes = 2 * layers * case.kv_heads * 64 * 2 * case.context * case.sequences
     return asdict(case) | _compare(
-        lambda: attend(paged_cpu.paged_attention),
-        lambda: attend(dense.paged_attention),
+        {
+            "ours": lambda: attend(paged_cpu.paged_attention),
+            "torch": lambda: attend(dense.paged_attention),
+        },
         repeats,
         num_bytes=kv_bytes,
         # The new tokens of a prompt see half of each other.
@@ -145,15 +147,16 @@ def measure_linear(case: Multiply, layers: int, repeats: int) -> dict[str, Any]:
     """All linear layers in bfloat16, multi-head, each with a weight of its own."""
     shapes = [(2304, 768), (768, 768), (4096, 768), (768, 2048)] * layers + [(32_000, 768)]
     weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    ours = [pack(weight) for weight in weights]
+    packed = [pack(weight) for weight in weights]
+    int8 = [pack(weight, "int8") for weight in weights]
     inputs = {width: torch.randn(case.tokens, width).bfloat16() for width in (768, 2048)}
     num_bytes = sum(weight.nbytes for weight in weights)
     return asdict(case) | _compare(
-        lambda: [
-            multiply(inputs[shape[1]], weight, shape[0])
-            for shape, weight in zip(shapes, ours, strict=True)
-        ],
-        lambda: [linear(inputs[weight.shape[1]], weight) for weight in weights],
+        {
+            "ours": lambda: [weight.multiply(inputs[weight.inputs]) for weight in packed],
+            "int8": lambda: [weight.multiply(inputs[weight.inputs]) for weight in int8],
+            "torch": lambda: [linear(inputs[weight.shape[1]], weight) for weight in weights],
+        },
         repeats,
         num_bytes=num_bytes,
         operations=num_bytes * case.tokens,  # two for each weight, which has two bytes
@@ -161,24 +164,18 @@ def measure_linear(case: Multiply, layers: int, repeats: int) -> dict[str, Any]:
 
 
 def _compare(
-    ours: Callable[[], object],
-    torchs: Callable[[], object],
-    repeats: int,
-    *,
-    num_bytes: int,
-    operations: int,
+    calls: dict[str, Callable[[], object]], repeats: int, *, num_bytes: int, operations: int
 ) -> dict[str, Any]:
     """Medians of calls in turn, after one of each."""
-    seconds: dict[str, list[float]] = {"ours": [], "torch": []}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
-        for name, call in (("ours", ours), ("torch", torchs)):
+        for name, call in calls.items():
             started = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
     return {
-        "ours_ms": round(1000 * medians["ours"], 2),
-        "torch_ms": round(1000 * medians["torch"], 2),
+        **{f"{name}_ms": round(1000 * median, 2) for name, median in medians.items()},
         "ratio": round(medians["torch"] / medians["ours"], 2),
         "gb_per_s": round(num_bytes / medians["ours"] / 1e9, 1),
         "tflop_per_s": round(operations / medians["ours"] / 1e12, 3),
@@ -202,13 +199,15 @@ def _markdown(document: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| linear layers: tokens | ours, ms | torch, ms | times as fast | GB/s | TFLOP/s |",
-        "|---|---|---|---|---|---|",
+        "| linear layers: tokens | ours, ms | torch, ms | times as fast | GB/s | TFLOP/s "
+        "| weights of 8 bits, ms | times as fast as ours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in document["linear"]:
         lines.append(
             f"| {row['tokens']} | {row['ours_ms']} | {row['torch_ms']} | {row['ratio']} "
-            f"| {row['gb_per_s']} | {row['tflop_per_s']} |"
+            f"| {row['gb_per_s']} | {row['tflop_per_s']} | {row['int8_ms']} "
+            f"| {row['ours_ms'] / row['int8_ms']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

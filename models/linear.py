@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.cpu.linear import can_pack, multiply, pack, unpack
+from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
 
 
 class Linear(nn.Linear):
@@ -17,33 +17,40 @@ class Linear(nn.Linear):
     Saving gives the plain weight; loading and moving go back to it.
     """
 
-    def pack(self) -> None:
-        """Keep the packed weight instead, where that is faster; for inference."""
-        if not self._is_packed and can_pack(self.weight):
-            self.weight = nn.Parameter(pack(self.weight.detach()), requires_grad=False)
+    _packed: PackedWeight | None = None
+
+    def pack(self, weight_dtype: WeightDType = "auto") -> None:
+        """Keep the packed weight instead, where that is faster; for inference.
+
+        Args:
+            weight_dtype: `int8` rounds the weight, of which `unpack` gives what is left.
+        """
+        if self._packed is None and why_unpackable(self.weight, weight_dtype) is None:
+            self._packed = pack(self.weight.detach(), weight_dtype)
+            self.weight = nn.Parameter(self._packed.data, requires_grad=False)
 
     def unpack(self) -> None:
         """Keep the plain weight again."""
-        if self._is_packed:
+        if self._packed is not None:
             self.weight = nn.Parameter(self.dense_weight, requires_grad=False)
+            self._packed = None
 
     @property
     def dense_weight(self) -> Tensor:
         """The weight `[outputs, inputs]`; a copy if it is packed."""
-        if not self._is_packed:
-            return self.weight
-        return unpack(self.weight, self.out_features, self.in_features)
+        return self.weight if self._packed is None else self._packed.unpack()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of inputs and outputs."""
+        return self.weight.dtype if self._packed is None else self._packed.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._is_packed:
+        if self._packed is None:
             return super().forward(x)
         if torch.is_grad_enabled() and x.requires_grad:
             return linear(x, self.dense_weight, self.bias)
-        return multiply(x, self.weight, self.out_features, self.bias)
-
-    @property
-    def _is_packed(self) -> bool:
-        return self.weight.dim() == 1
+        return self._packed.multiply(x, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
         self.unpack()  # the order depends on the type and the device
@@ -52,7 +59,7 @@ class Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._is_packed:
+        if self._packed is not None:
             destination[f"{prefix}weight"] = self.dense_weight
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

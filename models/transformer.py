@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 from models.attention import Attention
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, Residual
-from models.cpu.linear import can_pack, multiply, pack
+from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
+from models.errors import ConfigError
 from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.layers import MLP, MixtureOfExperts, make_norm
@@ -106,21 +107,38 @@ class Transformer(nn.Module):
             else Linear(embedding_size, config.vocab_size, bias=config.lm_head_bias)
         )
         # The embeddings once more, where they are the output head too and weights are packed.
-        self._packed_head: Tensor | None = None
+        self._packed_head: PackedWeight | None = None
 
-    def pack_weights(self) -> None:
+    def pack_weights(self, weight_dtype: WeightDType = "auto") -> None:
         """Keep the weights of linear layers in the order in which the processor reads them, where
         that is faster. Embeddings that are the output head too take their memory twice then.
 
         For inference: until `unpack_weights`, changes of the embeddings do not reach the head.
+
+        Args:
+            weight_dtype: `int8` keeps weights of linear layers as 8 bits, with a scale for each
+                output, and rounds what they multiply to 8 bits for each token. Embeddings and
+                experts stay as they are.
+
+        Raises:
+            ConfigError: weights of 8 bits cannot be used here.
         """
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
         embeddings = self.embed_tokens.weight
         is_tied = self.lm_head is None and self.config.is_causal
-        if is_tied and self._packed_head is None and can_pack(embeddings):
-            self._packed_head = pack(embeddings.detach())
+        if weight_dtype == "int8":
+            weights = [module.dense_weight for module in linears]
+            for weight in [*weights, embeddings] if is_tied else weights:
+                if (reason := why_unpackable(weight, "int8")) is not None:
+                    raise ConfigError("weight_dtype", "int8", f"auto, because {reason}")
+        for module in linears:
+            module.pack(weight_dtype)
+        if (
+            is_tied
+            and self._packed_head is None
+            and why_unpackable(embeddings, weight_dtype) is None
+        ):
+            self._packed_head = pack(embeddings.detach(), weight_dtype)
 
     def unpack_weights(self) -> None:
         """The opposite of `pack_weights`."""
@@ -156,6 +174,17 @@ class Transformer(nn.Module):
             if isinstance(module, Linear)
         )
         return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+    @property
+    def step_bytes(self) -> int:
+        """Weight bytes that every step reads: all but embeddings that are looked up only."""
+        head = self.embed_tokens.weight if self._packed_head is None else self._packed_head.data
+        lookups = [self.embed_tokens, self.embed_positions, self.embed_token_types]
+        looked_up = {id(table.weight) for table in lookups if table is not None}
+        read: list[Tensor] = [p for p in self.parameters() if id(p) not in looked_up]
+        if self.lm_head is None and self.config.is_causal:
+            read.append(head)
+        return sum(weight.nbytes for weight in read)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -217,7 +246,7 @@ class Transformer(nn.Module):
         if self.lm_head is not None:
             logits: Tensor = self.lm_head(hidden).float()
         elif self._packed_head is not None:
-            logits = multiply(hidden, self._packed_head, self.config.vocab_size).float()
+            logits = self._packed_head.multiply(hidden).float()
         else:
             logits = linear(hidden, self.embed_tokens.weight).float()
         if self.config.logit_scale != 1.0:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from models.config import DTypeName, HeadConfig, ModelConfig
+from models.cpu.linear import WeightDType
 from models.kernels import KernelName
 from models.positions import RopeConfig
 from models.transformer import random_model
@@ -83,10 +84,12 @@ def run_bench(
     *,
     device: str,
     kernel: KernelName,
+    weight_dtypes: list[WeightDType],
     path: Path | None,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Measure each shape (or the checkpoint in `path`); repeats of the shapes are interleaved.
+    """Measure each shape (or the checkpoint in `path`) with weights of each type; repeats are
+    interleaved.
 
     Args:
         on_run: told how many runs of how many are done.
@@ -97,10 +100,11 @@ def run_bench(
     Raises:
         ModelError, ValueError: a shape, the checkpoint or the device cannot be used.
     """
+    configs = [_engine_config(workload, device, kernel, dtype) for dtype in weight_dtypes]
     engines = (
-        [_checkpoint_engine(path, workload, device, kernel)]
+        [Engine(load_configured_model(path, config), config) for config in configs]
         if path is not None
-        else [_random_engine(shape, workload, device, kernel) for shape in shapes]
+        else [_random_engine(shape, workload, config) for shape in shapes for config in configs]
     )
     num_runs = len(engines) * (workload.repeats + 1)
     done = itertools.count(1)
@@ -176,7 +180,7 @@ def _summary(
 ) -> dict[str, Any]:
     model = engine.model_runner.model
     steps_ms = sorted(1000 * seconds for run in runs for seconds in run.decode_steps)
-    weight_bytes = model.num_parameters * model.dtype.itemsize
+    weight_bytes = model.step_bytes
     mean_context = workload.prompt + workload.output // 2
     kv_bytes = workload.clients * engine.served_config.kv_bytes(mean_context)
     floor_ms = 1000 * (weight_bytes + kv_bytes) / bandwidth
@@ -186,6 +190,7 @@ def _summary(
         "attention": "+".join(dict.fromkeys(heads.kind for heads in model.config.layers)),
         "parameters": model.num_parameters,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "weight_dtype": engine.config.weight_dtype,
         "kernel": model.kernel_name,
         "kv_bytes_per_token": engine.kv_bytes_per_token,
         "kv_bytes_peak": max(run.kv_bytes_peak for run in runs),
@@ -213,27 +218,20 @@ def _page_bytes(engine: Engine) -> int:
     return engine.kv_cache.nbytes // engine.kv_cache.num_pages
 
 
-def _random_engine(
-    shape: BenchShape, workload: BenchWorkload, device: str, kernel: KernelName
-) -> Engine:
+def _random_engine(shape: BenchShape, workload: BenchWorkload, config: EngineConfig) -> Engine:
     model = random_model(
         shape.model_config(workload.prompt + workload.output),
         seed=workload.seed,
         dtype=getattr(torch, shape.dtype),
-        device=resolve_device(device),
-        kernel=kernel,
+        device=resolve_device(config.device),
+        kernel=config.kernel,
     )
-    return Engine(model, _engine_config(workload, device, kernel))
+    return Engine(model, config)
 
 
-def _checkpoint_engine(
-    path: Path, workload: BenchWorkload, device: str, kernel: KernelName
-) -> Engine:
-    config = _engine_config(workload, device, kernel)
-    return Engine(load_configured_model(path, config), config)
-
-
-def _engine_config(workload: BenchWorkload, device: str, kernel: KernelName) -> EngineConfig:
+def _engine_config(
+    workload: BenchWorkload, device: str, kernel: KernelName, weight_dtype: WeightDType
+) -> EngineConfig:
     return EngineConfig(
         max_num_seqs=workload.clients,
         max_num_batched_tokens=max(512, workload.clients),
@@ -242,6 +240,7 @@ def _engine_config(workload: BenchWorkload, device: str, kernel: KernelName) -> 
         max_model_len=workload.prompt + workload.output,
         device=device,
         kernel=kernel,
+        weight_dtype=weight_dtype,
     )
 
 

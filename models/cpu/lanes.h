@@ -1,8 +1,8 @@
 // Products of small matrices on CPUs with AVX-512 (BF16), for all operations of this package.
 //
-// A 32-bit lane holds one float, or two neighbouring bfloat16 of the summed axis. Every element of a
-// product is summed in one order, whatever else is computed beside it: results do not depend, to
-// the last bit, on how many rows there are.
+// A 32-bit lane holds one float, or two neighbouring bfloat16, or four whole numbers of 8 bits, of
+// the summed axis. Every element of a product is summed in one order, whatever else is computed
+// beside it: results do not depend, to the last bit, on how many rows there are.
 
 #pragma once
 
@@ -106,6 +106,20 @@ struct Lane<at::BFloat16> {
 
   static void store(at::BFloat16* to, Vec x, __mmask16 mask) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+};
+
+// Whole numbers: unsigned ones are splatted, signed ones are lanes, sums are 32 bits in the place of
+// a float.
+template <>
+struct Lane<int8_t> {
+  static constexpr int kValues = 4;
+
+  static Vec multiply_add(Vec sum, Vec lanes, const uint32_t* splatted) {
+    int32_t four;
+    std::memcpy(&four, splatted, sizeof four);
+    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(
+        _mm512_castps_si512(sum), _mm512_set1_epi32(four), _mm512_castps_si512(lanes)));
   }
 };
 

@@ -3,6 +3,9 @@
 // Sixty-four rows of a weight, the outputs of one task, are a panel: for each lane of the summed
 // axis the sixty-four lanes of its rows. A panel is read once from its first byte to its last. The
 // last panel is narrower, and filled with zeros to a whole number of vectors.
+//
+// Weights of 8 bits have a scale for each output; inputs get one for each row, so that what a token
+// becomes does not depend on its batch mates, and sums of whole numbers are exact.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -10,6 +13,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <memory>
 
 #include "lanes.h"
 
@@ -19,6 +24,8 @@ namespace {
 constexpr int kPanel = 64;   // outputs of a task
 constexpr int kTile = 48;    // rows of input of a task
 constexpr int kDepth = 256;  // lanes of the summed axis at once, so that a panel's part stays in a cache
+constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
+constexpr int64_t kGrain = 32768;  // inputs that are worth a second thread
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
 
@@ -39,11 +46,12 @@ void for_each(int64_t outputs, int64_t inputs, F&& visit) {
   });
 }
 
-template <typename T>
-void apply(const T* input, int64_t rows, int64_t inputs, const T* weight, int64_t outputs,
-           const T* bias, T* output) {
-  const int depth = (int)(inputs / Lane<T>::kValues);
+// Calls `finish(row, first output, number of outputs, their sums)` for every row and panel.
+template <typename T, typename F>
+void multiply_panels(const uint32_t* input, int64_t rows, int depth, const T* weight,
+                     int64_t outputs, F&& finish) {
   const int64_t panels = (outputs + kPanel - 1) / kPanel, tiles = (rows + kTile - 1) / kTile;
+  const int64_t inputs = (int64_t)depth * Lane<T>::kValues;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     alignas(64) float sums[kTile * kPanel];
@@ -52,25 +60,94 @@ void apply(const T* input, int64_t rows, int64_t inputs, const T* weight, int64_
       const int used = (int)std::min<int64_t>(kPanel, outputs - first_output);
       const int width = (int)padded(used);
       const int count = (int)std::min<int64_t>(kTile, rows - first_row);
-      const auto* a = reinterpret_cast<const uint32_t*>(input + first_row * inputs);
+      const auto* a = input + first_row * depth;
       const auto* b = reinterpret_cast<const uint32_t*>(weight + first_output * inputs);
       for (int k = 0; k < depth; k += kDepth)
         multiply<T>(a + k, depth, b + k * width, width, std::min(kDepth, depth - k), sums, kPanel,
                     count, width, k > 0);
       for (int r = 0; r < count; r++)
-        for (int n = 0; n < used; n += kLanes) {
-          const __mmask16 mask = first_lanes(used - n);
-          Vec sum = _mm512_load_ps(sums + r * kPanel + n);
-          if (bias) sum = _mm512_add_ps(sum, Lane<T>::load(bias + first_output + n, mask));
-          Lane<T>::store(output + (first_row + r) * outputs + first_output + n, sum, mask);
-        }
+        finish(first_row + r, first_output, used, sums + r * kPanel);
     }
   });
 }
 
+template <typename T>
+void apply(const T* input, int64_t rows, int64_t inputs, const T* weight, int64_t outputs,
+           const T* bias, T* output) {
+  multiply_panels<T>(
+      reinterpret_cast<const uint32_t*>(input), rows, (int)(inputs / Lane<T>::kValues), weight,
+      outputs, [&](int64_t row, int64_t first, int used, const float* sums) {
+        for (int n = 0; n < used; n += kLanes) {
+          const __mmask16 mask = first_lanes(used - n);
+          Vec sum = _mm512_load_ps(sums + n);
+          if (bias) sum = _mm512_add_ps(sum, Lane<T>::load(bias + first + n, mask));
+          Lane<T>::store(output + row * outputs + first + n, sum, mask);
+        }
+      });
+}
+
+// A row as whole numbers from 1 to 255, of which 128 is zero; returns what one of them is worth,
+// which is no number if one of the row is none.
+template <typename T>
+float quantize_row(const T* from, int64_t inputs, uint8_t* to) {
+  Vec most = splat(0.f);
+  __mmask16 none = 0;
+  for (int64_t i = 0; i < inputs; i += kLanes) {
+    const Vec value = Lane<T>::load(from + i, first_lanes(inputs - i));
+    none |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    most = _mm512_max_ps(most, _mm512_abs_ps(value));
+  }
+  const float highest = none ? NAN : _mm512_reduce_max_ps(most);
+  const Vec factor = splat(highest > 0.f ? 127.f / highest : 0.f);
+  for (int64_t i = 0; i < inputs; i += kLanes) {
+    const __mmask16 mask = first_lanes(inputs - i);
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(Lane<T>::load(from + i, mask), factor));
+    const __m512i shifted = _mm512_add_epi32(whole, _mm512_set1_epi32(kZeroPoint));
+    _mm_mask_storeu_epi8(to + i, mask, _mm512_cvtepi32_epi8(shifted));
+  }
+  return highest / 127.f;
+}
+
+template <typename T>
+void apply_int8(const T* input, int64_t rows, int64_t inputs, const int8_t* weight, int64_t outputs,
+                const float* scale, const int32_t* row_sums, const T* bias, T* output) {
+  const auto quantized = std::make_unique_for_overwrite<uint8_t[]>(rows * inputs);
+  const auto input_scale = std::make_unique_for_overwrite<float[]>(rows);
+  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / inputs), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; row++)
+      input_scale[row] = quantize_row(input + row * inputs, inputs, &quantized[row * inputs]);
+  });
+  multiply_panels<int8_t>(
+      reinterpret_cast<const uint32_t*>(quantized.get()), rows,
+      (int)(inputs / Lane<int8_t>::kValues), weight, outputs,
+      [&](int64_t row, int64_t first, int used, const float* sums) {
+        for (int n = 0; n < used; n += kLanes) {
+          const __mmask16 mask = first_lanes(used - n);
+          const __m512i zero = _mm512_mullo_epi32(
+              _mm512_maskz_loadu_epi32(mask, row_sums + first + n), _mm512_set1_epi32(kZeroPoint));
+          const __m512i whole = _mm512_sub_epi32(_mm512_load_si512(sums + n), zero);
+          const Vec worth = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + first + n),
+                                          splat(input_scale[row]));
+          Vec sum = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), worth);
+          if (bias) sum = _mm512_add_ps(sum, Lane<T>::load(bias + first + n, mask));
+          Lane<T>::store(output + row * outputs + first + n, sum, mask);
+        }
+      });
+}
+
+// Calls a function of the element type of a weight.
+template <typename F>
+void with_weight_type(const at::Tensor& weight, F&& function) {
+  if (weight.scalar_type() == at::kChar)
+    function.template operator()<int8_t>();
+  else
+    with_type(weight, function);
+}
+
 void check(const at::Tensor& weight, const at::Tensor& packed) {
-  TORCH_CHECK(weight.dim() == 2 && weight.size(1) % 2 == 0,
-              "a weight is [outputs, inputs]; allowed: an even number of inputs");
+  const int64_t together = 4 / weight.element_size();
+  TORCH_CHECK(weight.dim() == 2 && weight.size(1) % together == 0, "a weight is [outputs, inputs]; ",
+              "allowed: inputs that are a multiple of ", together);
   TORCH_CHECK(packed.dim() == 1 && packed.numel() == padded(weight.size(0)) * weight.size(1) &&
                   packed.is_contiguous() && packed.scalar_type() == weight.scalar_type(),
               "a packed weight has one dimension, whole vectors and the same type");
@@ -79,7 +156,7 @@ void check(const at::Tensor& weight, const at::Tensor& packed) {
 void pack_weight(const at::Tensor& weight, const at::Tensor& packed) {
   check(weight, packed);
   const at::Tensor plain = weight.contiguous();
-  with_type(weight, [&]<typename T>() {
+  with_weight_type(weight, [&]<typename T>() {
     const T* from = plain.const_data_ptr<T>();
     T* to = packed.mutable_data_ptr<T>();
     for_each<T>(weight.size(0), weight.size(1), [&](int64_t packed_at, int64_t plain_at) { to[packed_at] = from[plain_at]; });
@@ -89,11 +166,17 @@ void pack_weight(const at::Tensor& weight, const at::Tensor& packed) {
 void unpack_weight(const at::Tensor& packed, const at::Tensor& weight) {
   check(weight, packed);
   TORCH_CHECK(weight.is_contiguous(), "the weight is contiguous");
-  with_type(weight, [&]<typename T>() {
+  with_weight_type(weight, [&]<typename T>() {
     const T* from = packed.const_data_ptr<T>();
     T* to = weight.mutable_data_ptr<T>();
     for_each<T>(weight.size(0), weight.size(1), [&](int64_t packed_at, int64_t plain_at) { to[plain_at] = from[packed_at]; });
   });
+}
+
+void check_bias(const std::optional<at::Tensor>& bias, int64_t outputs, const at::Tensor& input) {
+  TORCH_CHECK(!bias || (bias->numel() == outputs && bias->is_contiguous() &&
+                        bias->scalar_type() == input.scalar_type()),
+              "the bias has one number for each output, of the type of the input");
 }
 
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight,
@@ -104,9 +187,7 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight,
               "inputs of width ", inputs, " and ", outputs, " outputs do not fit a packed weight of ",
               weight.numel());
   TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "input and weight have one type");
-  TORCH_CHECK(!bias || (bias->numel() == outputs && bias->is_contiguous() &&
-                        bias->scalar_type() == input.scalar_type()),
-              "the bias has one number for each output, of the type of the input");
+  check_bias(bias, outputs, input);
   const at::Tensor rows = input.contiguous();
   auto shape = input.sizes().vec();
   shape.back() = outputs;
@@ -118,6 +199,32 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight,
   return output;
 }
 
+at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& scale,
+                       const at::Tensor& row_sums, const std::optional<at::Tensor>& bias) {
+  const int64_t inputs = input.size(-1), outputs = scale.numel();
+  TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && inputs > 0 && inputs % 4 == 0 &&
+                  outputs > 0 && weight.scalar_type() == at::kChar &&
+                  weight.size(0) == inputs * padded(outputs),
+              "inputs of width ", inputs, " and ", outputs, " outputs do not fit a packed weight of ",
+              weight.numel());
+  TORCH_CHECK(scale.is_contiguous() && scale.scalar_type() == at::kFloat &&
+                  row_sums.is_contiguous() && row_sums.scalar_type() == at::kInt &&
+                  row_sums.numel() == outputs,
+              "a scale and a sum for each output");
+  check_bias(bias, outputs, input);
+  const at::Tensor rows = input.contiguous();
+  auto shape = input.sizes().vec();
+  shape.back() = outputs;
+  const at::Tensor output = at::empty(shape, input.options());
+  with_type(input, [&]<typename T>() {
+    apply_int8<T>(rows.const_data_ptr<T>(), rows.numel() / inputs, inputs,
+                  weight.const_data_ptr<int8_t>(), outputs, scale.const_data_ptr<float>(),
+                  row_sums.const_data_ptr<int32_t>(), bias ? bias->const_data_ptr<T>() : nullptr,
+                  output.mutable_data_ptr<T>());
+  });
+  return output;
+}
+
 }  // namespace
 }  // namespace headroom
 
@@ -125,10 +232,14 @@ TORCH_LIBRARY_FRAGMENT(headroom, library) {
   library.def("pack_weight(Tensor weight, Tensor(a!) packed) -> ()");
   library.def("unpack_weight(Tensor packed, Tensor(a!) weight) -> ()");
   library.def("packed_linear(Tensor input, Tensor weight, int outputs, Tensor? bias) -> Tensor");
+  library.def(
+      "int8_linear(Tensor input, Tensor weight, Tensor scale, Tensor row_sums, Tensor? bias) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(headroom, CPU, library) {
   library.impl("pack_weight", &headroom::pack_weight);
   library.impl("unpack_weight", &headroom::unpack_weight);
   library.impl("packed_linear", &headroom::packed_linear);
+  library.impl("int8_linear", &headroom::int8_linear);
 }

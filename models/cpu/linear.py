@@ -1,8 +1,11 @@
-"""Linear layers by our own operation in C++ (`linear.cpp`).
+"""Linear layers by our own operations in C++ (`linear.cpp`).
 
 A weight is kept in the order in which it is read, so a product with few rows takes as long as its
 bytes. Each output is summed in one order, however many rows there are.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,41 +13,89 @@ from torch import Tensor
 from models.cpu.library import has_feature, why_unavailable
 from models.memory import large_zeros
 
+WeightDType = Literal["auto", "int8"]
 _LANES = 16  # as `kLanes` in lanes.h
+_INT8_MAX = 127
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether a weight `[outputs, inputs]` can be packed and is better so.
+@dataclass(frozen=True, slots=True)
+class Int8Scale:
+    """What the whole numbers of a weight mean.
+
+    Attributes:
+        scale: float32 `[outputs]`, what one of them is worth.
+        row_sums: int32 `[outputs]`, their sums: inputs are shifted to be positive.
+    """
+
+    scale: Tensor
+    row_sums: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight `[outputs, inputs]` in the order in which it is read.
+
+    Attributes:
+        data: in one dimension; the outputs are filled with zeros to a multiple of 16.
+        dtype: of the weight that was packed.
+        int8: if its elements have 8 bits.
+    """
+
+    data: Tensor
+    outputs: int
+    inputs: int
+    dtype: torch.dtype
+    int8: Int8Scale | None = None
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[..., inputs]` to `[..., outputs]`; without gradients."""
+        if self.int8 is None:
+            return torch.ops.headroom.packed_linear(x, self.data, self.outputs, bias)  # type: ignore[no-any-return]
+        return torch.ops.headroom.int8_linear(  # type: ignore[no-any-return]
+            x, self.data, self.int8.scale, self.int8.row_sums, bias
+        )
+
+    def unpack(self) -> Tensor:
+        """The weight again, of 8 bits rounded to them."""
+        weight = self.data.new_empty(self.outputs, self.inputs)
+        torch.ops.headroom.unpack_weight(self.data, weight)
+        if self.int8 is None:
+            return weight
+        return (weight * self.int8.scale[:, None]).to(self.dtype)
+
+
+def why_unpackable(weight: Tensor, weight_dtype: WeightDType = "auto") -> str | None:
+    """Why a weight `[outputs, inputs]` cannot be packed here, or would not be better so; None if
+    it can and is.
 
     Processors with AMX multiply bfloat16 several times as fast by torch's own operation.
     """
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
-        and weight.shape[1] % 2 == 0
-        and weight.numel() > 0
-        and not (weight.dtype == torch.bfloat16 and has_feature("amx_bf16"))
-        and why_unavailable() is None
-    )
+    together = 2 if weight_dtype == "auto" else 4
+    if weight.device.type != "cpu":
+        return f"the device is {weight.device.type}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"the type is {weight.dtype}".replace("torch.", "")
+    if weight.numel() == 0 or weight.shape[1] % together:
+        return f"a weight has {weight.shape[1]} inputs, which is no multiple of {together}"
+    if weight_dtype == "auto" and weight.dtype == torch.bfloat16 and has_feature("amx_bf16"):
+        return "the processor has AMX"
+    return why_unavailable()
 
 
-def pack(weight: Tensor) -> Tensor:
-    """A weight `[outputs, inputs]` in the order in which it is read, in one dimension; the outputs
-    are filled with zeros to a multiple of 16."""
+def pack(weight: Tensor, weight_dtype: WeightDType = "auto") -> PackedWeight:
+    """A weight `[outputs, inputs]` in the order in which it is read."""
     outputs, inputs = weight.shape
+    plain, int8 = (weight, None) if weight_dtype == "auto" else _quantize(weight)
     padded = -(-outputs // _LANES) * _LANES
-    packed = large_zeros(padded * inputs, weight.dtype, weight.device)
-    torch.ops.headroom.pack_weight(weight, packed)
-    return packed
+    data = large_zeros(padded * inputs, plain.dtype, plain.device)
+    torch.ops.headroom.pack_weight(plain, data)
+    return PackedWeight(data, outputs, inputs, weight.dtype, int8)
 
 
-def unpack(packed: Tensor, outputs: int, inputs: int) -> Tensor:
-    """The opposite of `pack`."""
-    weight = packed.new_empty(outputs, inputs)
-    torch.ops.headroom.unpack_weight(packed, weight)
-    return weight
-
-
-def multiply(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
-    """`[..., inputs]` to `[..., outputs]`; without gradients."""
-    return torch.ops.headroom.packed_linear(x, packed, outputs, bias)  # type: ignore[no-any-return]
+def _quantize(weight: Tensor) -> tuple[Tensor, Int8Scale]:
+    """Each output's weights to the nearest of 255 numbers that are as far apart as its largest
+    one needs (symmetric, per channel)."""
+    scale = weight.float().abs().amax(dim=1) / _INT8_MAX
+    whole = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
+    int8 = whole.clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
+    return int8, Int8Scale(scale, int8.sum(dim=1, dtype=torch.int32))

@@ -27,7 +27,12 @@ def bench(
     vocab: Annotated[int, typer.Option(min=2)] = 32_000,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    kernel: Annotated[Literal["auto", "paged_cpu", "dense", "reference"], typer.Option()] = "auto",
+    kernel: Annotated[
+        Literal["auto", "paged_cpu", "paged_triton", "dense", "reference"], typer.Option()
+    ] = "auto",
+    weight_dtype: Annotated[
+        str, typer.Option(help="Of linear layers: auto, int8, or both, as auto,int8.")
+    ] = "auto",
     clients: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 32,
     prompt: Annotated[int, typer.Option(min=2, help="Prompt tokens of each.")] = 128,
     output: Annotated[int, typer.Option(min=4, help="Output tokens of each.")] = 128,
@@ -46,6 +51,14 @@ def bench(
         windows = [None if part == "all" else int(part) for part in window.split(",")]
     except ValueError:
         fail(f"window is {window!r}; allowed: all or numbers, joined by commas", code=2)
+    weight_dtypes: list[Literal["auto", "int8"]] = []
+    for part in weight_dtype.split(","):
+        match part:
+            case "auto" | "int8":
+                weight_dtypes.append(part)
+            case _:
+                allowed = "auto, int8, joined by commas"
+                fail(f"weight-dtype is {weight_dtype!r}; allowed: {allowed}", code=2)
     shapes = [
         BenchShape(layers, hidden, intermediate, heads, number, head_dim, vocab, dtype, size)
         for number in each_kv_heads
@@ -61,7 +74,13 @@ def bench(
                 progress.update(task, completed=done, total=total)
 
             result = run_bench(
-                shapes, workload, device=device, kernel=kernel, path=path, on_run=show
+                shapes,
+                workload,
+                device=device,
+                kernel=kernel,
+                weight_dtypes=weight_dtypes,
+                path=path,
+                on_run=show,
             )
     except (ModelError, ValueError) as error:
         fail(str(error), code=2)

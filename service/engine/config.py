@@ -24,6 +24,8 @@ class EngineConfig:
         enable_prefix_caching: reuse KV blocks of equal prompt beginnings.
         kernel: which implementation reads the KV cache.
         dtype: type of weights, computation and KV cache; `auto` is what the checkpoint says.
+        weight_dtype: how the weights of linear layers are kept; `int8` rounds them, and what they
+            multiply, to 8 bits (see `Transformer.pack_weights`).
         device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one.
         num_threads: threads of one step on a CPU; None takes all cores.
     """
@@ -38,8 +40,9 @@ class EngineConfig:
     max_waiting_tokens: int = 262_144
     max_bypass: int = 64
     enable_prefix_caching: bool = False
-    kernel: Literal["auto", "paged_cpu", "dense", "reference"] = "auto"
+    kernel: Literal["auto", "paged_cpu", "paged_triton", "dense", "reference"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weight_dtype: Literal["auto", "int8"] = "auto"
     device: str = "auto"
     num_threads: int | None = None
 

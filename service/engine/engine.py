@@ -123,7 +123,12 @@ class Engine:
             on_finish=on_finish,
             clock=clock,
         )
-        self.model_runner = ModelRunner(model, self.kv_cache, eos_token_ids=eos_token_ids)
+        self.model_runner = ModelRunner(
+            model,
+            self.kv_cache,
+            eos_token_ids=eos_token_ids,
+            weight_dtype=config.weight_dtype,
+        )
         self._kv_reads = KVReads(self.served_config)
         self._tokenizer = tokenizer
         self._clock = clock

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.attention_metadata import AttentionMetadata
+from models.cpu.linear import WeightDType
 from models.kv_cache import KVCache
 from models.sampler import SampledToken, SamplingRow, sample
 from models.transformer import Transformer
@@ -22,9 +23,14 @@ class ModelRunner:
     """Owns the model and its KV cache; the only part of the engine that touches tensors."""
 
     def __init__(
-        self, model: Transformer, kv_cache: KVCache, *, eos_token_ids: frozenset[int]
+        self,
+        model: Transformer,
+        kv_cache: KVCache,
+        *,
+        eos_token_ids: frozenset[int],
+        weight_dtype: WeightDType = "auto",
     ) -> None:
-        model.pack_weights()
+        model.pack_weights(weight_dtype)
         self.model = model
         self.kv_cache = kv_cache
         self._eos_token_ids = tuple(sorted(eos_token_ids))

@@ -1,5 +1,6 @@
 """Packed linear layers equal torch's, and a row does not depend on the rows beside it."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -46,10 +47,10 @@ def test_a_packed_layer_equals_a_plain_one(
     theirs = (plain(x).double() - exact).abs().max()
     weight = plain.weight.clone()
     packed = linear.pack(weight)
-    ours = linear.multiply(x, packed, outputs, plain.bias)
+    ours = packed.multiply(x, plain.bias)
     allowed = max(float(theirs), 1e-6 if dtype == torch.float32 else 2**-8 * exact.abs().max())
     assert (ours.double() - exact).abs().max() <= 2 * allowed
-    assert torch.equal(linear.unpack(packed, outputs, inputs), weight)
+    assert torch.equal(packed.unpack(), weight)
 
 
 @settings(max_examples=40)
@@ -64,11 +65,11 @@ def test_a_row_is_the_same_alone_and_among_others(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        together = linear.multiply(x, packed, 80)
+        together = packed.multiply(x)
     finally:
         torch.set_num_threads(before)
     row = row % rows
-    assert torch.equal(linear.multiply(x[row], packed, 80), together[row])
+    assert torch.equal(packed.multiply(x[row]), together[row])
 
 
 @pytest.fixture
@@ -137,8 +138,10 @@ def test_a_processor_with_amx_keeps_plain_weights(monkeypatch: pytest.MonkeyPatc
     for has_amx in (False, True):
         features = {**torch.cpu.get_capabilities(), "amx_bf16": has_amx}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
-        assert linear.can_pack(weight) is not has_amx
-        assert linear.can_pack(weight.float())  # AMX has no float32
+        expected = "the processor has AMX" if has_amx else None
+        assert linear.why_unpackable(weight) == expected
+        assert linear.why_unpackable(weight.float()) is None  # AMX has no float32
+        assert linear.why_unpackable(weight, "int8") is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -172,13 +175,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     packed = linear.pack(torch.randn(64, 64))
     for width in (60, 32, 128):
         with pytest.raises(RuntimeError, match="do not fit"):
-            linear.multiply(torch.randn(2, width), packed, 64)
+            packed.multiply(torch.randn(2, width))
     with pytest.raises(RuntimeError, match="do not fit"):
-        linear.multiply(torch.randn(2, 64), packed, 32)
+        dataclasses.replace(packed, outputs=32).multiply(torch.randn(2, 64))
     with pytest.raises(RuntimeError, match="one type"):
-        linear.multiply(torch.randn(2, 64).bfloat16(), packed, 64)
+        packed.multiply(torch.randn(2, 64).bfloat16())
     for bias in (torch.randn(31), torch.randn(64).bfloat16(), torch.randn(128)[::2]):
         with pytest.raises(RuntimeError, match="bias"):
-            linear.multiply(torch.randn(2, 64), packed, 64, bias)
-    with pytest.raises(RuntimeError, match="even number of inputs"):
-        linear.pack(torch.randn(20, 63))
+            packed.multiply(torch.randn(2, 64), bias)
+    with pytest.raises(RuntimeError, match="a multiple of 2"):
+        linear.pack(torch.randn(20, 63).bfloat16())
