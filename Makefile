@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench sweep saturation attention operations dashboard parity mutations demo clean
+.PHONY: install tools serve test lint format proto bench sweep saturation attention operations peers dashboard parity mutations demo clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -56,6 +56,9 @@ attention: install  ## fused and split attention; writes loadtests/results
 
 operations: install  ## our operations in C++ and torch's; writes loadtests/results
 	$(BIN)/python -m loadtests.operations
+
+peers: install  ## our engine beside others in one run; writes loadtests/results, takes an hour
+	$(BIN)/python -m loadtests.peers
 
 dashboard: install  ## the Grafana dashboard, from its code
 	$(BIN)/python -m deploy.grafana.dashboard

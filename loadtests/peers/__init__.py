@@ -1,0 +1,1 @@
+"""Our engine beside other servers of language models, in one run."""

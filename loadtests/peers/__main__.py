@@ -1,0 +1,173 @@
+"""Our engine beside others, on the same checkpoint, the same prompts and the same cores.
+
+    python -m loadtests.peers --rounds 3
+
+Makes an environment for each peer, loads all of them, and has them continue the same prompts in
+turn, round by round. An interrupted run goes on when the same command runs again. Writes every
+sample, JSON and a table to `loadtests/results/peers`.
+"""
+
+import os
+import random
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress, TaskID
+
+from loadtests.checkpoints import write_random_checkpoint
+from loadtests.peers.environments import HEADROOM, PEERS, Peer, PeerError, prepare
+from loadtests.peers.process import Answer, Runner, running
+from loadtests.peers.report import write_report
+from loadtests.peers.samples import Key, Load, Sample, SampleFile
+from service.bench import BenchShape
+from service.console import err, fail
+
+RESULTS = Path(__file__).parents[1] / "results" / "peers"
+_KV_CACHE_BYTES = 2 * 2**30
+_VOCAB_SIZE = 32_000
+
+
+def main(
+    peers: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(PEERS),
+    kv_heads: Annotated[str, typer.Option(help="Of 12 query heads, as 12,4,1.")] = "12,4,1",
+    loads: Annotated[
+        str, typer.Option(help="Sequences x prompt + output, with commas.")
+    ] = "1x128+128,8x128+128,32x128+128,64x128+128,16x1024+64",
+    layers: Annotated[int, typer.Option(min=1)] = 12,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    folder: Annotated[Path, typer.Option(help="Environments, checkpoints and logs; kept.")] = Path(
+        ".peers"
+    ),
+    results: Annotated[Path, typer.Option(help="Where the result files go.")] = RESULTS,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete what is measured already.")
+    ] = False,
+) -> None:
+    """Measure our engine and its peers in one run."""
+    try:
+        chosen = [HEADROOM, *(_peer(name) for name in peers.split(",") if name)]
+        wanted = [Load.parse(text) for text in loads.split(",")]
+        shapes = [_shape(int(count), layers) for count in kv_heads.split(",")]
+    except ValueError as error:
+        fail(str(error), code=2)
+    folder = folder.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    samples = SampleFile(results / "samples.jsonl", fresh=fresh)
+    ready: dict[str, dict[str, Any]] = {}
+    try:
+        with Progress(console=err) as progress:
+            task = progress.add_task("", total=len(shapes) * len(wanted) * len(chosen) * rounds)
+            for shape in shapes:
+                say = _Say(progress, task, f"{shape.kv_heads} key/value heads")
+                ready |= _measure(shape, chosen, wanted, rounds, folder, samples, say)
+    except PeerError as error:
+        fail(str(error))
+    command = f"python -m loadtests.peers {' '.join(sys.argv[1:])}".strip()
+    print(write_report(results, samples.all(), ready, command))
+
+
+class _Say:
+    """A progress bar."""
+
+    def __init__(self, progress: Progress, task: TaskID, prefix: str) -> None:
+        self._progress, self._task, self._prefix = progress, task, prefix
+
+    def __call__(self, text: str, steps: int = 0) -> None:
+        self._progress.update(self._task, description=f"{self._prefix}: {text}", advance=steps)
+
+
+def _peer(name: str) -> Peer:
+    if name not in PEERS:
+        raise ValueError(f"peers has {name!r}; allowed: {', '.join(PEERS)}")
+    return PEERS[name]
+
+
+def _shape(kv_heads: int, layers: int) -> BenchShape:
+    if 12 % kv_heads:
+        raise ValueError(f"kv_heads has {kv_heads}; allowed: a divisor of 12")
+    return BenchShape(
+        layers=layers, hidden=768, intermediate=2048, heads=12, kv_heads=kv_heads, head_dim=64,
+        vocab=_VOCAB_SIZE, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def _measure(
+    shape: BenchShape,
+    peers: list[Peer],
+    loads: list[Load],
+    rounds: int,
+    folder: Path,
+    samples: SampleFile,
+    say: _Say,
+) -> dict[str, dict[str, Any]]:
+    """Returns what each peer says of itself."""
+    todo = [
+        Key(shape.kv_heads, load.text, peer.name, number)
+        for number in range(rounds)
+        for load in loads
+        for peer in peers
+    ]
+    say("", steps=sum(key in samples for key in todo))
+    missing = [key for key in todo if key not in samples]
+    max_len = max(load.prompt + load.output for load in loads)
+    checkpoint = (
+        folder / "checkpoints" / f"{shape.layers}x{shape.heads}kv{shape.kv_heads}-{max_len}"
+    )
+    if not checkpoint.exists():
+        write_random_checkpoint(shape.model_config(max_len), checkpoint)
+    with ExitStack() as stack:
+        runners: dict[str, Runner] = {}
+        for peer in peers:
+            say(f"making {peer.name}")
+            settings = {
+                "checkpoint": str(checkpoint),
+                "prepared": str(prepare(peer, checkpoint, folder)),
+                "max_num_seqs": max(load.sequences for load in loads),
+                "max_model_len": max_len,
+                "kv_cache_bytes": _KV_CACHE_BYTES,
+                "threads": os.cpu_count(),
+            }
+            say(f"loading {peer.name}")
+            runners[peer.name] = stack.enter_context(running(peer, folder, settings))
+        for load in loads if missing else ():
+            for name, runner in runners.items():
+                say(f"warming {name}, {load.text}")
+                runner.ask(_prompts(load, seed=-1), 4)
+        first: dict[tuple[str, int], Answer] = {}
+        for key in missing:
+            say(f"{key.peer}, {key.load}")
+            load = Load.parse(key.load)
+            answer = runners[key.peer].ask(_prompts(load, key.round), load.output)
+            if key.peer == HEADROOM.name:
+                first[key.load, key.round] = answer
+            ours = first.get((key.load, key.round))
+            samples.add(Sample(key, answer.seconds, _equal_starts(answer, ours)))
+            say("", steps=1)
+        return {
+            name: {
+                "seconds_to_ready": round(runner.seconds_to_ready, 1),
+                "versions": runner.versions,
+            }
+            for name, runner in runners.items()
+        }
+
+
+def _prompts(load: Load, seed: int) -> list[list[int]]:
+    rng = random.Random(seed)  # noqa: S311, a workload is no secret
+    return [[rng.randrange(_VOCAB_SIZE) for _ in range(load.prompt)] for _ in range(load.sequences)]
+
+
+def _equal_starts(answer: Answer, ours: Answer | None) -> float | None:
+    """Of how many sequences the first token is ours: with bfloat16 and random weights later ones
+    soon differ. None if ours is of an earlier run of the command."""
+    if ours is None:
+        return None
+    pairs = list(zip(answer.outputs, ours.outputs, strict=True))
+    return sum(theirs[0] == own[0] for theirs, own in pairs) / len(pairs)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,46 @@
+"""transformers' own generation: one static batch, or its continuous batching."""
+
+import os
+
+from protocol import Generate, Settings, serve
+
+
+def load(settings: Settings) -> Generate:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    torch.set_num_threads(settings.threads)
+    continuous = os.environ["RUNNER_FORM"] == "continuous"
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.checkpoint, dtype="bfloat16", attn_implementation="sdpa"
+    )
+
+    def config(num_tokens: int) -> GenerationConfig:
+        return GenerationConfig(
+            max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+        )
+
+    @torch.inference_mode()
+    def static(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        inputs = torch.tensor(prompts)
+        tokens = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            generation_config=config(num_tokens),
+            cache_implementation="static",
+            disable_compile=True,
+        )
+        return [row[inputs.shape[1] :] for row in tokens.tolist()]
+
+    @torch.inference_mode()
+    def batched(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+        results = model.generate_batch(
+            prompts, generation_config=config(num_tokens), persistent_manager=True
+        )
+        return [output.generated_tokens for output in results.values()]
+
+    return batched if continuous else static
+
+
+if __name__ == "__main__":
+    serve(load, "transformers", "torch")

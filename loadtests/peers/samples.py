@@ -1,0 +1,84 @@
+"""What was measured, one line each, so that an interrupted run loses nothing."""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Sequences that start together."""
+
+    sequences: int
+    prompt: int
+    output: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Load":
+        """Raises ValueError: it is not SEQUENCES x PROMPT + OUTPUT."""
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", text.strip())
+        if match is None:
+            raise ValueError(f"loads has {text!r}; allowed: as 8x128+128")
+        return cls(*map(int, match.groups()))
+
+    @property
+    def text(self) -> str:
+        return f"{self.sequences}x{self.prompt}+{self.output}"
+
+
+class Key(NamedTuple):
+    """Which sample."""
+
+    kv_heads: int
+    load: str
+    peer: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One load, once.
+
+    Attributes:
+        seconds: from the first prompt to the last token.
+        equal_starts: share of sequences that begin with our engine's token; None if not compared.
+    """
+
+    key: Key
+    seconds: float
+    equal_starts: float | None
+
+    @property
+    def tokens_per_s(self) -> float:
+        load = Load.parse(self.key.load)
+        return load.sequences * load.output / self.seconds
+
+
+class SampleFile:
+    """Samples in a file, a line each."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        self._path = path
+        self._samples: dict[Key, Sample] = {}
+        if fresh:
+            path.unlink(missing_ok=True)
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                values = json.loads(line)
+                key = Key(*(values.pop(name) for name in Key._fields))
+                self._samples[key] = Sample(key, **values)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._samples
+
+    def add(self, sample: Sample) -> None:
+        self._samples[sample.key] = sample
+        values = asdict(sample)
+        line = sample.key._asdict() | {name: values[name] for name in ("seconds", "equal_starts")}
+        with self._path.open("a", encoding="utf-8") as file:
+            print(json.dumps(line), file=file)
+
+    def all(self) -> list[Sample]:
+        return list(self._samples.values())
