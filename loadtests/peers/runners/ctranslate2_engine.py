@@ -1,5 +1,7 @@
 """CTranslate2's generator, one static batch."""
 
+import os
+
 from protocol import Generate, Settings, serve
 
 
@@ -10,7 +12,7 @@ def load(settings: Settings) -> Generate:
     generator = ctranslate2.Generator(
         str(settings.prepared),
         device="cpu",
-        compute_type="bfloat16",
+        compute_type=os.environ["RUNNER_TYPE"],
         inter_threads=1,
         intra_threads=settings.threads,
     )

@@ -1,5 +1,7 @@
 """Our engine alone."""
 
+import os
+
 from protocol import Generate, Settings, serve
 
 
@@ -14,6 +16,7 @@ def load(settings: Settings) -> Generate:
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_bytes,
         num_threads=settings.threads,
+        weight_dtype="int8" if os.environ["RUNNER_TYPE"] == "int8" else "auto",
     )
     engine = Engine(load_configured_model(settings.checkpoint, config), config)
 

@@ -10,7 +10,7 @@ def load(settings: Settings) -> Generate:
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     torch.set_num_threads(settings.threads)
-    continuous = os.environ["RUNNER_FORM"] == "continuous"
+    continuous = os.environ["RUNNER_TYPE"] == "continuous"
     model = AutoModelForCausalLM.from_pretrained(
         settings.checkpoint, dtype="bfloat16", attn_implementation="sdpa"
     )
@@ -32,7 +32,6 @@ def load(settings: Settings) -> Generate:
         )
         return [row[inputs.shape[1] :] for row in tokens.tolist()]
 
-    @torch.inference_mode()
     def batched(prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         results = model.generate_batch(
             prompts, generation_config=config(num_tokens), persistent_manager=True
