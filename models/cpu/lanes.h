@@ -43,8 +43,16 @@ inline float exp(float x) { return _mm512_cvtss_f32(exp(splat(x))); }
 template <typename T>
 struct Lane;
 
+struct FloatSums {
+  using Sum = Vec;
+
+  static Sum zero() { return _mm512_setzero_ps(); }
+  static Sum load_sum(const float* from) { return _mm512_loadu_ps(from); }
+  static void store_sum(float* to, Sum sum) { _mm512_storeu_ps(to, sum); }
+};
+
 template <>
-struct Lane<float> {
+struct Lane<float> : FloatSums {
   static constexpr int kValues = 1;
 
   static Vec multiply_add(Vec sum, Vec lanes, const uint32_t* splatted) {
@@ -70,7 +78,7 @@ struct Lane<float> {
 };
 
 template <>
-struct Lane<at::BFloat16> {
+struct Lane<at::BFloat16> : FloatSums {
   static constexpr int kValues = 2;
 
   static Vec multiply_add(Vec sum, Vec lanes, const uint32_t* splatted) {
@@ -113,13 +121,18 @@ struct Lane<at::BFloat16> {
 // a float.
 template <>
 struct Lane<int8_t> {
+  // What the instruction itself takes: of any other type GCC 12 keeps a block of sums in memory.
+  using Sum = int32_t __attribute__((vector_size(64)));
   static constexpr int kValues = 4;
 
-  static Vec multiply_add(Vec sum, Vec lanes, const uint32_t* splatted) {
+  static Sum zero() { return Sum{}; }
+  static Sum load_sum(const float* from) { return (Sum)_mm512_loadu_si512(from); }
+  static void store_sum(float* to, Sum sum) { _mm512_storeu_si512(to, (__m512i)sum); }
+
+  static Sum multiply_add(Sum sum, Vec lanes, const uint32_t* splatted) {
     int32_t four;
     std::memcpy(&four, splatted, sizeof four);
-    return _mm512_castsi512_ps(_mm512_dpbusd_epi32(
-        _mm512_castps_si512(sum), _mm512_set1_epi32(four), _mm512_castps_si512(lanes)));
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)lanes);
   }
 };
 
@@ -127,20 +140,21 @@ struct Lane<int8_t> {
 template <typename T, int kBlockRows, int kBlockVecs>
 void multiply_block(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, int depth,
                     float* c, int c_stride, bool accumulate) {
-  Vec sum[kBlockRows][kBlockVecs];
+  using L = Lane<T>;
+  typename L::Sum sum[kBlockRows][kBlockVecs];
   for (int r = 0; r < kBlockRows; r++)
     for (int v = 0; v < kBlockVecs; v++)
-      sum[r][v] = accumulate ? _mm512_loadu_ps(c + r * c_stride + v * kLanes) : splat(0.f);
+      sum[r][v] = accumulate ? L::load_sum(c + r * c_stride + v * kLanes) : L::zero();
   for (int k = 0; k < depth; k++) {
     Vec lanes[kBlockVecs];
     for (int v = 0; v < kBlockVecs; v++) lanes[v] = _mm512_loadu_ps(b + k * b_stride + v * kLanes);
     for (int r = 0; r < kBlockRows; r++)
       for (int v = 0; v < kBlockVecs; v++)
-        sum[r][v] = Lane<T>::multiply_add(sum[r][v], lanes[v], a + r * a_stride + k);
+        sum[r][v] = L::multiply_add(sum[r][v], lanes[v], a + r * a_stride + k);
   }
   for (int r = 0; r < kBlockRows; r++)
     for (int v = 0; v < kBlockVecs; v++)
-      _mm512_storeu_ps(c + r * c_stride + v * kLanes, sum[r][v]);
+      L::store_sum(c + r * c_stride + v * kLanes, sum[r][v]);
 }
 
 template <typename T, int kBlockVecs>

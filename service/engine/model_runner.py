@@ -17,6 +17,8 @@ from service.engine.sequence import Pooling, Sequence, TokenLogprobs
 
 # Rows of logits that exist at once while scoring: bounds memory for large vocabularies.
 _SCORING_ROWS = 128
+# Most rows of many a load: made once, since a row has more fields than it takes time to look at.
+_GREEDY = SamplingRow(temperature=0.0)
 
 
 class ModelRunner:
@@ -50,7 +52,7 @@ class ModelRunner:
         start = 0
         for index, item in enumerate(plan.scheduled):
             end = start + item.num_tokens
-            if any(start <= row < end for row in failed_rows):
+            if failed_rows and any(start <= row < end for row in failed_rows):
                 results[index] = StepResult(failed=True)
             elif item.samples:
                 last_rows.append(end - 1)
@@ -135,6 +137,8 @@ class ModelRunner:
     def _sampling_row(self, seq: Sequence) -> SamplingRow:
         params = seq.params
         assert params is not None, "only generations sample"
+        if params.is_plainly_greedy and seq.num_output_tokens >= params.min_tokens:
+            return _GREEDY
         suppressed: tuple[int, ...] = ()
         if seq.num_output_tokens < params.min_tokens:
             suppressed = params.stop_token_ids

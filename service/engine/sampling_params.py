@@ -45,6 +45,17 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
 
+    @property
+    def is_plainly_greedy(self) -> bool:
+        """Whether the likeliest token is taken as the model says, and nothing is reported of it."""
+        return (
+            self.temperature == 0.0
+            and self.repetition_penalty == 1.0
+            and self.logprobs is None
+            and not (self.presence_penalty or self.frequency_penalty)
+            and not (self.logit_bias or self.allowed_token_ids)
+        )
+
     def max_kv_tokens(self, num_prompt_tokens: int) -> int:
         """Cache slots that a request takes at most, as far as that is known in advance."""
         # The last token is never read back.
