@@ -43,8 +43,7 @@ class DecoderLayer(nn.Module):
         if self.parallel:
             normed = self.attention_norm(hidden)
             mlp_input = normed if self.mlp_norm is None else self.mlp_norm(hidden)
-            added: Tensor = attend(normed) + self.mlp(mlp_input)
-            return hidden + added * self.residual_scale
+            return hidden + self._scaled(attend(normed) + self.mlp(mlp_input))
         hidden = self._add(hidden, attend, self.attention_norm, self.attention_output_norm)
         return self._add(hidden, self.mlp, self.mlp_norm, self.mlp_output_norm)
 
@@ -58,7 +57,7 @@ class DecoderLayer(nn.Module):
         assert norm is not None, "only parallel layers share a norm"
         match self.residual:
             case "pre_norm":
-                return hidden + block(norm(hidden)) * self.residual_scale
+                return hidden + self._scaled(block(norm(hidden)))
             case "post_norm":
                 return norm(hidden + block(hidden))  # type: ignore[no-any-return]
             case "output_norm":
@@ -66,6 +65,10 @@ class DecoderLayer(nn.Module):
             case "sandwich_norm":
                 assert output_norm is not None, "a sandwich has two norms"
                 return hidden + output_norm(block(norm(hidden)))  # type: ignore[no-any-return]
+
+
+    def _scaled(self, added: Tensor) -> Tensor:
+        return added if self.residual_scale == 1.0 else added * self.residual_scale
 
 
 class Transformer(nn.Module):
