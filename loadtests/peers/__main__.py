@@ -10,6 +10,7 @@ sample, JSON and a table to `loadtests/results/peers`.
 import json
 import os
 import random
+import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -181,4 +182,6 @@ def _equal_starts(answer: Answer, ours: Answer | None) -> float | None:
 
 
 if __name__ == "__main__":
+    # Runners that are stopped do not notice the end of who started them.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     typer.run(main)
