@@ -19,13 +19,20 @@ class Linear(nn.Linear):
 
     _packed: PackedWeight | None = None
 
-    def pack(self, weight_dtype: WeightDType = "auto") -> None:
-        """Keep the packed weight instead, where that is faster; for inference.
+    @property
+    def is_packed(self) -> bool:
+        return self._packed is not None
+
+    def pack(self, weight_dtype: WeightDType = "auto", *, although_slower: bool = False) -> None:
+        """Keep the packed weight instead, where that can be; for inference.
 
         Args:
             weight_dtype: `int8` rounds the weight, of which `unpack` gives what is left.
+            although_slower: also where torch's own operation is faster.
         """
-        if self._packed is None and why_unpackable(self.weight, weight_dtype) is None:
+        if self._packed is not None:
+            return
+        if why_unpackable(self.weight, weight_dtype, although_slower=although_slower) is None:
             self._packed = pack(self.weight.detach(), weight_dtype)
             self.weight = nn.Parameter(self._packed.data, requires_grad=False)
 

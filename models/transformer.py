@@ -66,7 +66,6 @@ class DecoderLayer(nn.Module):
                 assert output_norm is not None, "a sandwich has two norms"
                 return hidden + output_norm(block(norm(hidden)))  # type: ignore[no-any-return]
 
-
     def _scaled(self, added: Tensor) -> Tensor:
         return added if self.residual_scale == 1.0 else added * self.residual_scale
 
@@ -112,7 +111,9 @@ class Transformer(nn.Module):
         # The embeddings once more, where they are the output head too and weights are packed.
         self._packed_head: PackedWeight | None = None
 
-    def pack_weights(self, weight_dtype: WeightDType = "auto") -> None:
+    def pack_weights(
+        self, weight_dtype: WeightDType = "auto", *, batch_invariant: bool = False
+    ) -> None:
         """Keep the weights of linear layers in the order in which the processor reads them, where
         that is faster. Embeddings that are the output head too take their memory twice then.
 
@@ -122,9 +123,12 @@ class Transformer(nn.Module):
             weight_dtype: `int8` keeps weights of linear layers as 8 bits, with a scale for each
                 output, and rounds what they multiply to 8 bits for each token. Embeddings and
                 experts stay as they are.
+            batch_invariant: what the model says of a sequence has to have the same bits whatever
+                else is in a step, even if that is slower.
 
         Raises:
-            ConfigError: weights of 8 bits cannot be used here.
+            ConfigError: weights of 8 bits cannot be used here, or results would depend on what
+                else is in a step.
         """
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         embeddings = self.embed_tokens.weight
@@ -135,13 +139,27 @@ class Transformer(nn.Module):
                 if (reason := why_unpackable(weight, "int8")) is not None:
                     raise ConfigError("weight_dtype", "int8", f"auto, because {reason}")
         for module in linears:
-            module.pack(weight_dtype)
-        if (
-            is_tied
-            and self._packed_head is None
-            and why_unpackable(embeddings, weight_dtype) is None
-        ):
+            module.pack(weight_dtype, although_slower=batch_invariant)
+        why_not_head = why_unpackable(embeddings, weight_dtype, although_slower=batch_invariant)
+        if is_tied and self._packed_head is None and why_not_head is None:
             self._packed_head = pack(embeddings.detach(), weight_dtype)
+        if batch_invariant and (reason := self._why_variant()) is not None:
+            raise ConfigError("batch_invariant", True, f"false, because {reason}")
+
+    def _why_variant(self) -> str | None:
+        """What makes results depend on the other rows of a step, by the way a library blocks a
+        sum; None if nothing does."""
+        for name, module in self.named_modules():
+            if isinstance(module, MixtureOfExperts):
+                return f"{name} multiplies by torch's own operations"
+            if isinstance(module, Linear) and not module.is_packed:
+                reason = why_unpackable(module.weight, although_slower=True)
+                return f"{name} multiplies by torch's own operations ({reason})"
+        if self.lm_head is None and self.config.is_causal and self._packed_head is None:
+            return "the output head multiplies by torch's own operations"
+        if self.kernel_name != "paged_cpu":
+            return f"attention is computed by {self.kernel_name}"
+        return None
 
     def unpack_weights(self) -> None:
         """The opposite of `pack_weights`."""

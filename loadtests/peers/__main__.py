@@ -7,7 +7,6 @@ turn, round by round. An interrupted run goes on when the same command runs agai
 sample, JSON and a table to `loadtests/results/peers`.
 """
 
-import json
 import os
 import random
 import signal
@@ -19,17 +18,15 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
-from loadtests.checkpoints import write_random_checkpoint
+from loadtests.peers.checkpoints import VOCAB_SIZE, random_checkpoint, shape_of
 from loadtests.peers.environments import OURS, PEERS, Peer, PeerError, prepare
 from loadtests.peers.process import Answer, Runner, running
-from loadtests.peers.report import write_report
+from loadtests.peers.report import RESULTS, write_report
 from loadtests.peers.samples import Key, Load, Sample, SampleFile
 from service.bench import BenchShape
 from service.console import err, fail
 
-RESULTS = Path(__file__).parents[1] / "results" / "peers"
 _KV_CACHE_BYTES = 2 * 2**30
-_VOCAB_SIZE = 32_000
 
 
 def main(
@@ -54,7 +51,7 @@ def main(
         ours = [peer for name, peer in OURS.items() if name in {one.against for one in theirs}]
         chosen = [*ours, *theirs]
         wanted = [Load.parse(text) for text in loads.split(",")]
-        shapes = [_shape(int(count), layers) for count in kv_heads.split(",")]
+        shapes = [shape_of(int(count), layers) for count in kv_heads.split(",")]
     except ValueError as error:
         fail(str(error), code=2)
     folder = folder.resolve()
@@ -89,15 +86,6 @@ def _peer(name: str) -> Peer:
     return PEERS[name]
 
 
-def _shape(kv_heads: int, layers: int) -> BenchShape:
-    if 12 % kv_heads:
-        raise ValueError(f"kv_heads has {kv_heads}; allowed: a divisor of 12")
-    return BenchShape(
-        layers=layers, hidden=768, intermediate=2048, heads=12, kv_heads=kv_heads, head_dim=64,
-        vocab=_VOCAB_SIZE, dtype="bfloat16",
-    )  # fmt: skip
-
-
 def _measure(
     shape: BenchShape,
     peers: list[Peer],
@@ -117,7 +105,7 @@ def _measure(
     say("", steps=sum(key in samples for key in todo))
     missing = [key for key in todo if key not in samples]
     max_len = max(load.prompt + load.output for load in loads)
-    checkpoint = _checkpoint(shape, max_len, folder)
+    checkpoint = random_checkpoint(shape, max_len, folder)
     with ExitStack() as stack:
         runners: dict[str, Runner] = {}
         for peer in peers:
@@ -155,21 +143,9 @@ def _measure(
         }
 
 
-def _checkpoint(shape: BenchShape, max_len: int, folder: Path) -> Path:
-    name = f"{shape.layers}x{shape.heads}kv{shape.kv_heads}-{max_len}"
-    path = folder / "checkpoints" / name
-    if not path.exists():
-        write_random_checkpoint(shape.model_config(max_len), path)
-        # CTranslate2 wants these to have names; all prompts are ids, and nothing ends early.
-        names = {f"{role}_token": "a" for role in ("bos", "eos", "unk")}
-        fields = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        (path / "tokenizer_config.json").write_text(json.dumps(fields))
-    return path
-
-
 def _prompts(load: Load, seed: int) -> list[list[int]]:
     rng = random.Random(seed)  # noqa: S311, a workload is no secret
-    return [[rng.randrange(_VOCAB_SIZE) for _ in range(load.prompt)] for _ in range(load.sequences)]
+    return [[rng.randrange(VOCAB_SIZE) for _ in range(load.prompt)] for _ in range(load.sequences)]
 
 
 def _equal_starts(answer: Answer, ours: Answer | None) -> float | None:

@@ -13,6 +13,8 @@ from loadtests.peers.environments import OURS, PEERS
 from loadtests.peers.samples import Sample
 from service.bench import machine
 
+RESULTS = Path(__file__).parents[1] / "results" / "peers"
+
 
 def write_report(
     folder: Path, samples: Sequence[Sample], ready: dict[str, dict[str, Any]], command: str

@@ -64,9 +64,11 @@ class PackedWeight:
         return (weight * self.int8.scale[:, None]).to(self.dtype)
 
 
-def why_unpackable(weight: Tensor, weight_dtype: WeightDType = "auto") -> str | None:
-    """Why a weight `[outputs, inputs]` cannot be packed here, or would not be better so; None if
-    it can and is.
+def why_unpackable(
+    weight: Tensor, weight_dtype: WeightDType = "auto", *, although_slower: bool = False
+) -> str | None:
+    """Why a weight `[outputs, inputs]` cannot be packed here, or would be slower so; None if it can
+    and is not.
 
     Processors with AMX multiply bfloat16 several times as fast by torch's own operation.
     """
@@ -77,7 +79,8 @@ def why_unpackable(weight: Tensor, weight_dtype: WeightDType = "auto") -> str | 
         return f"the type is {weight.dtype}".replace("torch.", "")
     if weight.numel() == 0 or weight.shape[1] % together:
         return f"a weight has {weight.shape[1]} inputs, which is no multiple of {together}"
-    if weight_dtype == "auto" and weight.dtype == torch.bfloat16 and has_feature("amx_bf16"):
+    by_amx = weight_dtype == "auto" and weight.dtype == torch.bfloat16 and has_feature("amx_bf16")
+    if by_amx and not although_slower:
         return "the processor has AMX"
     return why_unavailable()
 

@@ -22,6 +22,8 @@ class EngineConfig:
         max_bypass: how many later requests may overtake a waiting one, by priority, by deadline
             or because they are small enough to fit.
         enable_prefix_caching: reuse KV blocks of equal prompt beginnings.
+        batch_invariant: what a request gets has the same bits whatever runs beside it; refused
+            where that cannot be.
         kernel: which implementation reads the KV cache.
         dtype: type of weights, computation and KV cache; `auto` is what the checkpoint says.
         weight_dtype: how the weights of linear layers are kept; `int8` rounds them, and what they
@@ -40,6 +42,7 @@ class EngineConfig:
     max_waiting_tokens: int = 262_144
     max_bypass: int = 64
     enable_prefix_caching: bool = False
+    batch_invariant: bool = False
     kernel: Literal["auto", "paged_cpu", "paged_triton", "dense", "reference"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     weight_dtype: Literal["auto", "int8"] = "auto"

@@ -128,6 +128,7 @@ class Engine:
             self.kv_cache,
             eos_token_ids=eos_token_ids,
             weight_dtype=config.weight_dtype,
+            batch_invariant=config.batch_invariant,
         )
         self._kv_reads = KVReads(self.served_config)
         self._tokenizer = tokenizer

@@ -31,8 +31,9 @@ class ModelRunner:
         *,
         eos_token_ids: frozenset[int],
         weight_dtype: WeightDType = "auto",
+        batch_invariant: bool = False,
     ) -> None:
-        model.pack_weights(weight_dtype)
+        model.pack_weights(weight_dtype, batch_invariant=batch_invariant)
         self.model = model
         self.kv_cache = kv_cache
         self._eos_token_ids = tuple(sorted(eos_token_ids))

@@ -123,7 +123,9 @@ def test_weights_stored_in_half_precision_are_widened(
 
 def test_the_kernel_is_the_callers(llama: Path) -> None:
     assert load_model(llama, kernel="reference").kernel_name == "reference"
-    with pytest.raises(ConfigError, match="allowed: auto, paged_cpu, paged_triton, dense, reference"):
+    with pytest.raises(
+        ConfigError, match="allowed: auto, paged_cpu, paged_triton, dense, reference"
+    ):
         load_model(llama, kernel="flash")  # type: ignore[arg-type]
 
 
