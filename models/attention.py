@@ -13,7 +13,7 @@ from models.kernels.dense import attend
 from models.kv_cache import CachePart
 from models.kv_layout import query_heads
 from models.layers import rms_norm
-from models.linear import Linear
+from models.linear import BeforeLinear, Linear
 from models.rope import apply_rope
 from models.scoring import Scoring
 
@@ -104,15 +104,19 @@ class Attention(nn.Module):
         )
 
     def project(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        before: BeforeLinear | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[tokens, heads or kv_heads, head_dim]` of `[tokens, hidden]`.
 
         Args:
             rotation: cosines and sines of the tokens' positions (see `models.rope`).
+            before: is done to the hidden states first.
         """
         heads = self.heads
-        projected = self.qkv(hidden)
+        projected = self.qkv(hidden, before)
         if heads.clip_qkv is not None:
             projected = projected.clamp(-heads.clip_qkv, heads.clip_qkv)
         query, key, value = projected.split(
@@ -135,15 +139,18 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         cache: tuple[CachePart, ...],
         metadata: AttentionMetadata,
+        before: BeforeLinear | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Attend with the paged cache; `hidden` is packed `[tokens, hidden]`."""
-        query, key, value = self.project(hidden, rotation)
+        """`residual + attention(before(hidden))` with the paged cache; `hidden` is packed
+        `[tokens, hidden]`."""
+        query, key, value = self.project(hidden, rotation, before)
         scoring, paged_attention = self.scoring, get_kernel(self.kernel_name)
         if len(cache) == 1:  # the usual case: all heads remember the same
             group = metadata.groups[cache[0].part.group]
             cache[0].write(key, value, group.slot_mapping)
             attended = paged_attention(query, cache[0], group, scoring)
-            return self.output(attended.flatten(-2))  # type: ignore[no-any-return]
+            return self.output(attended.flatten(-2), None, residual)  # type: ignore[no-any-return]
         attended = torch.empty_like(query)
         for part in cache:
             group = metadata.groups[part.part.group]
@@ -152,15 +159,20 @@ class Attention(nn.Module):
             attended[:, heads] = paged_attention(
                 query[:, heads], part, group, scoring.of_heads(heads)
             )
-        return self.output(attended.flatten(-2))  # type: ignore[no-any-return]
+        return self.output(attended.flatten(-2), None, residual)  # type: ignore[no-any-return]
 
     def forward_dense(
-        self, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None, batch: int
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        batch: int,
+        before: BeforeLinear | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Attend without a cache; `hidden` is `[batch * tokens, hidden]`, rows of equal length."""
+        """The same without a cache; `hidden` is `[batch * tokens, hidden]`, of equal lengths."""
         query, key, value = (
             part.unflatten(0, (batch, -1)).transpose(1, 2)
-            for part in self.project(hidden, rotation)
+            for part in self.project(hidden, rotation, before)
         )
         scoring, length = self.scoring, query.shape[2]
         if scoring.is_plain(length):
@@ -175,4 +187,5 @@ class Attention(nn.Module):
                 visible=scoring.visible(positions, positions),
                 bias=scoring.bias(positions),
             )
-        return self.output(attended.transpose(1, 2).flatten(0, 1).flatten(-2))  # type: ignore[no-any-return]
+        attended = attended.transpose(1, 2).flatten(0, 1).flatten(-2)
+        return self.output(attended, None, residual)  # type: ignore[no-any-return]

@@ -7,7 +7,8 @@ from torch.nn.functional import rms_norm as torch_rms_norm
 
 from models.config import Activation, ModelConfig
 from models.cpu import fused
-from models.linear import Linear
+from models.cpu.linear import Before
+from models.linear import BeforeLinear, Linear
 
 
 class RMSNorm(nn.Module):
@@ -26,6 +27,18 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, unit_offset=self.unit_offset)
 
+    def fused(self, dtype: torch.dtype) -> Before | None:
+        if self.unit_offset or self.weight.dtype != dtype:
+            return None
+        return Before(norm=self.weight, eps=self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, which no linear layer does by itself."""
+
+    def fused(self, dtype: torch.dtype) -> None:
+        return None
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False) -> Tensor:
     """`x / rms(x) * weight` over the last axis; weights of several axes go with the last ones."""
@@ -40,10 +53,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
     return torch_rms_norm(x, x.shape[-1:], eps=eps) * weight
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: ModelConfig) -> RMSNorm | LayerNorm:
     if config.norm == "rms_norm":
         return RMSNorm(config.hidden_size, config.norm_eps, unit_offset=config.norm_unit_offset)
-    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+    return LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -58,6 +71,22 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
             return relu(x)
 
 
+class Gate:
+    """`activation(gate) * value` of `[..., gate and value]` (Shazeer 2020)."""
+
+    def __init__(self, activation: Activation) -> None:
+        self._activation: Activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._activation == "silu" and fused.can_fuse(x):
+            return fused.silu_mul(x)
+        gate, value = x.chunk(2, dim=-1)
+        return activate(gate, self._activation) * value
+
+    def fused(self, dtype: torch.dtype) -> Before | None:
+        return Before(swiglu=True) if self._activation == "silu" else None
+
+
 class MLP(nn.Module):
     """Feed-forward block: gated (SwiGLU, Shazeer 2020) or plain.
 
@@ -70,18 +99,16 @@ class MLP(nn.Module):
         self.up = Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.activation: Activation = config.activation
-        self.gated = config.gated_mlp
+        self.gate = Gate(config.activation) if config.gated_mlp else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        if not self.gated:
+    def forward(
+        self, x: Tensor, before: BeforeLinear | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`residual + mlp(before(x))`."""
+        hidden = self.up(x, before)
+        if self.gate is None:
             hidden = activate(hidden, self.activation)
-        elif self.activation == "silu" and fused.can_fuse(hidden):
-            hidden = fused.silu_mul(hidden)
-        else:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = activate(gate, self.activation) * up
-        return self.down(hidden)  # type: ignore[no-any-return]
+        return self.down(hidden, self.gate, residual)  # type: ignore[no-any-return]
 
 
 class MixtureOfExperts(nn.Module):
@@ -105,7 +132,16 @@ class MixtureOfExperts(nn.Module):
         assert config.swiglu_limit is not None, "a mixture of experts has a limit"
         self.limit = config.swiglu_limit
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, before: BeforeLinear | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`residual + experts(before(x))`."""
+        if before is not None:
+            x = before(x)
+        output = self._mix(x)
+        return output if residual is None else residual + output
+
+    def _mix(self, x: Tensor) -> Tensor:
         logits, picked = self.router(x).topk(self.num_picked, dim=-1)
         shares = logits.softmax(dim=-1)
         output = torch.zeros_like(x)

@@ -1,13 +1,22 @@
 """Linear layers, and how their weights lie in memory."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
+from models.cpu.linear import Before, PackedWeight, WeightDType, pack, why_unpackable
+
+
+class BeforeLinear(Protocol):
+    """What comes right before a linear layer: a function of its rows."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    def fused(self, dtype: torch.dtype) -> Before | None:
+        """The same for rows of a type, as a packed weight can do it; None if it cannot."""
 
 
 class Linear(nn.Linear):
@@ -52,12 +61,20 @@ class Linear(nn.Linear):
         """The type of inputs and outputs."""
         return self.weight.dtype if self._packed is None else self._packed.dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._packed is None:
-            return super().forward(x)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return linear(x, self.dense_weight, self.bias)
-        return self._packed.multiply(x, self.bias)
+    def forward(
+        self, x: Tensor, before: BeforeLinear | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`residual + before(x) @ weight.T + bias`; in one operation where the weight is packed."""
+        packed = self._packed
+        if packed is None or (torch.is_grad_enabled() and x.requires_grad):
+            rows = x if before is None else before(x)
+            product = linear(rows, self.dense_weight, self.bias)
+            return product if residual is None else residual + product
+        fused = None if before is None else before.fused(packed.dtype)
+        if fused is None:
+            rows = x if before is None else before(x)
+            return packed.multiply(rows, self.bias, residual=residual)
+        return packed.multiply(x, self.bias, before=fused, residual=residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
         self.unpack()  # the order depends on the type and the device

@@ -1,7 +1,7 @@
 """The model: embed, run the layers, project to the vocabulary."""
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
 from models.errors import ConfigError
 from models.kernels import KernelName
 from models.kv_cache import KVCache
-from models.layers import MLP, MixtureOfExperts, make_norm
-from models.linear import Linear
+from models.layers import MLP, LayerNorm, MixtureOfExperts, RMSNorm, make_norm
+from models.linear import BeforeLinear, Linear
 from models.positions import RopeConfig
 from models.rope import rotation
 
@@ -38,7 +38,7 @@ class DecoderLayer(nn.Module):
         self.residual_scale = config.residual_scale
         self.parallel = config.parallel
 
-    def forward(self, hidden: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, hidden: Tensor, attend: "Block") -> Tensor:
         """`[tokens, hidden]` to the same; `attend` runs this layer's attention."""
         if self.parallel:
             normed = self.attention_norm(hidden)
@@ -50,24 +50,38 @@ class DecoderLayer(nn.Module):
     def _add(
         self,
         hidden: Tensor,
-        block: Callable[[Tensor], Tensor],
-        norm: nn.Module | None,
+        block: "Block",
+        norm: RMSNorm | LayerNorm | None,
         output_norm: nn.Module | None,
     ) -> Tensor:
         assert norm is not None, "only parallel layers share a norm"
         match self.residual:
+            case "pre_norm" if self.residual_scale == 1.0:
+                return block(hidden, norm, hidden)
             case "pre_norm":
-                return hidden + self._scaled(block(norm(hidden)))
+                return hidden + self._scaled(block(hidden, norm))
             case "post_norm":
-                return norm(hidden + block(hidden))  # type: ignore[no-any-return]
+                return norm(block(hidden, None, hidden))  # type: ignore[no-any-return]
             case "output_norm":
                 return hidden + norm(block(hidden))  # type: ignore[no-any-return]
             case "sandwich_norm":
                 assert output_norm is not None, "a sandwich has two norms"
-                return hidden + output_norm(block(norm(hidden)))  # type: ignore[no-any-return]
+                return hidden + output_norm(block(hidden, norm))  # type: ignore[no-any-return]
 
     def _scaled(self, added: Tensor) -> Tensor:
         return added if self.residual_scale == 1.0 else added * self.residual_scale
+
+
+class Block(Protocol):
+    """Attention or feed-forward block: `residual + block(before(hidden))`."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        before: BeforeLinear | None = None,
+        residual: Tensor | None = None,
+        /,
+    ) -> Tensor: ...
 
 
 class Transformer(nn.Module):
@@ -232,8 +246,10 @@ class Transformer(nn.Module):
             attention = layer.attention
             hidden = layer(
                 hidden,
-                lambda x, attention=attention, cache=cache: attention(
-                    x, rotations.get(attention.heads.rope), cache, metadata
+                lambda x, before=None, residual=None, /, attention=attention, cache=cache: (
+                    attention(
+                        x, rotations.get(attention.heads.rope), cache, metadata, before, residual
+                    )
                 ),
             )
         return self._finish(hidden)
@@ -248,8 +264,10 @@ class Transformer(nn.Module):
             attention = layer.attention
             hidden = layer(
                 hidden,
-                lambda x, attention=attention: attention.forward_dense(
-                    x, rotations.get(attention.heads.rope), batch
+                lambda x, before=None, residual=None, /, attention=attention: (
+                    attention.forward_dense(
+                        x, rotations.get(attention.heads.rope), batch, before, residual
+                    )
                 ),
             )
         return self._finish(hidden).unflatten(0, (batch, num_tokens))  # type: ignore[no-any-return]

@@ -5,19 +5,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "cache.h"
-#include "lanes.h"
+#include "rows.h"
 
 namespace headroom {
 namespace {
-
-// Elements that are worth a second thread.
-constexpr int64_t kGrain = 32768;
-
-int64_t grain(int64_t width) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, width)); }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t width = x.size(-1);
@@ -27,25 +21,11 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const at::Tensor input = x.contiguous(), output = at::empty_like(input);
   if (!width) return output;
   with_type(x, [&]<typename T>() {
-    using L = Lane<T>;
     const T *from = input.const_data_ptr<T>(), *scale = weight.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
     at::parallel_for(0, input.numel() / width, grain(width), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; row++) {
-        const T* in = from + row * width;
-        Vec squares = splat(0.f);
-        for (int64_t i = 0; i < width; i += kLanes) {
-          const Vec value = L::load(in + i, first_lanes(width - i));
-          squares = _mm512_fmadd_ps(value, value, squares);
-        }
-        const float mean = _mm512_reduce_add_ps(squares) / (float)width;
-        const Vec factor = splat(1.f / std::sqrt(mean + (float)eps));
-        for (int64_t i = 0; i < width; i += kLanes) {
-          const __mmask16 mask = first_lanes(width - i);
-          const Vec value = _mm512_mul_ps(L::load(in + i, mask), factor);
-          L::store(to + row * width + i, _mm512_mul_ps(value, L::load(scale + i, mask)), mask);
-        }
-      }
+      for (int64_t row = begin; row < end; row++)
+        norm_row(from + row * width, scale, width, (float)eps, to + row * width);
     });
   });
   return output;
@@ -61,19 +41,11 @@ at::Tensor silu_mul(const at::Tensor& x) {
   const at::Tensor output = at::empty(shape, x.options());
   if (!width) return output;
   with_type(x, [&]<typename T>() {
-    using L = Lane<T>;
     const T* from = input.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
     at::parallel_for(0, output.numel() / width, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++)
-        for (int64_t i = 0; i < width; i += kLanes) {
-          const __mmask16 mask = first_lanes(width - i);
-          const Vec gate = L::load(from + 2 * row * width + i, mask);
-          const Vec value = L::load(from + (2 * row + 1) * width + i, mask);
-          const Vec e = exp(_mm512_sub_ps(splat(0.f), gate));
-          const Vec silu = _mm512_div_ps(gate, _mm512_add_ps(splat(1.f), e));
-          L::store(to + row * width + i, _mm512_mul_ps(silu, value), mask);
-        }
+        swiglu_row(from + 2 * row * width, width, to + row * width);
     });
   });
   return output;

@@ -72,6 +72,8 @@ struct Lane<float> : FloatSums {
       _mm512_storeu_ps(to + d, _mm512_maskz_loadu_ps(first_lanes(width - d), rows[0] + d));
   }
 
+  static Vec round(Vec x) { return x; }
+
   static Vec load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 
   static void store(float* to, Vec x, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, x); }
@@ -107,9 +109,14 @@ struct Lane<at::BFloat16> : FloatSums {
     }
   }
 
+  static Vec widen(__m256i halves) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+
+  static Vec round(Vec x) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
+
   static Vec load(const at::BFloat16* from, __mmask16 mask) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return widen(_mm256_maskz_loadu_epi16(mask, from));
   }
 
   static void store(at::BFloat16* to, Vec x, __mmask16 mask) {

@@ -16,7 +16,7 @@
 #include <cmath>
 #include <memory>
 
-#include "lanes.h"
+#include "rows.h"
 
 namespace headroom {
 namespace {
@@ -25,7 +25,6 @@ constexpr int kPanel = 64;   // outputs of a task
 constexpr int kTile = 48;    // rows of input of a task
 constexpr int kDepth = 256;  // lanes of the summed axis at once, so that a panel's part stays in a cache
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
-constexpr int64_t kGrain = 32768;  // inputs that are worth a second thread
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
 
@@ -71,19 +70,101 @@ void multiply_panels(const uint32_t* input, int64_t rows, int depth, const T* we
   });
 }
 
+// A linear layer, with what comes right before and after it.
+struct Layer {
+  const at::Tensor& input;
+  const std::optional<at::Tensor>& bias;
+  const std::optional<at::Tensor>& norm;  // of the weights of a norm; excludes the next
+  double eps;
+  bool swiglu;
+  const std::optional<at::Tensor>& residual;
+
+  int64_t inputs() const { return swiglu ? input.size(-1) / 2 : input.size(-1); }
+  int64_t rows() const { return input.size(-1) ? input.numel() / input.size(-1) : 0; }
+
+  at::Tensor output(int64_t outputs) const {
+    auto shape = input.sizes().vec();
+    shape.back() = outputs;
+    return at::empty(shape, input.options());
+  }
+
+  void check(int64_t outputs) const {
+    const auto fits = [&](const std::optional<at::Tensor>& vector, int64_t size) {
+      return !vector || (vector->numel() == size && vector->is_contiguous() &&
+                         vector->scalar_type() == input.scalar_type());
+    };
+    TORCH_CHECK(fits(bias, outputs),
+                "the bias has one number for each output, of the type of the input");
+    TORCH_CHECK(fits(norm, inputs()) && !(norm && swiglu) &&
+                    (!swiglu || input.size(-1) % 2 == 0),
+                "before it comes a norm with one number for each input, of their type, or SwiGLU");
+    TORCH_CHECK(fits(residual, rows() * outputs), "the residual is what the output is");
+  }
+};
+
+// The rows that are multiplied.
 template <typename T>
-void apply(const T* input, int64_t rows, int64_t inputs, const T* weight, int64_t outputs,
-           const T* bias, T* output) {
-  multiply_panels<T>(
-      reinterpret_cast<const uint32_t*>(input), rows, (int)(inputs / Lane<T>::kValues), weight,
-      outputs, [&](int64_t row, int64_t first, int used, const float* sums) {
-        for (int n = 0; n < used; n += kLanes) {
-          const __mmask16 mask = first_lanes(used - n);
-          Vec sum = _mm512_load_ps(sums + n);
-          if (bias) sum = _mm512_add_ps(sum, Lane<T>::load(bias + first + n, mask));
-          Lane<T>::store(output + row * outputs + first + n, sum, mask);
-        }
-      });
+class Rows {
+ public:
+  explicit Rows(const Layer& layer) : plain_(layer.input.contiguous()) {
+    const int64_t inputs = layer.inputs(), rows = layer.rows();
+    data_ = plain_.const_data_ptr<T>();
+    if (!layer.norm && !layer.swiglu) return;
+    own_ = std::make_unique_for_overwrite<T[]>(rows * inputs);
+    const T* scale = layer.norm ? layer.norm->const_data_ptr<T>() : nullptr;
+    at::parallel_for(0, rows, grain(inputs), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++)
+        if (scale)
+          norm_row(data_ + row * inputs, scale, inputs, (float)layer.eps, &own_[row * inputs]);
+        else
+          swiglu_row(data_ + 2 * row * inputs, inputs, &own_[row * inputs]);
+    });
+    data_ = own_.get();
+  }
+
+  const T* data() const { return data_; }
+
+ private:
+  at::Tensor plain_;
+  std::unique_ptr<T[]> own_;
+  const T* data_;
+};
+
+// What becomes of sums.
+template <typename T>
+class Finish {
+ public:
+  Finish(const Layer& layer, const at::Tensor& output)
+      : bias_(layer.bias ? layer.bias->const_data_ptr<T>() : nullptr),
+        residual_(layer.residual ? layer.residual->const_data_ptr<T>() : nullptr),
+        output_(output.mutable_data_ptr<T>()),
+        outputs_(output.size(-1)) {}
+
+  void operator()(int64_t row, int64_t first, __mmask16 mask, Vec sum) const {
+    using L = Lane<T>;
+    if (bias_) sum = _mm512_add_ps(sum, L::load(bias_ + first, mask));
+    const int64_t at = row * outputs_ + first;
+    // Rounded twice, as it is in two operations.
+    if (residual_) sum = _mm512_add_ps(L::round(sum), L::load(residual_ + at, mask));
+    L::store(output_ + at, sum, mask);
+  }
+
+ private:
+  const T *bias_, *residual_;
+  T* output_;
+  int64_t outputs_;
+};
+
+template <typename T>
+void apply(const Layer& layer, const T* weight, const at::Tensor& output) {
+  const Rows<T> rows(layer);
+  const Finish<T> finish(layer, output);
+  multiply_panels<T>(reinterpret_cast<const uint32_t*>(rows.data()), layer.rows(),
+                     (int)(layer.inputs() / Lane<T>::kValues), weight, output.size(-1),
+                     [&](int64_t row, int64_t first, int used, const float* sums) {
+                       for (int n = 0; n < used; n += kLanes)
+                         finish(row, first + n, first_lanes(used - n), _mm512_load_ps(sums + n));
+                     });
 }
 
 // A row as whole numbers from 1 to 255, of which 128 is zero; returns what one of them is worth,
@@ -109,17 +190,21 @@ float quantize_row(const T* from, int64_t inputs, uint8_t* to) {
 }
 
 template <typename T>
-void apply_int8(const T* input, int64_t rows, int64_t inputs, const int8_t* weight, int64_t outputs,
-                const float* scale, const int32_t* row_sums, const T* bias, T* output) {
-  const auto quantized = std::make_unique_for_overwrite<uint8_t[]>(rows * inputs);
-  const auto input_scale = std::make_unique_for_overwrite<float[]>(rows);
-  at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / inputs), [&](int64_t begin, int64_t end) {
+void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
+                const int32_t* row_sums, const at::Tensor& output) {
+  const int64_t inputs = layer.inputs(), num_rows = layer.rows();
+  const Rows<T> rows(layer);
+  const Finish<T> finish(layer, output);
+  const auto quantized = std::make_unique_for_overwrite<uint8_t[]>(num_rows * inputs);
+  const auto input_scale = std::make_unique_for_overwrite<float[]>(num_rows);
+  at::parallel_for(0, num_rows, grain(inputs), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
-      input_scale[row] = quantize_row(input + row * inputs, inputs, &quantized[row * inputs]);
+      input_scale[row] =
+          quantize_row(rows.data() + row * inputs, inputs, &quantized[row * inputs]);
   });
   multiply_panels<int8_t>(
-      reinterpret_cast<const uint32_t*>(quantized.get()), rows,
-      (int)(inputs / Lane<int8_t>::kValues), weight, outputs,
+      reinterpret_cast<const uint32_t*>(quantized.get()), num_rows,
+      (int)(inputs / Lane<int8_t>::kValues), weight, output.size(-1),
       [&](int64_t row, int64_t first, int used, const float* sums) {
         for (int n = 0; n < used; n += kLanes) {
           const __mmask16 mask = first_lanes(used - n);
@@ -128,9 +213,7 @@ void apply_int8(const T* input, int64_t rows, int64_t inputs, const int8_t* weig
           const __m512i whole = _mm512_sub_epi32(_mm512_load_si512(sums + n), zero);
           const Vec worth = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + first + n),
                                           splat(input_scale[row]));
-          Vec sum = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), worth);
-          if (bias) sum = _mm512_add_ps(sum, Lane<T>::load(bias + first + n, mask));
-          Lane<T>::store(output + row * outputs + first + n, sum, mask);
+          finish(row, first + n, mask, _mm512_mul_ps(_mm512_cvtepi32_ps(whole), worth));
         }
       });
 }
@@ -173,54 +256,42 @@ void unpack_weight(const at::Tensor& packed, const at::Tensor& weight) {
   });
 }
 
-void check_bias(const std::optional<at::Tensor>& bias, int64_t outputs, const at::Tensor& input) {
-  TORCH_CHECK(!bias || (bias->numel() == outputs && bias->is_contiguous() &&
-                        bias->scalar_type() == input.scalar_type()),
-              "the bias has one number for each output, of the type of the input");
-}
-
-at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight,
-                         int64_t outputs, const std::optional<at::Tensor>& bias) {
-  const int64_t inputs = input.size(-1);
-  TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && inputs > 0 && outputs > 0 &&
-                  weight.size(0) == inputs * padded(outputs),
-              "inputs of width ", inputs, " and ", outputs, " outputs do not fit a packed weight of ",
-              weight.numel());
+at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, int64_t outputs,
+                         const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& norm, double eps, bool swiglu,
+                         const std::optional<at::Tensor>& residual) {
+  const Layer layer{input, bias, norm, eps, swiglu, residual};
+  TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && layer.inputs() > 0 && outputs > 0 &&
+                  weight.size(0) == layer.inputs() * padded(outputs),
+              "inputs of width ", layer.inputs(), " and ", outputs,
+              " outputs do not fit a packed weight of ", weight.numel());
   TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "input and weight have one type");
-  check_bias(bias, outputs, input);
-  const at::Tensor rows = input.contiguous();
-  auto shape = input.sizes().vec();
-  shape.back() = outputs;
-  const at::Tensor output = at::empty(shape, input.options());
-  with_type(input, [&]<typename T>() {
-    apply<T>(rows.const_data_ptr<T>(), rows.numel() / inputs, inputs, weight.const_data_ptr<T>(),
-             outputs, bias ? bias->const_data_ptr<T>() : nullptr, output.mutable_data_ptr<T>());
-  });
+  layer.check(outputs);
+  const at::Tensor output = layer.output(outputs);
+  with_type(input, [&]<typename T>() { apply<T>(layer, weight.const_data_ptr<T>(), output); });
   return output;
 }
 
 at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& scale,
-                       const at::Tensor& row_sums, const std::optional<at::Tensor>& bias) {
-  const int64_t inputs = input.size(-1), outputs = scale.numel();
-  TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && inputs > 0 && inputs % 4 == 0 &&
-                  outputs > 0 && weight.scalar_type() == at::kChar &&
-                  weight.size(0) == inputs * padded(outputs),
-              "inputs of width ", inputs, " and ", outputs, " outputs do not fit a packed weight of ",
-              weight.numel());
+                       const at::Tensor& row_sums, const std::optional<at::Tensor>& bias,
+                       const std::optional<at::Tensor>& norm, double eps, bool swiglu,
+                       const std::optional<at::Tensor>& residual) {
+  const Layer layer{input, bias, norm, eps, swiglu, residual};
+  const int64_t outputs = scale.numel();
+  TORCH_CHECK(weight.dim() == 1 && weight.is_contiguous() && layer.inputs() > 0 &&
+                  layer.inputs() % 4 == 0 && outputs > 0 && weight.scalar_type() == at::kChar &&
+                  weight.size(0) == layer.inputs() * padded(outputs),
+              "inputs of width ", layer.inputs(), " and ", outputs,
+              " outputs do not fit a packed weight of ", weight.numel());
   TORCH_CHECK(scale.is_contiguous() && scale.scalar_type() == at::kFloat &&
                   row_sums.is_contiguous() && row_sums.scalar_type() == at::kInt &&
                   row_sums.numel() == outputs,
               "a scale and a sum for each output");
-  check_bias(bias, outputs, input);
-  const at::Tensor rows = input.contiguous();
-  auto shape = input.sizes().vec();
-  shape.back() = outputs;
-  const at::Tensor output = at::empty(shape, input.options());
+  layer.check(outputs);
+  const at::Tensor output = layer.output(outputs);
   with_type(input, [&]<typename T>() {
-    apply_int8<T>(rows.const_data_ptr<T>(), rows.numel() / inputs, inputs,
-                  weight.const_data_ptr<int8_t>(), outputs, scale.const_data_ptr<float>(),
-                  row_sums.const_data_ptr<int32_t>(), bias ? bias->const_data_ptr<T>() : nullptr,
-                  output.mutable_data_ptr<T>());
+    apply_int8<T>(layer, weight.const_data_ptr<int8_t>(), scale.const_data_ptr<float>(),
+                  row_sums.const_data_ptr<int32_t>(), output);
   });
   return output;
 }
@@ -231,10 +302,12 @@ at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weight, const 
 TORCH_LIBRARY_FRAGMENT(headroom, library) {
   library.def("pack_weight(Tensor weight, Tensor(a!) packed) -> ()");
   library.def("unpack_weight(Tensor packed, Tensor(a!) weight) -> ()");
-  library.def("packed_linear(Tensor input, Tensor weight, int outputs, Tensor? bias) -> Tensor");
   library.def(
-      "int8_linear(Tensor input, Tensor weight, Tensor scale, Tensor row_sums, Tensor? bias) -> "
-      "Tensor");
+      "packed_linear(Tensor input, Tensor weight, int outputs, Tensor? bias, Tensor? norm, "
+      "float eps, bool swiglu, Tensor? residual) -> Tensor");
+  library.def(
+      "int8_linear(Tensor input, Tensor weight, Tensor scale, Tensor row_sums, Tensor? bias, "
+      "Tensor? norm, float eps, bool swiglu, Tensor? residual) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(headroom, CPU, library) {

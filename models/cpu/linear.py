@@ -32,6 +32,23 @@ class Int8Scale:
 
 
 @dataclass(frozen=True, slots=True)
+class Before:
+    """What is done to each row right before it is multiplied, in the same operation: one of both.
+
+    Attributes:
+        norm: weight `[inputs]` of an RMS norm, of the type of the rows.
+        swiglu: rows are twice as long; silu of the first half times the second is multiplied.
+    """
+
+    norm: Tensor | None = None
+    eps: float = 0.0
+    swiglu: bool = False
+
+
+_NOTHING = Before()
+
+
+@dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A weight `[outputs, inputs]` in the order in which it is read.
 
@@ -47,12 +64,24 @@ class PackedWeight:
     dtype: torch.dtype
     int8: Int8Scale | None = None
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`[..., inputs]` to `[..., outputs]`; without gradients."""
+    def multiply(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        *,
+        before: Before = _NOTHING,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`[..., inputs]` to `[..., outputs]`; without gradients.
+
+        Args:
+            residual: added to the result, which has been rounded to its type before.
+        """
+        around = (before.norm, before.eps, before.swiglu, residual)
         if self.int8 is None:
-            return torch.ops.headroom.packed_linear(x, self.data, self.outputs, bias)  # type: ignore[no-any-return]
+            return torch.ops.headroom.packed_linear(x, self.data, self.outputs, bias, *around)  # type: ignore[no-any-return]
         return torch.ops.headroom.int8_linear(  # type: ignore[no-any-return]
-            x, self.data, self.int8.scale, self.int8.row_sums, bias
+            x, self.data, self.int8.scale, self.int8.row_sums, bias, *around
         )
 
     def unpack(self) -> Tensor:

@@ -1,6 +1,7 @@
 """`batch_invariant`: the same bits alone and among others, or a refusal that says why."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def test_tokens_and_probabilities_have_the_same_bits_in_any_company(weight_dtype
         EngineRequest([rng.randrange(60) for _ in range(length)], greedy(20, logprobs=3))
         for length in (3, 17, 40, 5, 29)
     ]
-    limits = {"weight_dtype": weight_dtype, "batch_invariant": True}
+    limits: dict[str, Any] = {"weight_dtype": weight_dtype, "batch_invariant": True}
     alone = [
         finish_all(tiny_engine(bfloat16_model(), **limits), [request])[0] for request in requests
     ]

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from models.checkpoints.loader import load_model
 from models.checkpoints.writer import save_model
 from models.cpu import linear
-from models.linear import Linear
+from models.cpu.linear import WeightDType
+from models.layers import Gate, LayerNorm, RMSNorm
+from models.linear import BeforeLinear, Linear
 from tests.models import tiny
 from tests.models.kernels import needs_library
 
@@ -70,6 +72,55 @@ def test_a_row_is_the_same_alone_and_among_others(
         torch.set_num_threads(before)
     row = row % rows
     assert torch.equal(packed.multiply(x[row]), together[row])
+
+
+@settings(max_examples=80)
+@given(
+    rows=st.integers(1, 110),
+    inputs=st.integers(1, 45).map(lambda n: 4 * n),
+    outputs=st.integers(1, 200),
+    before=st.sampled_from(["nothing", "norm", "gate"]),
+    bias=st.booleans(),
+    residual=st.booleans(),
+    weight_dtype=st.sampled_from(["auto", "int8"]),
+    dtype=DTYPES,
+)
+@example(100, 768, 64, "norm", True, True, "int8", torch.bfloat16)
+@example(100, 768, 64, "gate", True, True, "auto", torch.bfloat16)
+@torch.inference_mode()
+def test_what_comes_before_and_after_has_the_same_bits_in_one_operation(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    before: str,
+    bias: bool,
+    residual: bool,
+    weight_dtype: WeightDType,
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(rows)
+    norm = RMSNorm(inputs, 1e-5).to(dtype).requires_grad_(False)
+    norm.weight.normal_()
+    step: BeforeLinear | None = {"nothing": None, "norm": norm, "gate": Gate("silu")}[before]
+    x = torch.randn(rows, inputs * (2 if before == "gate" else 1)).to(dtype)
+    added = torch.randn(rows, outputs).to(dtype)
+    fused = layer(inputs, outputs, dtype, bias=bias)
+    fused._packed = linear.pack(fused.weight, weight_dtype)
+    expected = fused(x if step is None else step(x))
+    if residual:
+        expected = added + expected
+    assert torch.equal(fused(x, step, added if residual else None), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_packing_it_is_two_operations(dtype: torch.dtype) -> None:
+    plain = layer(64, 32, dtype, bias=True)
+    norm = LayerNorm(64).to(dtype).requires_grad_(False)
+    x, residual = torch.randn(5, 64, dtype=dtype), torch.randn(5, 32, dtype=dtype)
+    expected = residual + torch.nn.functional.linear(norm(x), plain.weight, plain.bias)
+    assert torch.equal(plain(x, norm, residual), expected)
+    plain.pack()
+    torch.testing.assert_close(plain(x, norm, residual), expected)
 
 
 @pytest.fixture
@@ -183,5 +234,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for bias in (torch.randn(31), torch.randn(64).bfloat16(), torch.randn(128)[::2]):
         with pytest.raises(RuntimeError, match="bias"):
             packed.multiply(torch.randn(2, 64), bias)
+    x, right = torch.randn(2, 64), torch.randn(64)
+    for norm in (right[:63], right.bfloat16(), torch.randn(128)[::2]):
+        with pytest.raises(RuntimeError, match="before it comes a norm"):
+            packed.multiply(x, before=linear.Before(norm=norm))
+    with pytest.raises(RuntimeError, match="before it comes a norm"):
+        packed.multiply(torch.randn(2, 128), before=linear.Before(norm=right, swiglu=True))
+    for residual in (torch.randn(2, 63), torch.randn(3, 64), torch.randn(2, 64).bfloat16()):
+        with pytest.raises(RuntimeError, match="the residual is what the output is"):
+            packed.multiply(x, residual=residual)
     with pytest.raises(RuntimeError, match="a multiple of 2"):
         linear.pack(torch.randn(20, 63).bfloat16())

@@ -1,0 +1,48 @@
+// What is done to one row between the products of a layer.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "lanes.h"
+
+namespace headroom {
+
+// Rows of this width that are worth a second thread.
+inline int64_t grain(int64_t width) {
+  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width));
+}
+
+// x / rms(x) * scale, in float until the end.
+template <typename T>
+void norm_row(const T* from, const T* scale, int64_t width, float eps, T* to) {
+  using L = Lane<T>;
+  Vec squares = splat(0.f);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Vec value = L::load(from + i, first_lanes(width - i));
+    squares = _mm512_fmadd_ps(value, value, squares);
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / (float)width;
+  const Vec factor = splat(1.f / std::sqrt(mean + eps));
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const __mmask16 mask = first_lanes(width - i);
+    const Vec value = _mm512_mul_ps(L::load(from + i, mask), factor);
+    L::store(to + i, _mm512_mul_ps(value, L::load(scale + i, mask)), mask);
+  }
+}
+
+// silu(first half) times the second half, each of `width` elements.
+template <typename T>
+void swiglu_row(const T* from, int64_t width, T* to) {
+  using L = Lane<T>;
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const __mmask16 mask = first_lanes(width - i);
+    const Vec gate = L::load(from + i, mask), value = L::load(from + width + i, mask);
+    const Vec e = exp(_mm512_sub_ps(splat(0.f), gate));
+    const Vec silu = _mm512_div_ps(gate, _mm512_add_ps(splat(1.f), e));
+    L::store(to + i, _mm512_mul_ps(silu, value), mask);
+  }
+}
+
+}  // namespace headroom
