@@ -22,7 +22,9 @@ def extensions() -> list[Extension]:
         Extension(
             "models.cpu._operations",
             [f"models/cpu/{name}.cpp" for name in ("fused", "linear", "paged_attention")],
-            depends=[f"models/cpu/{name}.h" for name in ("cache", "lanes", "rows", "running", "tasks")],
+            depends=[
+                f"models/cpu/{name}.h" for name in ("cache", "lanes", "rows", "running", "tasks")
+            ],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["c10", "torch_cpu"],

@@ -1,6 +1,7 @@
 """One attention module for every head configuration: `HeadConfig` decides."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,10 @@ class Attention(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._scoring = None  # the sinks may be others
+        super()._load_from_state_dict(*args, **kwargs)
+
     @property
     def kernel_name(self) -> str:
         """Which implementation reads the paged cache, where and as the weights are now.
@@ -92,7 +97,8 @@ class Attention(nn.Module):
         heads = self.heads
         scale: float | Tensor = heads.softmax_scale
         if heads.temperature is not None:
-            scale = scale * torch.tensor(heads.temperature, device=self.qkv.weight.device)
+            with torch.inference_mode(False):  # it is kept, perhaps for training
+                scale = scale * torch.tensor(heads.temperature, device=self.qkv.weight.device)
         return Scoring(
             scale=scale,
             causal=heads.causal,

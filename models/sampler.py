@@ -100,8 +100,8 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         random_rows = [rows[index] for index in random]
         if len(random) < len(rows):
             logits = logits.index_select(0, torch.tensor(random, device=logits.device))
-        probabilities = filtered_probabilities(logits, random_rows)
-        for index, token_id in zip(random, _draw(probabilities, random_rows), strict=True):
+        weights = _filtered_weights(logits, random_rows)
+        for index, token_id in zip(random, _draw(weights, random_rows), strict=True):
             chosen[index] = token_id
     return [
         _result(index, None if broken[index] else chosen[index], rows[index], reported)
@@ -116,6 +116,13 @@ def filtered_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tenso
         logits: float32 `[rows, vocab]`, which are overwritten: a vocabulary for each row is too
             much memory to ask for several times. Every row's temperature is above 0.
     """
+    weights = _filtered_weights(logits, rows)
+    return weights.div_(weights.sum(dim=-1, keepdim=True))
+
+
+def _filtered_weights(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Probabilities but for a factor of each row. A sum in float32 over a whole vocabulary may be
+    taken in another order for one row than for several, so it has no part in a draw."""
     temperatures = torch.tensor(
         [max(row.temperature, _MIN_TEMPERATURE) for row in rows],
         dtype=torch.float32,
@@ -126,8 +133,7 @@ def filtered_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tenso
     for index, row in enumerate(rows):
         if row.filters:
             _filter(scaled[index], row)
-    weights = scaled.exp_()
-    return weights.div_(weights.sum(dim=-1, keepdim=True))
+    return scaled.exp_()
 
 
 def _edit(logits: Tensor, row: SamplingRow) -> None:
@@ -171,16 +177,16 @@ def _filter(scaled: Tensor, row: SamplingRow) -> None:
         scaled[probabilities < row.min_p * probabilities.max()] = NEGATIVE_INFINITY
 
 
-def _draw(probabilities: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """Invert each row's cumulative distribution at its uniform number.
 
     First the part of the vocabulary, by the sums of all parts, then the token in it: a running sum
     over a whole vocabulary in float64 would take longer than everything else here.
     """
     uniform = torch.tensor(
-        [row.uniform for row in rows], dtype=torch.float64, device=probabilities.device
+        [row.uniform for row in rows], dtype=torch.float64, device=weights.device
     )
-    padded = pad(probabilities, (0, -probabilities.shape[1] % _PART))
+    padded = pad(weights, (0, -weights.shape[1] % _PART))
     parts = padded.unflatten(-1, (-1, _PART))
     sums = parts.sum(dim=-1, dtype=torch.float64)
     part, left = _invert(sums, uniform * sums.sum(dim=-1))

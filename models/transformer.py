@@ -147,8 +147,12 @@ class Transformer(nn.Module):
         linears = [module for module in self.modules() if isinstance(module, Linear)]
         embeddings = self.embed_tokens.weight
         is_tied = self.lm_head is None and self.config.is_causal
-        if weight_dtype == "int8":
-            weights = [module.dense_weight for module in linears]
+        is_int8 = any(module.weight.dtype == torch.int8 for module in linears)
+        if is_int8 and weight_dtype != "int8":
+            raise ConfigError("weight_dtype", weight_dtype, "int8: the weights are rounded already")
+        if weight_dtype == "int8" and not is_int8:
+            self.unpack_weights()
+            weights = [module.weight for module in linears]
             for weight in [*weights, embeddings] if is_tied else weights:
                 if (reason := why_unpackable(weight, "int8")) is not None:
                     raise ConfigError("weight_dtype", "int8", f"auto, because {reason}")

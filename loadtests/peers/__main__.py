@@ -30,7 +30,9 @@ _KV_CACHE_BYTES = 2 * 2**30
 
 
 def main(
-    peers: Annotated[str, typer.Option(help="Names, with commas.")] = ",".join(PEERS),
+    peers: Annotated[
+        str, typer.Option(help=f"With commas, of {', '.join(PEERS)}.")
+    ] = "vllm,openvino,ctranslate2,transformers,openvino-int8,ctranslate2-int8",
     kv_heads: Annotated[str, typer.Option(help="Of 12 query heads, as 12,4,1.")] = "12,4,1",
     loads: Annotated[
         str, typer.Option(help="Sequences x prompt + output, with commas.")
@@ -97,7 +99,7 @@ def _measure(
 ) -> dict[str, dict[str, Any]]:
     """Returns what each peer says of itself."""
     todo = [
-        Key(shape.kv_heads, load.text, peer.name, number)
+        Key(shape.layers, shape.kv_heads, load.text, peer.name, number)
         for number in range(rounds)
         for load in loads
         for peer in peers
@@ -159,5 +161,6 @@ def _equal_starts(answer: Answer, ours: Answer | None) -> float | None:
 
 if __name__ == "__main__":
     # Runners that are stopped do not notice the end of who started them.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(end, lambda number, frame: sys.exit(128 + number))
     typer.run(main)

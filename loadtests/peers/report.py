@@ -37,9 +37,9 @@ def write_report(
 
 def _rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     rows = []
-    points = dict.fromkeys((sample.key.kv_heads, sample.key.load) for sample in samples)
-    for kv_heads, load in points:
-        here = [sample for sample in samples if sample.key[:2] == (kv_heads, load)]
+    points = dict.fromkeys(sample.key[:3] for sample in samples)
+    for layers, kv_heads, load in points:
+        here = [sample for sample in samples if sample.key[:3] == (layers, kv_heads, load)]
         for peer in dict.fromkeys(sample.key.peer for sample in here):
             rates = _rates(here, peer)
             ours = _rates(here, peer if peer in OURS else PEERS[peer].against)
@@ -50,6 +50,7 @@ def _rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             ]
             rows.append(
                 {
+                    "layers": layers,
                     "kv_heads": kv_heads,
                     "load": load,
                     "peer": peer,
@@ -80,11 +81,15 @@ def _markdown(document: dict[str, Any]) -> str:
         f"`{document['command']}`",
     ]
     loads = list(dict.fromkeys(row["load"] for row in rows))
-    for kv_heads in dict.fromkeys(row["kv_heads"] for row in rows):
-        here = {(row["peer"], row["load"]): row for row in rows if row["kv_heads"] == kv_heads}
+    for layers, kv_heads in dict.fromkeys((row["layers"], row["kv_heads"]) for row in rows):
+        here = {
+            (row["peer"], row["load"]): row
+            for row in rows
+            if (row["layers"], row["kv_heads"]) == (layers, kv_heads)
+        }
         lines += [
             "",
-            f"## {kv_heads} key/value heads of 12",
+            f"## {kv_heads} key/value heads of 12, {layers} layers",
             "",
             "| | " + " | ".join(loads) + " | same first token |",
             "|---" * (len(loads) + 2) + "|",

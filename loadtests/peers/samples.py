@@ -31,6 +31,7 @@ class Load:
 class Key(NamedTuple):
     """Which sample."""
 
+    layers: int
     kv_heads: int
     load: str
     peer: str
@@ -65,7 +66,10 @@ class SampleFile:
         if fresh:
             path.unlink(missing_ok=True)
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # the last line may have been cut off
+            path.write_text(whole, encoding="utf-8")
+            for line in whole.splitlines():
                 values = json.loads(line)
                 key = Key(*(values.pop(name) for name in Key._fields))
                 self._samples[key] = Sample(key, **values)

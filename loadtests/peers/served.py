@@ -224,7 +224,8 @@ def _vllm(peer: Peer, checkpoint: Path, folder: Path, loads: Sequence[Load]) -> 
             asyncio.run(_ready(server.url, process, log))
             yield server
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_STOP_SECONDS)
             with contextlib.suppress(ProcessLookupError):
@@ -294,5 +295,6 @@ def _markdown(document: dict[str, Any], runs: dict[tuple[str, str], list[Run]]) 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for end in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(end, lambda number, frame: sys.exit(128 + number))
     typer.run(main)

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import torch
 
-_FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_bf16", "fma3")
+_FEATURES = (
+    "avx512_f",
+    "avx512_bw",
+    "avx512_vl",
+    "avx512_dq",
+    "avx512_bf16",
+    "avx512_vnni",
+    "fma3",
+)
 
 
 def has_feature(name: str) -> bool:

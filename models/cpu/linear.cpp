@@ -98,7 +98,10 @@ struct Layer {
     TORCH_CHECK(fits(norm, inputs()) && !(norm && swiglu) &&
                     (!swiglu || input.size(-1) % 2 == 0),
                 "before it comes a norm with one number for each input, of their type, or SwiGLU");
-    TORCH_CHECK(fits(residual, rows() * outputs), "the residual is what the output is");
+    auto shape = input.sizes().vec();
+    shape.back() = outputs;
+    TORCH_CHECK(fits(residual, rows() * outputs) && (!residual || residual->sizes() == shape),
+                "the residual is what the output is");
   }
 };
 
@@ -228,7 +231,8 @@ void with_weight_type(const at::Tensor& weight, F&& function) {
 }
 
 void check(const at::Tensor& weight, const at::Tensor& packed) {
-  const int64_t together = 4 / weight.element_size();
+  int64_t together = 1;
+  with_weight_type(weight, [&]<typename T>() { together = Lane<T>::kValues; });
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) % together == 0, "a weight is [outputs, inputs]; ",
               "allowed: inputs that are a multiple of ", together);
   TORCH_CHECK(packed.dim() == 1 && packed.numel() == padded(weight.size(0)) * weight.size(1) &&
@@ -266,6 +270,9 @@ at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, int6
               "inputs of width ", layer.inputs(), " and ", outputs,
               " outputs do not fit a packed weight of ", weight.numel());
   TORCH_CHECK(input.scalar_type() == weight.scalar_type(), "input and weight have one type");
+  with_type(input, [&]<typename T>() {
+    TORCH_CHECK(layer.inputs() % Lane<T>::kValues == 0, "inputs fill whole lanes");
+  });
   layer.check(outputs);
   const at::Tensor output = layer.output(outputs);
   with_type(input, [&]<typename T>() { apply<T>(layer, weight.const_data_ptr<T>(), output); });

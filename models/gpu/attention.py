@@ -80,7 +80,7 @@ def attend_spans(
     head = kv_head * group + row % group
     dim = tl.arange(0, wide_dim)
     in_head = dim < head_dim
-    where = (start + row // group) * query_token_stride + head * query_head_stride
+    where = (start + row // group).to(tl.int64) * query_token_stride + head * query_head_stride
     queries = tl.load(
         query + where[:, None] + dim[None, :], mask=exists[:, None] & in_head[None, :], other=0.0
     )
@@ -133,7 +133,7 @@ def attend_spans(
         read = read * keep[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=precision)
         highest = higher
 
-    number = (tile * num_kv_heads + kv_head) * num_spans + part
+    number = (tile.to(tl.int64) * num_kv_heads + kv_head) * num_spans + part
     out = number * rows + tl.arange(0, rows)
     tl.store(partial_highest + out, highest)
     tl.store(partial_sum + out, total)
@@ -180,7 +180,7 @@ def join_spans(
         total = tl.zeros([rows], tl.float32)
     read = tl.zeros([rows, wide_dim], tl.float32)
     for part in range(last // span + 1):
-        number = (tile * num_kv_heads + kv_head) * num_spans + part
+        number = (tile.to(tl.int64) * num_kv_heads + kv_head) * num_spans + part
         at = number * rows + tl.arange(0, rows)
         their_highest = tl.load(partial_highest + at)
         higher = tl.maximum(highest, their_highest)
@@ -192,7 +192,7 @@ def join_spans(
         highest = higher
     # Who sees nothing reads nothing.
     read = read / tl.where(total == 0.0, 1.0, total)[:, None]
-    to = ((start + row // group) * num_heads + head) * head_dim
+    to = ((start + row // group).to(tl.int64) * num_heads + head) * head_dim
     tl.store(
         output + to[:, None] + dim[None, :],
         read.to(output.dtype.element_ty),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from models.sampler import SamplingRow, filtered_probabilities, sample
+from models.sampler import SamplingRow, _filtered_weights, filtered_probabilities, sample
 from tests.models.numpy_oracle import Array
 from tests.models.sampling import (
     INFINITY,
@@ -62,11 +62,11 @@ def test_the_drawn_token_is_where_the_distribution_passes_the_uniform_number(
     row: SamplingRow, seed: int, uniform: float
 ) -> None:
     logits = logits_of(seed)
-    probabilities = filtered_probabilities(logits.clone(), [row])[0].double()
+    weights = _filtered_weights(logits.clone(), [row])[0].double()  # not rounded once more
     (token,) = sample(logits, [replace(row, uniform=uniform)])
     assert token.token_id is not None
-    assert probabilities[token.token_id] > 0
-    cumulative = probabilities.cumsum(dim=0) / probabilities.sum()
+    assert weights[token.token_id] > 0
+    cumulative = weights.cumsum(dim=0) / weights.sum()
     below = float(cumulative[token.token_id - 1]) if token.token_id else 0.0
     assert below - 1e-12 <= uniform <= float(cumulative[token.token_id]) + 1e-12
 
@@ -78,9 +78,9 @@ def test_neighbouring_uniform_numbers_fall_on_the_right_side_of_a_boundary(
 ) -> None:
     row = SamplingRow(temperature=temperature)
     logits = logits_of(seed, vocab=vocab)
-    probabilities = filtered_probabilities(logits.clone(), [row])[0].double()
+    weights = _filtered_weights(logits.clone(), [row])[0].double()  # not rounded once more
     token_id = seed % (vocab - 1)
-    boundary = float(probabilities[: token_id + 1].sum() / probabilities.sum())
+    boundary = float(weights[: token_id + 1].sum() / weights.sum())
     # Wider than float64 rounds, far narrower than float32.
     sides = [replace(row, uniform=boundary + side) for side in (-1e-12, 1e-12)]
     first, second = (token.token_id for token in sample(logits.repeat(2, 1), sides))

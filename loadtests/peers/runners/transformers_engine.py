@@ -36,7 +36,9 @@ def load(settings: Settings) -> Generate:
         results = model.generate_batch(
             prompts, generation_config=config(num_tokens), persistent_manager=True
         )
-        return [output.generated_tokens for output in results.values()]
+        # Named req_0, req_1 ... in the order of the prompts; they may end in another.
+        ordered = sorted(results, key=lambda name: int(name.rpartition("_")[2]))
+        return [results[name].generated_tokens for name in ordered]
 
     return batched if continuous else static
 

@@ -9,7 +9,7 @@ from loadtests.peers.samples import Key, Sample
 
 def test_ratios_are_of_medians(tmp_path: Path) -> None:
     samples = [
-        Sample(Key(4, "1x8+10", peer, number), seconds, starts)
+        Sample(Key(12, 4, "1x8+10", peer, number), seconds, starts)
         for peer, times, starts in (
             ("headroom", (1.0, 2.0, 4.0), 1.0),
             ("vllm", (4.0, 5.0, 10.0), 0.5),
@@ -20,6 +20,7 @@ def test_ratios_are_of_medians(tmp_path: Path) -> None:
     text = write_report(tmp_path, samples, facts, "the command")
     row = json.loads((tmp_path / "peers.json").read_text())["rows"][1]
     assert row == {
+        "layers": 12,
         "kv_heads": 4,
         "load": "1x8+10",
         "peer": "vllm",

@@ -146,6 +146,18 @@ def test_what_cannot_be_rounded_is_refused_before_anything_is() -> None:
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_weights_are_rounded_after_they_were_packed_but_not_back() -> None:
+    config = tiny.llama(hidden_size=32, intermediate_size=48, layers=(HeadConfig(4, 2, 8),))
+    model, other = tiny.model(config), tiny.model(config)
+    ids = torch.randint(0, config.vocab_size, (2, 7))
+    model.pack_weights()
+    for packed in (model, other):
+        packed.pack_weights("int8")
+    assert torch.equal(model.logits(ids), other.logits(ids))
+    with pytest.raises(ConfigError, match="allowed: int8: the weights are rounded already"):
+        model.pack_weights()
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     packed = pack(torch.randn(64, 64), "int8")
     assert packed.int8 is not None

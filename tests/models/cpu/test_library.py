@@ -36,11 +36,11 @@ def fail_to_load(path: object) -> None:
     ("has", "reason"),
     [
         (
-            {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "fma3"},
+            {"avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3"},
             "the processor lacks avx512_bf16",
         ),
-        ({"avx512_f", "avx512_bw", "avx512_vl"}, "lacks avx512_dq, avx512_bf16, fma3"),
-        (set(), "lacks avx512_f, avx512_bw, avx512_vl, avx512_dq, avx512_bf16, fma3"),
+        ({"avx512_f", "avx512_bw", "avx512_vl"}, "lacks avx512_dq, avx512_bf16, avx512_vnni, fma3"),
+        (set(), "lacks avx512_f, avx512_bw, avx512_vl, avx512_dq, avx512_bf16, avx512_vnni, fma3"),
     ],
     ids=["avx512", "old", "another"],
 )
