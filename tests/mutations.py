@@ -232,8 +232,8 @@ MUTATIONS = (
     Mutation(
         "epsilon of the layer norms",
         "models/layers.py",
-        "nn.LayerNorm(config.hidden_size, eps=config.norm_eps,",
-        "nn.LayerNorm(config.hidden_size, eps=config.norm_eps * 2,",
+        "return LayerNorm(config.hidden_size, eps=config.norm_eps,",
+        "return LayerNorm(config.hidden_size, eps=config.norm_eps * 2,",
         parity("neox"),
     ),
     Mutation(
@@ -274,8 +274,8 @@ MUTATIONS = (
     Mutation(
         "second norm of a sandwich missing",
         "models/transformer.py",
-        "return hidden + output_norm(block(norm(hidden)))",
-        "return hidden + block(norm(hidden))",
+        "return hidden + output_norm(block(hidden, norm))",
+        "return hidden + block(hidden, norm)",
         parity("gemma2"),
     ),
     Mutation(
