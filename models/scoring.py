@@ -58,7 +58,7 @@ class Scoring:
     softcap: float | None = None
     alibi: Alibi | None = None
     sinks: Tensor | None = None
-    _numbers: dict[int, HeadNumbers] = field(default_factory=dict)
+    _numbers: dict[int, HeadNumbers] = field(default_factory=dict, init=False)
 
     def numbers(self, num_heads: int) -> HeadNumbers:
         """Scale, window and slope of each of so many heads; computed once."""
