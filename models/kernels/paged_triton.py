@@ -45,6 +45,8 @@ def paged_attention(
     query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
     # Nothing but a GPU's own process needs Triton, and importing it takes a second.
+    from triton import next_power_of_2
+
     from models.gpu.attention import KEYS, SPAN, attend_spans, join_spans
 
     num_heads, head_dim = query.shape[1:]
@@ -53,7 +55,7 @@ def paged_attention(
     tables = metadata.block_tables
     tiles = metadata.query_tiles(group, _LEAST_ROWS)
     num_spans = -(-metadata.max_length // SPAN)
-    rows, wide_dim = tiles.rows, max(_LEAST_DIM, _power_of_two(head_dim))
+    rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
     shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
     partial_read = query.new_empty((*shape, wide_dim), dtype=torch.float32)
     partial_highest, partial_sum = query.new_empty((2, *shape), dtype=torch.float32)
@@ -115,7 +117,3 @@ def paged_attention(
         has_sinks=scoring.sinks is not None,
     )
     return output
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
