@@ -17,7 +17,9 @@ from service.metrics.engine import EngineMetrics
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_STEPS = 60
+_ROUNDS = 5
+# Metrics count 32 steps at once: enough for that to happen several times.
+_STEPS = 100
 
 
 class Stopwatch:
@@ -50,25 +52,24 @@ def test_metrics_take_less_than_a_hundredth_of_a_step(
     record, end = watch.timed(metrics.on_step), watch.timed(metrics.on_finish)
     monkeypatch.setattr(KVReads, "count", watch.timed(KVReads.count))
     monkeypatch.setattr(Progress, "add_token", watch.timed(Progress.add_token))
-    costs: list[float] = []
     steps: list[float] = []
 
     def on_step(stats: StepStats) -> None:
         record(stats)
-        costs.append(watch.read())
         steps.append(stats.seconds)
 
     model = load_model(DEMO_DIRECTORY)
     engine = Engine(model, EngineConfig(num_threads=1), on_step=on_step, on_finish=end)
     params = SamplingParams(max_tokens=_STEPS, temperature=0, ignore_eos=True)
-    for index in range(num_seqs):
-        engine.add(EngineRequest([index + 5] * 8, params, request_id=str(index)))
-    while engine.has_unfinished:
-        engine.step()
-    assert len(steps) >= _STEPS
-    # Medians: on a busy machine some of either are interrupted. Each request ends once, in one of
-    # its steps.
-    cost = statistics.median(costs) + max(costs) / _STEPS
-    step = statistics.median(steps)
-    print(f"{num_seqs} sequences: {1e6 * cost:.0f} of {1e6 * step:.0f} us, {cost / step:.2%}")
-    assert cost < step / 100
+    shares: list[float] = []
+    for _ in range(_ROUNDS):
+        steps.clear()
+        for index in range(num_seqs):
+            engine.add(EngineRequest([index + 5] * 8, params, request_id=str(index)))
+        while engine.has_unfinished:
+            engine.step()
+        assert len(steps) >= _STEPS
+        shares.append(watch.read() / sum(steps))
+    print(f"{num_seqs} sequences: {', '.join(f'{share:.2%}' for share in shares)}")
+    # On a busy machine something else runs in some of the rounds.
+    assert 0 < statistics.median(shares) < 1 / 100
