@@ -9,6 +9,7 @@ from torch.nn.functional import layer_norm
 
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, QKNorm
+from models.cpu import fused
 from models.kernels import KernelName, check_kernel, get_kernel, resolve_kernel
 from models.kernels.dense import attend
 from models.kv_cache import CachePart
@@ -121,23 +122,60 @@ class Attention(nn.Module):
             rotation: cosines and sines of the tokens' positions (see `models.rope`).
             before: is done to the hidden states first.
         """
+        query, key, value = self._project(hidden, before)
+        return (*self._rotate(query, key, rotation), value)
+
+    def _project(
+        self, hidden: Tensor, before: BeforeLinear | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same without the rotation."""
         heads = self.heads
         projected = self.qkv(hidden, before)
         if heads.clip_qkv is not None:
             projected = projected.clamp(-heads.clip_qkv, heads.clip_qkv)
-        query, key, value = projected.split(
-            (self.query_width, self.kv_width, self.kv_width), dim=-1
-        )
-        query = query.unflatten(-1, (heads.num_heads, heads.head_dim))
-        key = key.unflatten(-1, (heads.num_kv_heads, heads.head_dim))
-        value = value.unflatten(-1, (heads.num_kv_heads, heads.head_dim))
+        each = heads.num_heads, heads.num_kv_heads, heads.num_kv_heads
+        query, key, value = projected.view(-1, sum(each), heads.head_dim).split(each, dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        if heads.rope is not None and rotation is not None:
-            interleaved = heads.rope.interleaved
-            query = apply_rope(query, *rotation, interleaved=interleaved)
-            key = apply_rope(key, *rotation, interleaved=interleaved)
         return query, key, value
+
+    def _rotate(
+        self, query: Tensor, key: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.heads.rope is None or rotation is None:
+            return query, key
+        interleaved = self.heads.rope.interleaved
+        query = apply_rope(query, *rotation, interleaved=interleaved)
+        key = apply_rope(key, *rotation, interleaved=interleaved)
+        return query, key
+
+    def _rotate_and_write(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: CachePart,
+        slots: Tensor,
+    ) -> Tensor:
+        """The rotated queries, perhaps where the others were; rotated keys and values go to the
+        cache."""
+        if fused.can_fuse(query, key, value, cache.pool, *(rotation or ())):
+            rope = self.heads.rope
+            fused.rotate_and_store(
+                query,
+                key,
+                value,
+                None if rope is None else rotation,
+                cache.pool,
+                slots,
+                cache.places,
+                interleaved=rope is not None and rope.interleaved,
+            )
+            return query
+        query, key = self._rotate(query, key, rotation)
+        cache.write(key, value, slots)
+        return query
 
     def forward(
         self,
@@ -150,21 +188,27 @@ class Attention(nn.Module):
     ) -> Tensor:
         """`residual + attention(before(hidden))` with the paged cache; `hidden` is packed
         `[tokens, hidden]`."""
-        query, key, value = self.project(hidden, rotation, before)
+        query, key, value = self._project(hidden, before)
         scoring, paged_attention = self.scoring, get_kernel(self.kernel_name)
         if len(cache) == 1:  # the usual case: all heads remember the same
             group = metadata.groups[cache[0].part.group]
-            cache[0].write(key, value, group.slot_mapping)
+            slots = group.slot_mapping
+            query = self._rotate_and_write(query, key, value, rotation, cache[0], slots)
             attended = paged_attention(query, cache[0], group, scoring)
             return self.output(attended.flatten(-2), None, residual)  # type: ignore[no-any-return]
         attended = torch.empty_like(query)
         for part in cache:
             group = metadata.groups[part.part.group]
             kv_heads, heads = list(part.part.kv_heads), query_heads(self.heads, part.part)
-            part.write(key[:, kv_heads], value[:, kv_heads], group.slot_mapping)
-            attended[:, heads] = paged_attention(
-                query[:, heads], part, group, scoring.of_heads(heads)
+            rotated = self._rotate_and_write(
+                query[:, heads],
+                key[:, kv_heads],
+                value[:, kv_heads],
+                rotation,
+                part,
+                group.slot_mapping,
             )
+            attended[:, heads] = paged_attention(rotated, part, group, scoring.of_heads(heads))
         return self.output(attended.flatten(-2), None, residual)  # type: ignore[no-any-return]
 
     def forward_dense(

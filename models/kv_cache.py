@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from models.config import ModelConfig
-from models.cpu import fused
 from models.kv_layout import KVLayout, LayerPart
 from models.memory import large_zeros
 
@@ -51,9 +50,6 @@ class CachePart:
 
     def write(self, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
         """Store `[tokens, kv_heads, head_dim]` at slots `block * block_size + offset`."""
-        if fused.can_fuse(key, value, self.pool):
-            fused.store_kv(key, value, self.pool, slot_mapping, self.places)
-            return
         rows = self._slot_rows(slot_mapping)
         both = torch.stack((key, value), dim=1)
         self._token_rows.memory.index_copy_(0, rows, both.view(-1, self._token_rows.width))

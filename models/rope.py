@@ -68,8 +68,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
         cos, sin: `[tokens, 1, rotary_dim // 2]`, in the dtype of `x`.
         interleaved: pairs are (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
     """
-    if not interleaved and fused.can_fuse(x, cos, sin):
-        return fused.rope(x, cos, sin)
+    if fused.can_fuse(x, cos, sin):
+        return fused.rope(x, cos, sin, interleaved=interleaved)
     rotary_dim = 2 * cos.shape[-1]
     rotated, rest = x[..., :rotary_dim], x[..., rotary_dim:]
     if interleaved:

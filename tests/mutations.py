@@ -46,22 +46,23 @@ class Mutation:
     survives: str = ""
 
 
+def without_bias(columns: str) -> str:
+    """Projected queries, keys and values, some of them without their bias."""
+    return f"        projected[:, {columns}] -= self.qkv.bias[{columns}]\n{_HEADS}"
+
+
 def parity(rows: str) -> tuple[str, ...]:
     """The logits of some rows of the parity matrix."""
     return (_PARITY, "-k", f"logits and ({rows})")
 
 
-_QUERY = "        query = query.unflatten(-1, (heads.num_heads, heads.head_dim))\n"
-_KEY = "        key = key.unflatten(-1, (heads.num_kv_heads, heads.head_dim))\n"
-_VALUE = "        value = value.unflatten(-1, (heads.num_kv_heads, heads.head_dim))\n"
-_NO_KEY_BIAS = f"        key = key - self.qkv.bias[self.query_width :][: self.kv_width]\n{_KEY}"
-_NORM = """        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-"""
-_ROTATE = """        if heads.rope is not None and rotation is not None:
-            interleaved = heads.rope.interleaved
-            query = apply_rope(query, *rotation, interleaved=interleaved)
-            key = apply_rope(key, *rotation, interleaved=interleaved)
+_HEADS = "        each = heads.num_heads, heads.num_kv_heads, heads.num_kv_heads\n"
+_PROJECT = "        query, key, value = self._project(hidden, before)\n"
+_RETURN = "        return (*self._rotate(query, key, rotation), value)\n"
+_ROTATE_AND_NORM = """        query, key = self._rotate(query, key, rotation)
+        if query_norm is not None and self.key_norm is not None:
+            query, key = query_norm(query), self.key_norm(key)
+        return query, key, value
 """
 _CAP = """    if scoring.softcap is not None:
         scores = scoring.softcap * (scores / scoring.softcap).tanh()
@@ -91,30 +92,30 @@ MUTATIONS = (
     Mutation(
         "query bias dropped",
         "models/attention.py",
-        _QUERY,
-        f"        query = query - self.qkv.bias[: self.query_width]\n{_QUERY}",
+        _HEADS,
+        without_bias(": self.query_width"),
         parity("qwen2"),
     ),
     Mutation(
         "key bias dropped, with rotation",
         "models/attention.py",
-        _KEY,
-        _NO_KEY_BIAS,
+        _HEADS,
+        without_bias("self.query_width : -self.kv_width"),
         parity("qwen2"),
     ),
     Mutation(
         "key bias dropped, without rotation",
         "models/attention.py",
-        _KEY,
-        _NO_KEY_BIAS,
+        _HEADS,
+        without_bias("self.query_width : -self.kv_width"),
         (_PARITY, "-k", "logits and gpt2 and not bigcode"),
         survives="the same number is added to all scores of a query; the softmax does not see it",
     ),
     Mutation(
         "value bias dropped",
         "models/attention.py",
-        _VALUE,
-        f"        value = value - self.qkv.bias[-self.kv_width :]\n{_VALUE}",
+        _HEADS,
+        without_bias("-self.kv_width :"),
         parity("qwen2"),
     ),
     Mutation(
@@ -141,8 +142,9 @@ MUTATIONS = (
     Mutation(
         "rotation before the query/key norm",
         "models/attention.py",
-        _NORM + _ROTATE,
-        _ROTATE + _NORM,
+        _PROJECT + _RETURN,
+        "        query_norm, self.query_norm = self.query_norm, None\n"
+        f"{_PROJECT}        self.query_norm = query_norm\n{_ROTATE_AND_NORM}",
         parity("qwen3"),
     ),
     Mutation(
@@ -273,7 +275,7 @@ MUTATIONS = (
     ),
     Mutation(
         "second norm of a sandwich missing",
-        "models/transformer.py",
+        "models/decoder_layer.py",
         "return hidden + output_norm(block(hidden, norm))",
         "return hidden + block(hidden, norm)",
         parity("gemma2"),

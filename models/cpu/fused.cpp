@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "cache.h"
 #include "rows.h"
@@ -51,67 +52,84 @@ at::Tensor silu_mul(const at::Tensor& x) {
   return output;
 }
 
-// Rotates the first elements of each head in pairs (i, i + half of them); the others stay.
-at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
-  const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2), half = cos.size(-1);
-  TORCH_CHECK(x.stride(2) == 1 && 2 * half <= head_dim, "heads are whole rows");
-  TORCH_CHECK(cos.numel() == tokens * half && sin.numel() == tokens * half &&
+template <typename T>
+Rotation<T> rotation_of(const at::Tensor& cos, const at::Tensor& sin, bool interleaved,
+                        const at::Tensor& heads) {
+  const int64_t tokens = heads.size(0), head_dim = heads.size(2), half = cos.size(-1);
+  TORCH_CHECK(2 * half <= head_dim && cos.numel() == tokens * half && sin.sizes() == cos.sizes() &&
                   cos.is_contiguous() && sin.is_contiguous() &&
-                  cos.scalar_type() == x.scalar_type() && sin.scalar_type() == x.scalar_type(),
+                  cos.scalar_type() == heads.scalar_type() &&
+                  sin.scalar_type() == heads.scalar_type(),
               "a cosine and a sine for each pair, of the type of the heads");
+  return {cos.const_data_ptr<T>(), sin.const_data_ptr<T>(), half, interleaved};
+}
+
+// Rotates the first elements of each head in pairs; the others stay.
+at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                bool interleaved) {
+  const int64_t tokens = x.size(0), heads = x.size(1), head_dim = x.size(2);
+  TORCH_CHECK(x.stride(2) == 1, "heads are whole rows");
   const at::Tensor output = at::empty(x.sizes(), x.options());
   with_type(x, [&]<typename T>() {
-    using L = Lane<T>;
-    const T *from = x.const_data_ptr<T>(), *cosines = cos.const_data_ptr<T>();
-    const T* sines = sin.const_data_ptr<T>();
+    const Rotation<T> rotation = rotation_of<T>(cos, sin, interleaved, x);
+    const int64_t turned = 2 * rotation.half;
+    const T* from = x.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
     at::parallel_for(0, tokens, grain(heads * head_dim), [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; token++)
         for (int64_t head = 0; head < heads; head++) {
           const T* in = from + token * x.stride(0) + head * x.stride(1);
           T* out = to + (token * heads + head) * head_dim;
-          for (int64_t i = 0; i < half; i += kLanes) {
-            const __mmask16 mask = first_lanes(half - i);
-            const Vec c = L::load(cosines + token * half + i, mask);
-            const Vec s = L::load(sines + token * half + i, mask);
-            const Vec a = L::load(in + i, mask), b = L::load(in + half + i, mask);
-            L::store(out + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)), mask);
-            L::store(out + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)), mask);
-          }
-          std::memcpy(out + 2 * half, in + 2 * half, (head_dim - 2 * half) * sizeof(T));
+          rotation.turn(in, token, out);
+          std::memcpy(out + turned, in + turned, (head_dim - turned) * sizeof(T));
         }
     });
   });
   return output;
 }
 
-// Keys and values `[tokens, kv_heads, head_dim]` to their slots; `places` as in CachePart.
-void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& pool,
-              const at::Tensor& slots, at::IntArrayRef places) {
+// Rotates queries `[tokens, heads, head_dim]` where they are, and writes rotated keys and values
+// `[tokens, kv_heads, head_dim]` to their slots; `places` as in CachePart.
+void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                      const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin,
+                      bool interleaved, const at::Tensor& pool, const at::Tensor& slots,
+                      at::IntArrayRef places) {
   const Places in_pool = Places::of(places);
-  TORCH_CHECK(key.stride(2) == 1 && value.stride(2) == 1 && key.sizes() == value.sizes() &&
-                  key.size(1) == in_pool.num_kv_heads && slots.numel() == key.size(0) &&
-                  slots.is_contiguous() && pool.is_contiguous(),
-              "a key, a value and a slot for each token");
-  TORCH_CHECK(key.scalar_type() == pool.scalar_type() && value.scalar_type() == pool.scalar_type(),
-              "keys, values and the cache have one type");
-  const int64_t heads = key.size(1), head_dim = key.size(2), block_size = in_pool.block_size;
+  const int64_t tokens = key.size(0), kv_heads = key.size(1), head_dim = key.size(2);
+  TORCH_CHECK(query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1 &&
+                  query.size(0) == tokens && query.size(2) == head_dim &&
+                  key.sizes() == value.sizes() && kv_heads == in_pool.num_kv_heads &&
+                  slots.numel() == tokens && slots.is_contiguous() && pool.is_contiguous(),
+              "queries, a key, a value and a slot for each token");
+  for (const at::Tensor& part : {query, key, value})
+    TORCH_CHECK(part.scalar_type() == pool.scalar_type(), "heads and the cache have one type");
+  TORCH_CHECK(cos.has_value() == sin.has_value(), "a sine for each cosine");
+  const int64_t block_size = in_pool.block_size;
   const int64_t num_slots = in_pool.num_blocks(pool) * block_size;
   const int64_t* slot = slots.const_data_ptr<int64_t>();
-  for (int64_t token = 0; token < key.size(0); token++)
+  for (int64_t token = 0; token < tokens; token++)
     TORCH_CHECK(slot[token] >= 0 && slot[token] < num_slots, "slot ", slot[token],
                 "; allowed: 0 to ", num_slots - 1);
   with_type(key, [&]<typename T>() {
+    const Rotation<T> rotation =
+        cos ? rotation_of<T>(*cos, *sin, interleaved, key) : Rotation<T>{};
+    const int64_t turned = 2 * rotation.half, heads = query.size(1);
     const T *keys = key.const_data_ptr<T>(), *values = value.const_data_ptr<T>();
-    T* memory = pool.mutable_data_ptr<T>();
-    at::parallel_for(0, key.size(0), grain(heads * head_dim), [&](int64_t begin, int64_t end) {
+    T *queries = query.mutable_data_ptr<T>(), *memory = pool.mutable_data_ptr<T>();
+    const int64_t width = (heads + 2 * kv_heads) * head_dim;
+    at::parallel_for(0, tokens, grain(width), [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; token++) {
+        for (int64_t head = 0; head < heads; head++) {
+          T* q = queries + token * query.stride(0) + head * query.stride(1);
+          rotation.turn(q, token, q);
+        }
         const int64_t block = slot[token] / block_size, within = slot[token] % block_size;
         T* to = memory + in_pool.block(block) + within * head_dim;
-        for (int64_t head = 0; head < heads; head++, to += block_size * head_dim) {
+        for (int64_t head = 0; head < kv_heads; head++, to += block_size * head_dim) {
           const T* k = keys + token * key.stride(0) + head * key.stride(1);
           const T* v = values + token * value.stride(0) + head * value.stride(1);
-          std::memcpy(to, k, head_dim * sizeof(T));
+          rotation.turn(k, token, to);
+          std::memcpy(to + turned, k + turned, (head_dim - turned) * sizeof(T));
           std::memcpy(to + in_pool.to_value(head_dim), v, head_dim * sizeof(T));
         }
       }
@@ -125,14 +143,15 @@ void store_kv(const at::Tensor& key, const at::Tensor& value, const at::Tensor& 
 TORCH_LIBRARY_FRAGMENT(headroom, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("silu_mul(Tensor x) -> Tensor");
-  library.def("rope(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  library.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor");
   library.def(
-      "store_kv(Tensor key, Tensor value, Tensor(a!) pool, Tensor slots, int[] places) -> ()");
+      "rotate_and_store(Tensor(a!) query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
+      "bool interleaved, Tensor(b!) pool, Tensor slots, int[] places) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(headroom, CPU, library) {
   library.impl("rms_norm", &headroom::rms_norm);
   library.impl("silu_mul", &headroom::silu_mul);
   library.impl("rope", &headroom::rope);
-  library.impl("store_kv", &headroom::store_kv);
+  library.impl("rotate_and_store", &headroom::rotate_and_store);
 }

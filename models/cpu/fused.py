@@ -31,13 +31,25 @@ def silu_mul(x: Tensor) -> Tensor:
     return torch.ops.headroom.silu_mul(x)  # type: ignore[no-any-return]
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`models.rope.apply_rope` for pairs (i, i + rotary_dim / 2)."""
-    return torch.ops.headroom.rope(x, cos, sin)  # type: ignore[no-any-return]
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """`models.rope.apply_rope`."""
+    return torch.ops.headroom.rope(x, cos, sin, interleaved)  # type: ignore[no-any-return]
 
 
-def store_kv(
-    key: Tensor, value: Tensor, pool: Tensor, slots: Tensor, places: Sequence[int]
+def rotate_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    pool: Tensor,
+    slots: Tensor,
+    places: Sequence[int],
+    *,
+    interleaved: bool,
 ) -> None:
-    """`models.kv_cache.CachePart.write`."""
-    torch.ops.headroom.store_kv(key, value, pool, slots, places)
+    """`models.rope.apply_rope` of the queries, where they are, and of the keys, which go to the
+    cache with the values as by `models.kv_cache.CachePart.write`."""
+    cos, sin = rotation or (None, None)
+    torch.ops.headroom.rotate_and_store(
+        query, key, value, cos, sin, interleaved, pool, slots, places
+    )

@@ -9,6 +9,7 @@
 #include <ATen/ATen.h>
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace headroom {
@@ -38,6 +39,11 @@ inline Vec exp(Vec x) {
 }
 
 inline float exp(float x) { return _mm512_cvtss_f32(exp(splat(x))); }
+
+// Sixteen neighbouring pairs, apart.
+struct Pairs {
+  Vec first, second;
+};
 
 // What the lanes of a type hold, and the packing that depends on it.
 template <typename T>
@@ -77,6 +83,22 @@ struct Lane<float> : FloatSums {
   static Vec load(const float* from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
 
   static void store(float* to, Vec x, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, x); }
+
+  static Pairs load_pairs(const float* from, int64_t count) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const Vec low = load(from, first_lanes(2 * count));
+    const Vec high = load(from + kLanes, first_lanes(std::max<int64_t>(0, 2 * count - kLanes)));
+    return {_mm512_permutex2var_ps(low, even, high),
+            _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high)};
+  }
+
+  static void store_pairs(float* to, const Pairs& pairs, int64_t count) {
+    const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(kLanes / 2));
+    store(to, _mm512_permutex2var_ps(pairs.first, low, pairs.second), first_lanes(2 * count));
+    store(to + kLanes, _mm512_permutex2var_ps(pairs.first, high, pairs.second),
+          first_lanes(std::max<int64_t>(0, 2 * count - kLanes)));
+  }
 };
 
 template <>
@@ -121,6 +143,19 @@ struct Lane<at::BFloat16> : FloatSums {
 
   static void store(at::BFloat16* to, Vec x, __mmask16 mask) {
     _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+  }
+
+  static Pairs load_pairs(const at::BFloat16* from, int64_t count) {
+    const __m512i both = _mm512_maskz_loadu_epi32(first_lanes(count), from);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)))};
+  }
+
+  static void store_pairs(at::BFloat16* to, const Pairs& pairs, int64_t count) {
+    const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(pairs.first));
+    const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(pairs.second));
+    _mm512_mask_storeu_epi32(to, first_lanes(count),
+                             _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
   }
 };
 

@@ -45,4 +45,32 @@ void swiglu_row(const T* from, int64_t width, T* to) {
   }
 }
 
+// Cosines and sines `[tokens, 1, half]` of what is rotated; half is 0 where nothing is.
+template <typename T>
+struct Rotation {
+  const T *cos = nullptr, *sin = nullptr;
+  int64_t half = 0;
+  bool interleaved = false;  // pairs are (2i, 2i + 1), not (i, i + half)
+
+  // Rotates the first elements of one head of a token; `to` may be `from`.
+  void turn(const T* from, int64_t token, T* to) const {
+    using L = Lane<T>;
+    for (int64_t i = 0; i < half; i += kLanes) {
+      const int64_t left = half - i;
+      const __mmask16 mask = first_lanes(left);
+      const Vec c = L::load(cos + token * half + i, mask), s = L::load(sin + token * half + i, mask);
+      const Pairs in = interleaved ? L::load_pairs(from + 2 * i, left)
+                                   : Pairs{L::load(from + i, mask), L::load(from + half + i, mask)};
+      const Pairs out{_mm512_fmsub_ps(in.first, c, _mm512_mul_ps(in.second, s)),
+                      _mm512_fmadd_ps(in.second, c, _mm512_mul_ps(in.first, s))};
+      if (interleaved) {
+        L::store_pairs(to + 2 * i, out, left);
+      } else {
+        L::store(to + i, out.first, mask);
+        L::store(to + half + i, out.second, mask);
+      }
+    }
+  }
+};
+
 }  // namespace headroom

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from models import masks
 from models.attention import Attention
+from models.decoder_layer import DecoderLayer
 from models.kernels import dense, reference
 from models.positions import RopeConfig
 from models.rope import apply_rope, rotation
 from models.scoring import Scoring
 from models.split_attention import attend_by_head, split_attention
-from models.transformer import DecoderLayer, Transformer
+from models.transformer import Transformer
 from service.attention.request import (
     AttentionCall,
     AttentionResult,

@@ -59,60 +59,98 @@ def test_silu_of_extremes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-30, equal_nan=True)
 
 
-@settings(max_examples=60)
+def rotation(tokens: int, pairs: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = numbers(tokens, 1, pairs, dtype=torch.float64, seed=seed)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def assert_rotated(ours: Tensor, x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> None:
+    """Two products may cancel, so the error is measured by what went in; what is not rotated stays
+    as it is."""
+    exact = apply_rope(x.double(), cos.double(), sin.double(), interleaved=interleaved)
+    error = (ours.double() - exact).abs().max()
+    assert error <= x.double().abs().max() * (2.0**-8 if ours.dtype == torch.bfloat16 else 1e-6)
+    rest = 2 * cos.shape[-1]
+    assert torch.equal(ours[..., rest:], x[..., rest:])
+
+
+@settings(max_examples=100)
 @given(
     tokens=ROWS,
     heads=st.integers(1, 4),
     pairs=st.integers(1, 40),
     rest=st.integers(0, 20),
+    interleaved=st.booleans(),
     dtype=DTYPES,
     seed=st.integers(0, 2**16),
 )
 def test_rope_of_a_part_of_a_projection(
-    tokens: int, heads: int, pairs: int, rest: int, dtype: torch.dtype, seed: int
+    tokens: int,
+    heads: int,
+    pairs: int,
+    rest: int,
+    interleaved: bool,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     head_dim = 2 * pairs + rest
     projected = numbers(tokens, heads * head_dim + 5, dtype=dtype, seed=seed)
     x = projected[:, 5:].unflatten(1, (heads, head_dim))  # neither aligned nor contiguous
-    angles = numbers(tokens, 1, pairs, dtype=torch.float64, seed=seed + 1)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    exact = apply_rope(x.double(), cos.double(), sin.double())
-    ours = fused.rope(x, cos, sin)
-    error = (ours.double() - exact).abs()
-    # Two products may cancel, so the error is measured by what went in.
-    assert error.max() <= x.double().abs().max() * (2.0**-8 if dtype == torch.bfloat16 else 1e-6)
-    assert torch.equal(ours[..., 2 * pairs :], x[..., 2 * pairs :])
+    cos, sin = rotation(tokens, pairs, seed + 1, dtype)
+    ours = fused.rope(x, cos, sin, interleaved=interleaved)
+    assert_rotated(ours, x, cos, sin, interleaved=interleaved)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     block_size=st.sampled_from([1, 3, 16]),
     window=st.sampled_from([None, (None, None, 3, 3), (2, 2, 5, 5)]),
+    pairs=st.integers(0, 3),
+    interleaved=st.booleans(),
     dtype=DTYPES,
     seed=st.integers(0, 2**16),
 )
-def test_store_kv_writes_what_torch_writes(
+def test_heads_of_a_projection_are_rotated_and_stored(
     block_size: int,
     window: tuple[int | None, ...] | None,
+    pairs: int,
+    interleaved: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
+    """As torch's own operations do it, one after the other; `pairs` 0 is no rotation."""
     config = tiny.llama(layers=(HeadConfig(4, 2, 6, window=window), HeadConfig(2, 2, 10)))
-    caches = [
+    ours, theirs = (
         KVCache(config, num_pages=6, block_size=block_size, dtype=dtype, device=torch.device("cpu"))
         for _ in range(2)
-    ]
-    for layers in zip(*(cache.layers for cache in caches), strict=True):
-        for ours, theirs in zip(*layers, strict=True):
-            part = ours.part
-            tokens = min(5, 6 * block_size)
-            shape = (2, tokens, len(part.kv_heads), part.head_dim)
-            key, value = numbers(*shape, dtype=dtype, seed=seed)
-            slots = torch.randperm(6 * block_size)[:tokens]
-            with torch.inference_mode():
-                ours.write(key, value, slots)
-            theirs.write(key, value, slots)  # with gradients: torch's own operations
-    assert torch.equal(caches[0].pool, caches[1].pool)
+    )
+    tokens = min(5, 6 * block_size)
+    cos, sin = rotation(tokens, pairs, seed + 1, dtype)
+    for part, same in zip(sum(ours.layers, ()), sum(theirs.layers, ()), strict=True):
+        kv_heads, head_dim = len(part.part.kv_heads), part.part.head_dim
+        each = (3, kv_heads, kv_heads)
+        projected = numbers(tokens, sum(each), head_dim, dtype=dtype, seed=seed)
+        before = projected.clone()
+        slots = torch.randperm(6 * block_size)[:tokens]
+        query, key, value = projected.split(each, dim=1)
+        fused.rotate_and_store(
+            query,
+            key,
+            value,
+            (cos, sin) if pairs else None,
+            part.pool,
+            slots,
+            part.places,
+            interleaved=interleaved,
+        )
+        old_query, old_key, old_value = before.split(each, dim=1)
+        assert_rotated(query, old_query, cos, sin, interleaved=interleaved)
+        assert torch.equal(key, old_key)
+        assert torch.equal(value, old_value)
+        # The operation above equals `rope`, so that only the places are in question.
+        rotated = fused.rope(old_key, cos, sin, interleaved=interleaved) if pairs else old_key
+        same.write(rotated, old_value, slots)
+    assert torch.equal(ours.pool, theirs.pool)
 
 
 def test_takes_only_what_it_computes() -> None:
@@ -132,11 +170,30 @@ def test_rows_without_elements_are_nothing() -> None:
     assert fused.silu_mul(torch.ones(2, 0)).shape == (2, 0)
 
 
-def store(*, slot: int = 0, heads: int = 2) -> None:
+def rope(cos: Tensor, sin: Tensor) -> None:
+    """Two tokens with a head of 4."""
+    fused.rope(torch.ones(2, 1, 4), cos, sin, interleaved=False)
+
+
+def store(*, slot: int = 0, heads: int = 2, pairs: int = 2, dtype: torch.dtype | None = None) -> None:
     """One token, to a pool of two blocks of 16 tokens with 2 heads of 4."""
     key = torch.ones(1, heads, 4)
+    turn = torch.ones(1, 1, pairs, dtype=dtype), torch.ones(1, 1, pairs, dtype=dtype)
     places = (0, 256, 256, 1, 2, 16)
-    fused.store_kv(key, key, torch.zeros(512), torch.tensor([slot]), places)
+    fused.rotate_and_store(
+        key.clone(),
+        key,
+        key,
+        turn,
+        torch.zeros(512),
+        torch.tensor([slot]),
+        places,
+        interleaved=False,
+    )
+
+
+def test_what_fits_is_not_refused() -> None:
+    store()
 
 
 @pytest.mark.parametrize(
@@ -144,12 +201,15 @@ def store(*, slot: int = 0, heads: int = 2) -> None:
     [
         lambda: fused.rms_norm(torch.ones(2, 4), torch.ones(3), 1e-5),
         lambda: fused.silu_mul(torch.ones(2, 5)),
-        lambda: fused.rope(torch.ones(2, 1, 4), torch.ones(2, 1, 3), torch.ones(2, 1, 3)),
-        lambda: fused.rope(torch.ones(2, 1, 4), torch.ones(1, 1, 2), torch.ones(1, 1, 2)),
+        lambda: rope(torch.ones(2, 1, 3), torch.ones(2, 1, 3)),
+        lambda: rope(torch.ones(1, 1, 2), torch.ones(1, 1, 2)),
+        lambda: rope(torch.ones(2, 1, 2), torch.ones(2, 1, 1)),
         lambda: fused.silu_mul(torch.ones(2, 4, dtype=torch.float64)),
         lambda: store(slot=-5),
         lambda: store(slot=32),
         lambda: store(heads=3),
+        lambda: store(pairs=3),
+        lambda: store(dtype=torch.bfloat16),
     ],
 )
 def test_what_does_not_fit_is_refused(call: object) -> None:
