@@ -160,7 +160,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The rotated queries, perhaps where the others were; rotated keys and values go to the
         cache."""
-        if fused.can_fuse(query, key, value, cache.pool, *(rotation or ())):
+        if fused.can_fuse(query, key, value, *(rotation or ())):
             rope = self.heads.rope
             fused.rotate_and_store(
                 query,

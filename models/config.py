@@ -15,9 +15,13 @@ DTypeName: TypeAlias = Literal["float32", "bfloat16", "float16"]
 NormKind: TypeAlias = Literal["rms_norm", "layer_norm"]
 Residual: TypeAlias = Literal["pre_norm", "post_norm", "sandwich_norm", "output_norm"]
 
+KVCacheDType: TypeAlias = Literal["auto", "int8"]
+
 # Longer than any sequence; positions are compared as 64-bit numbers.
 MAX_WINDOW = 2**31 - 1
 ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A float32 for each key and each value of 8 bits.
+KV_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +218,8 @@ class ModelConfig:
         logit_softcap: logits become `c * tanh(logits / c)` (Gemma 2).
         lm_head_bias: whether the projection to the vocabulary adds a bias (GPT-J).
         eos_token_ids: any of these ends a generation.
+        kv_cache_dtype: `int8` keeps keys and values as 8 bits, with a scale for each head and
+            token; `auto` keeps them in `dtype`.
     """
 
     family: str
@@ -251,6 +257,7 @@ class ModelConfig:
     lm_head_bias: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: DTypeName = "float32"
+    kv_cache_dtype: KVCacheDType = "auto"
     name: str = "model"
 
     def __post_init__(self) -> None:
@@ -269,6 +276,15 @@ class ModelConfig:
                 raise ConfigError(
                     "max_position_embeddings", self.max_position_embeddings, f"at most {longest}"
                 )
+        if self.kv_cache_dtype == "int8":
+            for heads in self.layers:
+                if heads.head_dim % KV_SCALE_BYTES:  # scales lie behind, where floats can lie
+                    raise ConfigError(
+                        "kv_cache_dtype",
+                        "int8",
+                        f"auto, because head_dim is {heads.head_dim}, no multiple of "
+                        f"{KV_SCALE_BYTES}",
+                    )
         for token_id in self.eos_token_ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ConfigError("eos_token_id", token_id, f"0 to {self.vocab_size - 1}")
@@ -312,23 +328,35 @@ class ModelConfig:
         ]
         return min(lengths, default=None)
 
-    def kv_bytes_per_token(self, dtype: DTypeName | None = None) -> int:
+    @property
+    def kv_itemsize(self) -> int:
+        """Bytes of an element of the key/value cache."""
+        return 1 if self.kv_cache_dtype == "int8" else ITEMSIZE[self.dtype]
+
+    def kv_row_elements(self, heads: HeadConfig) -> int:
+        """Elements of the cache that the key, or the value, of one head and token takes."""
+        return heads.head_dim + (KV_SCALE_BYTES if self.kv_cache_dtype == "int8" else 0)
+
+    def kv_row_bytes(self, heads: HeadConfig) -> int:
+        """The same in bytes."""
+        return self.kv_row_elements(heads) * self.kv_itemsize
+
+    def kv_bytes_per_token(self) -> int:
         """Bytes of key/value cache that one token takes over all layers, before it leaves the
         window of any head."""
-        width = sum(2 * heads.num_kv_heads * heads.head_dim for heads in self.layers)
-        return width * ITEMSIZE[dtype or self.dtype]
+        return sum(2 * heads.num_kv_heads * self.kv_row_bytes(heads) for heads in self.layers)
 
-    def kv_bytes(self, num_tokens: int, dtype: DTypeName | None = None) -> int:
+    def kv_bytes(self, num_tokens: int) -> int:
         """Bytes of key/value cache that the next token of a sequence reads: for each key/value
         head all `num_tokens`, or those in its window and its sink tokens."""
-        width = 0
+        num_bytes = 0
         for index, heads in enumerate(self.layers):
             for retention, kv_heads in self.retentions(index).items():
                 kept = num_tokens
                 if retention.window is not None:
                     kept = min(num_tokens, retention.window + retention.sink_tokens)
-                width += 2 * len(kv_heads) * heads.head_dim * kept
-        return width * ITEMSIZE[dtype or self.dtype]
+                num_bytes += 2 * len(kv_heads) * self.kv_row_bytes(heads) * kept
+        return num_bytes
 
     def replace(self, **changes: object) -> "ModelConfig":
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

@@ -24,7 +24,8 @@ class LayerPart:
 
     Attributes:
         offset: elements from the start of a block to the keys of the first head; all keys come
-            first, then all values.
+            first, then all values, then, where they have 8 bits, the scales of both in the same
+            order.
     """
 
     layer: int
@@ -73,7 +74,7 @@ class KVLayout:
             for retention, kv_heads in every[index].items():
                 group = retentions.index(retention)
                 parts.append(LayerPart(index, group, kv_heads, heads.head_dim, sizes[group]))
-                sizes[group] += 2 * len(kv_heads) * block_size * heads.head_dim
+                sizes[group] += 2 * len(kv_heads) * block_size * config.kv_row_elements(heads)
             layers.append(tuple(parts))
         page_elements = _page_elements(sizes)
         groups = tuple(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from models.config import DTypeName, HeadConfig, ModelConfig
+from models.config import DTypeName, HeadConfig, KVCacheDType, ModelConfig
 from models.cpu.linear import WeightDType
 from models.kernels import KernelName
 from models.positions import RopeConfig
@@ -85,11 +85,12 @@ def run_bench(
     device: str,
     kernel: KernelName,
     weight_dtypes: list[WeightDType],
+    kv_cache_dtypes: list[KVCacheDType],
     path: Path | None,
     on_run: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Measure each shape (or the checkpoint in `path`) with weights of each type; repeats are
-    interleaved.
+    """Measure each shape (or the checkpoint in `path`) with weights, keys and values of each type;
+    repeats are interleaved.
 
     Args:
         on_run: told how many runs of how many are done.
@@ -100,7 +101,10 @@ def run_bench(
     Raises:
         ModelError, ValueError: a shape, the checkpoint or the device cannot be used.
     """
-    configs = [_engine_config(workload, device, kernel, dtype) for dtype in weight_dtypes]
+    configs = [
+        _engine_config(workload, device, kernel, *dtypes)
+        for dtypes in itertools.product(weight_dtypes, kv_cache_dtypes)
+    ]
     engines = (
         [Engine(load_configured_model(path, config), config) for config in configs]
         if path is not None
@@ -191,6 +195,7 @@ def _summary(
         "parameters": model.num_parameters,
         "dtype": str(model.dtype).removeprefix("torch."),
         "weight_dtype": engine.config.weight_dtype,
+        "kv_cache_dtype": engine.config.kv_cache_dtype,
         "kernel": model.kernel_name,
         "kv_bytes_per_token": engine.kv_bytes_per_token,
         "kv_bytes_peak": max(run.kv_bytes_peak for run in runs),
@@ -230,7 +235,11 @@ def _random_engine(shape: BenchShape, workload: BenchWorkload, config: EngineCon
 
 
 def _engine_config(
-    workload: BenchWorkload, device: str, kernel: KernelName, weight_dtype: WeightDType
+    workload: BenchWorkload,
+    device: str,
+    kernel: KernelName,
+    weight_dtype: WeightDType,
+    kv_cache_dtype: KVCacheDType,
 ) -> EngineConfig:
     return EngineConfig(
         max_num_seqs=workload.clients,
@@ -241,6 +250,7 @@ def _engine_config(
         device=device,
         kernel=kernel,
         weight_dtype=weight_dtype,
+        kv_cache_dtype=kv_cache_dtype,
     )
 
 

@@ -28,12 +28,24 @@ def describe(model: "GetModelResponse") -> dict[str, str]:
     kind = "decoder" if model.is_causal else "encoder"
     return {
         "model": f"{model.name} ({model.family} {kind}, {model.num_parameters / 1e6:.1f} M "
-        f"parameters, {model.dtype} on {model.device}, {model.backend} attention)",
+        f"parameters, {_types(model)} on {model.device}, {model.backend} attention)",
         "heads": ", ".join(f"{label} x {count} layers" for label, count in labels.items()),
         "scores": "; ".join(f"{text} x {count} layers" for text, count in features.items()),
         "context": f"{model.max_model_len} tokens, {model.max_num_seqs} sequences at once",
         "kv": _cache(model),
     }
+
+
+def _types(model: "GetModelResponse") -> str:
+    eight_bits = [
+        name
+        for name, dtype in (
+            ("weights", model.weight_dtype),
+            ("keys and values", model.kv_cache_dtype),
+        )
+        if dtype == "int8"
+    ]
+    return f"{model.dtype} with {' and '.join(eight_bits)} of 8 bits" if eight_bits else model.dtype
 
 
 def _cache(model: "GetModelResponse") -> str:

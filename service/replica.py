@@ -8,7 +8,7 @@ from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine
 from service.engine.memory import check_kv_cache_bytes, load_configured_model, resolve_device
-from service.engine.support import check_supported, max_model_len
+from service.engine.support import as_served, check_supported, max_model_len
 from service.metrics.engine import EngineMetrics
 
 
@@ -23,7 +23,7 @@ def check_model(config: ServiceConfig) -> ModelConfig:
     Tokenizer.for_model(config.model_path, model_config)
     check_supported(model_config, config.engine)
     max_model_len(config.engine, model_config)
-    check_kv_cache_bytes(model_config, config.engine)
+    check_kv_cache_bytes(as_served(model_config, config.engine), config.engine)
     resolve_device(config.engine.device)
     return model_config
 

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "lanes.h"
+
 namespace headroom {
 
 struct Places {
@@ -29,9 +31,28 @@ struct Places {
   // Elements from a key to its value.
   int64_t to_value(int64_t head_dim) const { return num_kv_heads * block_size * head_dim; }
 
+  // Of 8 bits: elements from a block's first key to the scales, of all keys, then of all values.
+  int64_t to_scales(int64_t head_dim) const { return 2 * to_value(head_dim); }
+
   int64_t num_blocks(const at::Tensor& pool) const {
     return page_elements ? pool.numel() / page_elements * blocks_per_page : 0;
   }
 };
+
+// Calls a function of the element types of queries and of the cache: the same, or 8 bits.
+template <typename F>
+void with_types(const at::Tensor& query, const at::Tensor& pool, F&& function) {
+  TORCH_CHECK(pool.is_contiguous(), "the cache lies in one piece");
+  with_type(query, [&]<typename T>() {
+    if (pool.scalar_type() == at::kChar) {
+      TORCH_CHECK(query.size(-1) % 4 == 0, "head_dim is ", query.size(-1),
+                  "; allowed with a cache of 8 bits: multiples of 4");
+      function.template operator()<T, int8_t>();
+    } else {
+      TORCH_CHECK(query.scalar_type() == pool.scalar_type(), "heads and the cache have one type");
+      function.template operator()<T, T>();
+    }
+  });
+}
 
 }  // namespace headroom

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <vector>
 
 #include "cache.h"
 #include "rows.h"
@@ -88,6 +89,18 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
   return output;
 }
 
+// One row to its place in a block, as it is.
+template <typename T>
+void keep(const T* row, int64_t at, int64_t head_dim, T* block, const T*) {
+  std::memcpy(block + at * head_dim, row, head_dim * sizeof(T));
+}
+
+// The same with 8 bits and a scale.
+template <typename T>
+void keep(const T* row, int64_t at, int64_t head_dim, int8_t* block, int8_t* scales) {
+  reinterpret_cast<float*>(scales)[at] = quantize_row<0>(row, head_dim, block + at * head_dim);
+}
+
 // Rotates queries `[tokens, heads, head_dim]` where they are, and writes rotated keys and values
 // `[tokens, kv_heads, head_dim]` to their slots; `places` as in CachePart.
 void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -99,10 +112,10 @@ void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::
   TORCH_CHECK(query.stride(2) == 1 && key.stride(2) == 1 && value.stride(2) == 1 &&
                   query.size(0) == tokens && query.size(2) == head_dim &&
                   key.sizes() == value.sizes() && kv_heads == in_pool.num_kv_heads &&
-                  slots.numel() == tokens && slots.is_contiguous() && pool.is_contiguous(),
+                  slots.numel() == tokens && slots.is_contiguous(),
               "queries, a key, a value and a slot for each token");
-  for (const at::Tensor& part : {query, key, value})
-    TORCH_CHECK(part.scalar_type() == pool.scalar_type(), "heads and the cache have one type");
+  TORCH_CHECK(query.scalar_type() == key.scalar_type() && value.scalar_type() == key.scalar_type(),
+              "heads have one type");
   TORCH_CHECK(cos.has_value() == sin.has_value(), "a sine for each cosine");
   const int64_t block_size = in_pool.block_size;
   const int64_t num_slots = in_pool.num_blocks(pool) * block_size;
@@ -110,27 +123,32 @@ void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::
   for (int64_t token = 0; token < tokens; token++)
     TORCH_CHECK(slot[token] >= 0 && slot[token] < num_slots, "slot ", slot[token],
                 "; allowed: 0 to ", num_slots - 1);
-  with_type(key, [&]<typename T>() {
+  with_types(key, pool, [&]<typename T, typename Kept>() {
     const Rotation<T> rotation =
         cos ? rotation_of<T>(*cos, *sin, interleaved, key) : Rotation<T>{};
     const int64_t turned = 2 * rotation.half, heads = query.size(1);
     const T *keys = key.const_data_ptr<T>(), *values = value.const_data_ptr<T>();
-    T *queries = query.mutable_data_ptr<T>(), *memory = pool.mutable_data_ptr<T>();
+    T* queries = query.mutable_data_ptr<T>();
+    Kept* memory = pool.mutable_data_ptr<Kept>();
     const int64_t width = (heads + 2 * kv_heads) * head_dim;
     at::parallel_for(0, tokens, grain(width), [&](int64_t begin, int64_t end) {
+      std::vector<T> rotated(head_dim);
       for (int64_t token = begin; token < end; token++) {
         for (int64_t head = 0; head < heads; head++) {
           T* q = queries + token * query.stride(0) + head * query.stride(1);
           rotation.turn(q, token, q);
         }
         const int64_t block = slot[token] / block_size, within = slot[token] % block_size;
-        T* to = memory + in_pool.block(block) + within * head_dim;
-        for (int64_t head = 0; head < kv_heads; head++, to += block_size * head_dim) {
+        Kept* to = memory + in_pool.block(block);
+        for (int64_t head = 0; head < kv_heads; head++) {
           const T* k = keys + token * key.stride(0) + head * key.stride(1);
           const T* v = values + token * value.stride(0) + head * value.stride(1);
-          rotation.turn(k, token, to);
-          std::memcpy(to + turned, k + turned, (head_dim - turned) * sizeof(T));
-          std::memcpy(to + in_pool.to_value(head_dim), v, head_dim * sizeof(T));
+          rotation.turn(k, token, rotated.data());
+          std::memcpy(rotated.data() + turned, k + turned, (head_dim - turned) * sizeof(T));
+          keep(rotated.data(), head * block_size + within, head_dim, to,
+               to + in_pool.to_scales(head_dim));
+          keep(v, (kv_heads + head) * block_size + within, head_dim, to,
+               to + in_pool.to_scales(head_dim));
         }
       }
     });

@@ -45,6 +45,17 @@ struct Pairs {
   Vec first, second;
 };
 
+// Sixteen numbers of 8 bits.
+inline Vec widen_bytes(const int8_t* from, __mmask16 mask) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, from)));
+}
+
+// One of the four in each lane.
+inline Vec widen_byte(__m512i fours, int index) {
+  const __m512i on_top = _mm512_sllv_epi32(fours, _mm512_set1_epi32(24 - 8 * index));
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(on_top, 24));
+}
+
 // What the lanes of a type hold, and the packing that depends on it.
 template <typename T>
 struct Lane;
@@ -76,6 +87,17 @@ struct Lane<float> : FloatSums {
   static void pack_values(const float* const* rows, int width, uint32_t* to) {
     for (int d = 0; d < width; d += kLanes)
       _mm512_storeu_ps(to + d, _mm512_maskz_loadu_ps(first_lanes(width - d), rows[0] + d));
+  }
+
+  // The same of 8 bits.
+  static void pack_values(const int8_t* const* rows, int width, uint32_t* to) {
+    for (int d = 0; d < width; d += kLanes)
+      _mm512_storeu_ps(to + d, widen_bytes(rows[0] + d, first_lanes(width - d)));
+  }
+
+  // Four numbers of 8 bits in each lane, those in the same place to a vector of their own.
+  static void spread(__m512i fours, uint32_t* to, int stride) {
+    for (int i = 0; i < 4; i++) _mm512_storeu_ps(to + i * stride, widen_byte(fours, i));
   }
 
   static Vec round(Vec x) { return x; }
@@ -129,6 +151,28 @@ struct Lane<at::BFloat16> : FloatSums {
       if (left > kLanes)
         _mm512_storeu_si512(to + d + kLanes, _mm512_permutex2var_epi16(first, high, second));
     }
+  }
+
+  // The same of 8 bits, which bfloat16 holds as they are: of a float, half the bits are 0.
+  static void pack_values(const int8_t* const* rows, int width, uint32_t* to) {
+    for (int d = 0; d < width; d += kLanes) {
+      const __mmask16 mask = first_lanes(width - d);
+      _mm512_storeu_si512(
+          to + d, pair(widen_bytes(rows[0] + d, mask), widen_bytes(rows[1] + d, mask)));
+    }
+  }
+
+  // Four numbers of 8 bits in each lane, neighbours to a vector of pairs.
+  static void spread(__m512i fours, uint32_t* to, int stride) {
+    for (int i = 0; i < 2; i++)
+      _mm512_storeu_si512(to + i * stride,
+                          pair(widen_byte(fours, 2 * i), widen_byte(fours, 2 * i + 1)));
+  }
+
+  // Of floats that are bfloat16.
+  static __m512i pair(Vec first, Vec second) {
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+    return _mm512_or_si512(low, _mm512_castps_si512(second));
   }
 
   static Vec widen(__m256i halves) {

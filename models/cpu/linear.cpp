@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <memory>
 
 #include "rows.h"
@@ -170,28 +169,6 @@ void apply(const Layer& layer, const T* weight, const at::Tensor& output) {
                      });
 }
 
-// A row as whole numbers from 1 to 255, of which 128 is zero; returns what one of them is worth,
-// which is no number if one of the row is none.
-template <typename T>
-float quantize_row(const T* from, int64_t inputs, uint8_t* to) {
-  Vec most = splat(0.f);
-  __mmask16 none = 0;
-  for (int64_t i = 0; i < inputs; i += kLanes) {
-    const Vec value = Lane<T>::load(from + i, first_lanes(inputs - i));
-    none |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    most = _mm512_max_ps(most, _mm512_abs_ps(value));
-  }
-  const float highest = none ? NAN : _mm512_reduce_max_ps(most);
-  const Vec factor = splat(highest > 0.f ? 127.f / highest : 0.f);
-  for (int64_t i = 0; i < inputs; i += kLanes) {
-    const __mmask16 mask = first_lanes(inputs - i);
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(Lane<T>::load(from + i, mask), factor));
-    const __m512i shifted = _mm512_add_epi32(whole, _mm512_set1_epi32(kZeroPoint));
-    _mm_mask_storeu_epi8(to + i, mask, _mm512_cvtepi32_epi8(shifted));
-  }
-  return highest / 127.f;
-}
-
 template <typename T>
 void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
                 const int32_t* row_sums, const at::Tensor& output) {
@@ -203,7 +180,7 @@ void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
   at::parallel_for(0, num_rows, grain(inputs), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
       input_scale[row] =
-          quantize_row(rows.data() + row * inputs, inputs, &quantized[row * inputs]);
+          quantize_row<kZeroPoint>(rows.data() + row * inputs, inputs, &quantized[row * inputs]);
   });
   multiply_panels<int8_t>(
       reinterpret_cast<const uint32_t*>(quantized.get()), num_rows,

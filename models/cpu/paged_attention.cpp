@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "tasks.h"
@@ -74,6 +75,7 @@ struct Workspace {
   alignas(64) uint32_t values[kMaxHeadDim * kChunk];
   alignas(64) float scores[kRows * kChunk];
   alignas(64) uint32_t weights[kRows * kChunk];
+  alignas(64) float key_scale[kChunk], value_scale[kChunk];  // of 8 bits
   int32_t position[kRows], first_seen[kRows], head[kRows];
 };
 
@@ -82,16 +84,18 @@ Workspace& workspace() {
   return space;
 }
 
-template <typename T>
+template <typename T, typename Kept>
 class Worker {
   using L = Lane<T>;
+  static constexpr bool kScaled = !std::is_same_v<T, Kept>;
 
  public:
-  Worker(const Call<T>& call, Workspace& space)
+  Worker(const Call<T, Kept>& call, Workspace& space)
       : call_(call),
         space_(space),
         head_dim_((int)call.head_dim),
         depth_(head_dim_ / L::kValues),
+        kept_lanes_(head_dim_ * (int)sizeof(Kept) / 4),
         width_((int)call.width()) {
     const int64_t size = Running::size(kRows, width_);
     space.running.resize(size);
@@ -177,7 +181,8 @@ class Worker {
   struct Located {
     const Task* task = nullptr;
     int chunk = 0;
-    const T *keys[kChunk], *values[kChunk];
+    const Kept *keys[kChunk], *values[kChunk];
+    const float *key_scales[kChunk], *value_scales[kChunk];  // of 8 bits
   };
 
   // One after the last position that a task reads.
@@ -195,21 +200,54 @@ class Worker {
     const int64_t to_head = task.kv_head * block_size * head_dim_;
     const int64_t to_value = call_.places.to_value(head_dim_);
     const int32_t* table = call_.block_tables + task.seq * call_.max_blocks;
-    const T* zeros = reinterpret_cast<const T*>(kZeros);
+    const Kept* zeros = reinterpret_cast<const Kept*>(kZeros);
     for (int i = 0; i < kChunk;) {
       const int64_t index = (first + i) / block_size;
       int64_t within = (first + i) % block_size;
       const bool missing = first + i >= end || table[index] < 0;
-      const T* start = missing ? zeros : call_.pool + call_.places.block(table[index]) + to_head;
+      const Kept* block = missing ? zeros : call_.pool + call_.places.block(table[index]);
       for (; i < kChunk && within < block_size; i++, within++) {
         const bool hidden = missing || first + i >= end;
-        located.keys[i] = hidden ? zeros : start + within * head_dim_;
+        located.keys[i] = hidden ? zeros : block + to_head + within * head_dim_;
         located.values[i] = hidden ? zeros : located.keys[i] + to_value;
+        if constexpr (kScaled) {
+          const float* zero = reinterpret_cast<const float*>(kZeros);
+          const auto* scales = reinterpret_cast<const float*>(block + 2 * to_value);
+          const int64_t at = task.kv_head * block_size + within;
+          located.key_scales[i] = hidden ? zero : scales + at;
+          located.value_scales[i] = hidden ? zero : scales + to_value / head_dim_ + at;
+        }
       }
     }
   }
 
-  static void prefetch(const T* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
+  // Lanes of a row as it is kept.
+  static const uint32_t* lanes(const Kept* row, int lane) {
+    return reinterpret_cast<const uint32_t*>(row) + lane;
+  }
+
+  static void prefetch(const uint32_t* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
+
+  // Sixteen keys, from the i-th of a chunk on, sixteen lanes at a time.
+  void pack_keys(const Located& here, const Located& next, int i) {
+    for (int d = 0; d < kept_lanes_; d += kLanes) {
+      const uint32_t* tile[kLanes];
+      for (int k = 0; k < kLanes; k++) {
+        tile[k] = lanes(here.keys[i + k], d);
+        prefetch(lanes(next.values[i + k], d));
+      }
+      if constexpr (kScaled) {
+        alignas(64) uint32_t fours[kLanes * kLanes];
+        constexpr int kSpread = 4 / L::kValues;
+        transpose(tile, kept_lanes_ - d, fours, kLanes);
+        for (int lane = 0; lane < std::min(kLanes, kept_lanes_ - d); lane++)
+          L::spread(_mm512_load_si512(fours + lane * kLanes),
+                    space_.keys + (d + lane) * kSpread * kChunk + i, kChunk);
+      } else {
+        transpose(tile, kept_lanes_ - d, space_.keys + d * kChunk + i, kChunk);
+      }
+    }
+  }
 
   // Memory is asked for a whole chunk ahead, values while keys are packed and keys while values are,
   // into the second-level cache: the first is full of what is packed. A line holds as many bytes as
@@ -219,14 +257,11 @@ class Worker {
     const int first = chunk * kChunk, rows = task.num_rows;
     const int used = std::min(kChunk, end_of(task) - first);
     const int padded = (used + kLanes - 1) / kLanes * kLanes;
-    for (int i = 0; i < padded; i += kLanes)
-      for (int d = 0; d < depth_; d += kLanes) {
-        const uint32_t* tile[kLanes];
-        for (int k = 0; k < kLanes; k++) {
-          tile[k] = reinterpret_cast<const uint32_t*>(here.keys[i + k]) + d;
-          prefetch(next.values[i + k] + d * L::kValues);
-        }
-        transpose(tile, depth_ - d, space_.keys + d * kChunk + i, kChunk);
+    for (int i = 0; i < padded; i += kLanes) pack_keys(here, next, i);
+    if constexpr (kScaled)
+      for (int i = 0; i < padded; i++) {
+        space_.key_scale[i] = *here.key_scales[i];
+        space_.value_scale[i] = *here.value_scales[i];
       }
     multiply<T>(space_.query, depth_, space_.keys, kChunk, depth_, space_.scores, kChunk, rows,
                 padded, false);
@@ -234,7 +269,7 @@ class Worker {
     for (int i = 0; i < padded; i += L::kValues) {
       L::pack_values(here.values + i, head_dim_, space_.values + i / L::kValues * width_);
       for (int k = i; k < i + L::kValues; k++)
-        for (int d = 0; d < depth_; d += kLanes) prefetch(next.keys[k] + d * L::kValues);
+        for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(next.keys[k], d));
     }
     multiply<T>(space_.weights, kChunk / L::kValues, space_.values, width_, padded / L::kValues,
                 running.read, width_, rows, width_, true);
@@ -254,6 +289,8 @@ class Worker {
                 (_mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(first_seen)) |
                  _mm512_cmplt_epi32_mask(keys, _mm512_set1_epi32(call_.sink_tokens)));
       Vec score = _mm512_mul_ps(_mm512_loadu_ps(scores + v * kLanes), splat((float)call_.scale[head]));
+      if constexpr (kScaled)
+        score = _mm512_mul_ps(score, _mm512_load_ps(space_.key_scale + v * kLanes));
       if (call_.softcap > 0.f) {
         const Vec cap = splat(call_.softcap);
         score = _mm512_mul_ps(cap, tanh(_mm512_div_ps(score, cap)));
@@ -267,8 +304,11 @@ class Worker {
     Vec sum = splat(0.f);
     for (int v = 0; v < vecs; v++) {
       const Vec shifted = _mm512_sub_ps(_mm512_loadu_ps(scores + v * kLanes), splat(peak));
-      const Vec weights = _mm512_maskz_mov_ps(seen[v], exp(shifted));
+      Vec weights = _mm512_maskz_mov_ps(seen[v], exp(shifted));
       sum = _mm512_add_ps(sum, weights);
+      if constexpr (kScaled)
+        weights =
+            _mm512_maskz_mul_ps(seen[v], weights, _mm512_load_ps(space_.value_scale + v * kLanes));
       L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
     }
     if (peak > before) {
@@ -280,9 +320,10 @@ class Worker {
     running.sum[r] += _mm512_reduce_add_ps(sum);
   }
 
-  const Call<T>& call_;
+  const Call<T, Kept>& call_;
   Workspace& space_;
   const int head_dim_, depth_;  // elements of a head, and the lanes that they fill
+  const int kept_lanes_;        // that a key fills in the cache
   const int width_;             // elements of a head, rounded up to whole vectors
   int32_t first_seen_ = 0;
   Located located_[2];  // the chunk at hand and the one after it
@@ -291,13 +332,13 @@ class Worker {
 
 // Calls `work(worker, index, next index)` on all threads until all are done. Neighbours stay on one
 // thread for a while: they lie side by side in memory, and a thread knows what it will do next.
-template <typename T, typename F>
-void in_parallel(const Call<T>& call, int64_t count, F&& work) {
+template <typename T, typename Kept, typename F>
+void in_parallel(const Call<T, Kept>& call, int64_t count, F&& work) {
   const int64_t num_threads = at::get_num_threads();
   const int64_t batch = std::clamp<int64_t>(count / (num_threads * kBatches), 1, kMaxBatch);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
-    Worker<T> worker(call, workspace());
+    Worker<T, Kept> worker(call, workspace());
     for (int64_t index; (index = next.fetch_add(batch)) < count;) {
       const int64_t end = std::min(count, index + batch);
       for (; index + 1 < end; index++) work(worker, index, index + 1);
@@ -306,17 +347,17 @@ void in_parallel(const Call<T>& call, int64_t count, F&& work) {
   });
 }
 
-template <typename T>
-void attend(const Call<T>& call) {
+template <typename T, typename Kept>
+void attend(const Call<T, Kept>& call) {
   const Division division = divide(call);
   const std::vector<Task>& tasks = division.tasks;
   const auto partials = std::make_unique_for_overwrite<float[]>(division.partial_size);
-  in_parallel(call, (int64_t)tasks.size(), [&](Worker<T>& worker, int64_t index, int64_t next) {
+  in_parallel(call, (int64_t)tasks.size(), [&](auto& worker, int64_t index, int64_t next) {
     const Task* expected = next < (int64_t)tasks.size() ? &tasks[next] : nullptr;
     worker.run(tasks[index], expected, partials.get());
   });
   if (division.pieces.empty()) return;
-  in_parallel(call, (int64_t)division.pieces.size(), [&](Worker<T>& worker, int64_t index, int64_t) {
+  in_parallel(call, (int64_t)division.pieces.size(), [&](auto& worker, int64_t index, int64_t) {
     const auto [first, end] = division.pieces[index];
     const Task& task = tasks[first];
     const Running total = Running::in(partials.get() + task.partial, task.num_rows);
@@ -365,10 +406,8 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& pool,
   TORCH_CHECK(head_dim <= kMaxHeadDim, "head_dim is ", head_dim, "; allowed: up to 256");
   TORCH_CHECK(query.scalar_type() == at::kFloat || head_dim % 2 == 0,
               "head_dim is ", head_dim, "; allowed in bfloat16: even numbers");
-  TORCH_CHECK(query.scalar_type() == pool.scalar_type(), "queries and cache have one type");
   TORCH_CHECK(num_heads % in_pool.num_kv_heads == 0, "num_kv_heads is ", in_pool.num_kv_heads,
               "; allowed: a divisor of ", num_heads);
-  TORCH_CHECK(pool.is_contiguous(), "the cache lies in one piece");
   check_tables(query, pool, block_tables, query_start, num_computed, in_pool);
   const auto of_heads = [&](size_t size) { return size == (size_t)num_heads; };
   TORCH_CHECK(of_heads(scale.size()) && of_heads(window.size()) &&
@@ -378,9 +417,9 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& pool,
   TORCH_CHECK(std::all_of(window.begin(), window.end(), [](int64_t size) { return size > 0; }),
               "windows are 1 or more");
   const at::Tensor output = at::empty(query.sizes(), query.options());
-  with_type(query, [&]<typename T>() {
-    attend<T>({query.const_data_ptr<T>(), query.stride(0), query.stride(1),
-               pool.const_data_ptr<T>(), in_pool, block_tables.const_data_ptr<int32_t>(),
+  with_types(query, pool, [&]<typename T, typename Kept>() {
+    attend<T, Kept>({query.const_data_ptr<T>(), query.stride(0), query.stride(1),
+               pool.const_data_ptr<Kept>(), in_pool, block_tables.const_data_ptr<int32_t>(),
                block_tables.size(1), query_start.const_data_ptr<int32_t>(),
                num_computed.const_data_ptr<int32_t>(), num_computed.numel(), num_heads, head_dim,
                scale.data(), window.data(), slopes.empty() ? nullptr : slopes.data(),

@@ -32,6 +32,29 @@ void norm_row(const T* from, const T* scale, int64_t width, float eps, T* to) {
   }
 }
 
+// A row as whole numbers, nearest to 255 that are as far apart as its largest one needs; `kZero` is
+// added. Returns what one of them is worth, which is no finite number if one of the row is none.
+template <int kZero, typename T, typename Byte>
+float quantize_row(const T* from, int64_t width, Byte* to) {
+  constexpr float kLeast = 1e-35f;  // of smaller ones 127 / x is infinite
+  Vec most = splat(0.f);
+  __mmask16 none = 0;
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Vec value = Lane<T>::load(from + i, first_lanes(width - i));
+    none |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    most = _mm512_max_ps(most, _mm512_abs_ps(value));
+  }
+  const float highest = none ? NAN : _mm512_reduce_max_ps(most);
+  const Vec factor = splat(highest >= kLeast ? 127.f / highest : 0.f);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const __mmask16 mask = first_lanes(width - i);
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(Lane<T>::load(from + i, mask), factor));
+    _mm_mask_storeu_epi8(to + i, mask,
+                         _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(kZero))));
+  }
+  return highest / 127.f;
+}
+
 // silu(first half) times the second half, each of `width` elements.
 template <typename T>
 void swiglu_row(const T* from, int64_t width, T* to) {

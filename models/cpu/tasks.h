@@ -21,12 +21,13 @@ constexpr int kRows = 48;   // queries that share packed keys and values
 constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kMaxPartial = 4 << 20;
 
-// Everything that one call says; plain pointers, so that threads share it without counting.
-template <typename T>
+// Everything that one call says; plain pointers, so that threads share it without counting. Keys and
+// values are kept as `Kept`.
+template <typename T, typename Kept>
 struct Call {
   const T* query;
   int64_t query_token_stride, query_head_stride;
-  const T* pool;
+  const Kept* pool;
   Places places;
   const int32_t* block_tables;
   int64_t max_blocks;
@@ -63,8 +64,8 @@ struct Division {
 };
 
 // Tasks that each read all their keys.
-template <typename T>
-std::vector<Task> whole_tasks(const Call<T>& call) {
+template <typename AnyCall>
+std::vector<Task> whole_tasks(const AnyCall& call) {
   const int64_t group = call.group();
   std::vector<Task> tasks;
   for (int32_t seq = 0; seq < call.num_seqs; seq++) {
@@ -87,8 +88,8 @@ std::vector<Task> whole_tasks(const Call<T>& call) {
   return tasks;
 }
 
-template <typename T>
-Division divide(const Call<T>& call) {
+template <typename AnyCall>
+Division divide(const AnyCall& call) {
   Division whole{whole_tasks(call), {}};
   if ((int64_t)whole.tasks.size() >= kTasksPerThread * at::get_num_threads()) return whole;
   Division cut;

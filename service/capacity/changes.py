@@ -7,6 +7,7 @@ measured with the changed model.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from models.config import HeadConfig
+from models.errors import ConfigError
 from service.capacity.machine import MachineLimits
 from service.capacity.plan import CapacityPlan, plan_capacity
 from service.capacity.query import MAX_CLIENTS, MAX_MEMORY, CapacityQuery, query_violations
@@ -34,6 +36,7 @@ _WINDOW_COST = (
     "inputs."
 )
 _DTYPE_COST = "Numbers are rounded to 16 bits. Measure what it loses."
+_KV_DTYPE_COST = "Keys and values are rounded to 8 bits. Measure what it loses."
 _BLOCK_COST = "The model computes the same; smaller blocks make longer tables."
 _SEQUENCES_COST = "Steps have more to do, so each token takes longer."
 _MEMORY_COST = "The model computes the same."
@@ -153,6 +156,11 @@ def _types_and_blocks(query: CapacityQuery) -> Iterator[_Tried]:
     if query.model.dtype == "float32":
         model = query.model.replace(dtype="bfloat16")
         yield "bfloat16", _DTYPE_COST, dataclasses.replace(query, model=model)
+    if query.model.kv_cache_dtype == "auto":
+        with contextlib.suppress(ConfigError):  # some heads cannot be kept so
+            model = query.model.replace(kv_cache_dtype="int8")
+            words = "keys and values of 8 bits"
+            yield words, _KV_DTYPE_COST, dataclasses.replace(query, model=model)
     for block_size in _BLOCK_SIZES:
         if block_size != query.engine.block_size:
             engine = dataclasses.replace(query.engine, block_size=block_size)

@@ -47,6 +47,7 @@ class CapacityPlan:
 
     head_label: str
     dtype: str
+    kv_cache_dtype: str
     block_size: int
     kv_bytes_per_token: int
     weight_bytes: int
@@ -92,10 +93,11 @@ def plan_capacity(
     plan = CapacityPlan(
         head_label=model.head_label,
         dtype=model.dtype,
+        kv_cache_dtype=model.kv_cache_dtype,
         block_size=engine.block_size,
         kv_bytes_per_token=model.kv_bytes_per_token(),
         weight_bytes=weights,
-        kv_cache_bytes=pool.num_pages * page_bytes(model, engine.block_size, model.dtype),
+        kv_cache_bytes=pool.num_pages * page_bytes(model, engine.block_size),
         num_blocks=pool.num_pages,
         tokens=pool.tokens,
         longest_request=pool.longest_request(query.max_model_len),
@@ -133,13 +135,11 @@ def _num_pages(query: CapacityQuery, weights: int) -> int:
         raise InvalidRequestError(
             [Violation("memory", str(query.memory), f"more than the {weights} bytes of weights")]
         )
-    engine = dataclasses.replace(
-        query.engine, kv_cache_bytes=cache_bytes, num_blocks=None, dtype=query.model.dtype
-    )
+    engine = dataclasses.replace(query.engine, kv_cache_bytes=cache_bytes, num_blocks=None)
     try:
         check_kv_cache_bytes(query.model, engine)
     except ValueError as error:
         raise InvalidRequestError(
             [Violation("memory", f"{cache_bytes} bytes for the cache", f"more; {error}")]
         ) from error
-    return cache_bytes // page_bytes(query.model, engine.block_size, query.model.dtype)
+    return cache_bytes // page_bytes(query.model, engine.block_size)

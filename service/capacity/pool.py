@@ -96,7 +96,7 @@ class Pool:
 
     def waste(self) -> float:
         """Share of the blocks in use that no sequence reads."""
-        page = page_bytes(self.model, self.block_size, self.model.dtype)
+        page = page_bytes(self.model, self.block_size)
         held = self._mean([own.mean_held for _, own in self.mix])
         in_use = sum(
             n * page / group.blocks_per_page for n, group in zip(held, self.groups, strict=True)

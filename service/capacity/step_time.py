@@ -67,16 +67,15 @@ def decode_step(
     Args:
         kv_bytes: keys and values that all sequences together read.
     """
-    itemsize = ITEMSIZE[model.dtype]
     # A query head multiplies and adds each key once, and each value once.
     flops = sum(2 * heads.num_heads * heads.head_dim for heads in model.layers)
-    elements = sum(heads.num_kv_heads * heads.head_dim for heads in model.layers)
+    row_bytes = sum(heads.num_kv_heads * model.kv_row_bytes(heads) for heads in model.layers)
     return DecodeStep(
         num_sequences=num_sequences,
         weight_bytes=weight_bytes,
         kv_bytes=kv_bytes,
-        weight_flops_per_byte=2 * num_sequences / itemsize,
-        kv_flops_per_byte=flops / (elements * itemsize),
+        weight_flops_per_byte=2 * num_sequences / ITEMSIZE[model.dtype],
+        kv_flops_per_byte=flops / row_bytes,
     )
 
 

@@ -25,6 +25,7 @@ class Planning(TypedDict, total=False):
     window: int
     sink_tokens: int
     dtype: str
+    kv_cache_dtype: str
     block_size: int
     memory: int
     weights_included: bool

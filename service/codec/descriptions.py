@@ -45,6 +45,8 @@ def model_description(engine: Engine) -> models_pb2.GetModelResponse:
         hidden_size=config.hidden_size,
         is_causal=config.is_causal,
         kv_cache_bytes=engine.kv_cache.nbytes,
+        kv_cache_dtype=config.kv_cache_dtype,
+        weight_dtype=engine.config.weight_dtype,
     )
 
 

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
-from models.config import DTypeName, ModelConfig
+from models.config import DTypeName, KVCacheDType, ModelConfig
+from models.errors import ConfigError
 from protos.headroom.v1 import models_pb2 as pb
 from service.capacity import (
     CapacityPlan,
@@ -132,6 +133,15 @@ def _model(
     elif request.dtype:
         allowed = f"{', '.join(get_args(DTypeName))}, or empty"
         violations.append(Violation("dtype", repr(request.dtype[:_MAX_SHOWN]), allowed))
+    if request.kv_cache_dtype in get_args(KVCacheDType):
+        try:
+            served = served.replace(kv_cache_dtype=request.kv_cache_dtype)
+        except ConfigError as error:
+            violations.append(_violation("", error))
+    elif request.kv_cache_dtype:
+        allowed = f"{', '.join(get_args(KVCacheDType))}, or empty"
+        found = repr(request.kv_cache_dtype[:_MAX_SHOWN])
+        violations.append(Violation("kv_cache_dtype", found, allowed))
     wrong = list(_head_violations(request.heads))
     violations += wrong
     if wrong or not request.HasField("heads"):
@@ -175,7 +185,7 @@ def _violation(inside: str, error: ValueError) -> Violation:
     """An error of a part, whose text is `field is given; allowed: ...`, as one of the request."""
     field, _, rest = str(error).partition(" is ")
     given, _, allowed = rest.partition("; allowed: ")
-    return Violation(f"{inside}.{field}", given, allowed)
+    return Violation(f"{inside}.{field}" if inside else field, given, allowed)
 
 
 def _fields(message: pb.StepModel | pb.MachineLimits) -> dict[str, Any]:
@@ -199,9 +209,10 @@ def _plan(plan: CapacityPlan) -> pb.CapacityPlan:
         **{
             name: getattr(plan, name)
             for name in (
-                "head_label", "dtype", "block_size", "kv_bytes_per_token", "weight_bytes",
-                "kv_cache_bytes", "num_blocks", "tokens", "longest_request", "concurrent",
-                "concurrent_mean", "waste", "max_num_seqs", "running", "no_prediction",
+                "head_label", "dtype", "kv_cache_dtype", "block_size", "kv_bytes_per_token",
+                "weight_bytes", "kv_cache_bytes", "num_blocks", "tokens", "longest_request",
+                "concurrent", "concurrent_mean", "waste", "max_num_seqs", "running",
+                "no_prediction",
             )
         }
     )  # fmt: skip

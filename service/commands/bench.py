@@ -33,6 +33,9 @@ def bench(
     weight_dtype: Annotated[
         str, typer.Option(help="Of linear layers: auto, int8, or both, as auto,int8.")
     ] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help="Of keys and values: auto, int8, or both, as auto,int8.")
+    ] = "auto",
     clients: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 32,
     prompt: Annotated[int, typer.Option(min=2, help="Prompt tokens of each.")] = 128,
     output: Annotated[int, typer.Option(min=4, help="Output tokens of each.")] = 128,
@@ -51,14 +54,8 @@ def bench(
         windows = [None if part == "all" else int(part) for part in window.split(",")]
     except ValueError:
         fail(f"window is {window!r}; allowed: all or numbers, joined by commas", code=2)
-    weight_dtypes: list[Literal["auto", "int8"]] = []
-    for part in weight_dtype.split(","):
-        match part:
-            case "auto" | "int8":
-                weight_dtypes.append(part)
-            case _:
-                allowed = "auto, int8, joined by commas"
-                fail(f"weight-dtype is {weight_dtype!r}; allowed: {allowed}", code=2)
+    weight_dtypes = _types("weight-dtype", weight_dtype)
+    kv_cache_dtypes = _types("kv-cache-dtype", kv_cache_dtype)
     shapes = [
         BenchShape(layers, hidden, intermediate, heads, number, head_dim, vocab, dtype, size)
         for number in each_kv_heads
@@ -79,9 +76,21 @@ def bench(
                 device=device,
                 kernel=kernel,
                 weight_dtypes=weight_dtypes,
+                kv_cache_dtypes=kv_cache_dtypes,
                 path=path,
                 on_run=show,
             )
     except (ModelError, ValueError) as error:
         fail(str(error), code=2)
     print(json.dumps(result))
+
+
+def _types(flag: str, text: str) -> list[Literal["auto", "int8"]]:
+    types: list[Literal["auto", "int8"]] = []
+    for part in text.split(","):
+        match part:
+            case "auto" | "int8":
+                types.append(part)
+            case _:
+                fail(f"{flag} is {text!r}; allowed: auto, int8, joined by commas", code=2)
+    return types

@@ -77,6 +77,10 @@ def plan(
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="[default: bfloat16, or the model's]"),
     ] = None,
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8"] | None,
+        typer.Option(help="Of keys and values; auto is dtype. [default: auto, or the server's]"),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(help="For weights and cache together, as 8GiB.")
     ] = None,
@@ -147,6 +151,7 @@ def plan(
         fail("memory is missing; allowed: --memory 8GiB, or --kv-memory for the cache", code=2)
     fields = _given(
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         block_size=block_size,
         clients=clients,
         memory=read_num_bytes(memory or kv_memory),

@@ -26,7 +26,8 @@ def plan_text(answer: "PlanCapacityResponse") -> Group:
 
 
 def _facts(plan: "CapacityPlan") -> Iterator[tuple[str, str]]:
-    yield "heads", f"{plan.head_label}, {plan.dtype}"
+    cache = ", keys and values of 8 bits" if plan.kv_cache_dtype == "int8" else ""
+    yield "heads", f"{plan.head_label}, {plan.dtype}{cache}"
     yield "kv", f"{plan.kv_bytes_per_token:,} bytes per token"
     yield "weights", _size(plan.weight_bytes)
     tokens = f" = {plan.tokens:,} tokens" if plan.HasField("tokens") else ""

@@ -25,9 +25,11 @@ class EngineConfig:
         batch_invariant: what a request gets has the same bits whatever runs beside it; refused
             where that cannot be.
         kernel: which implementation reads the KV cache.
-        dtype: type of weights, computation and KV cache; `auto` is what the checkpoint says.
+        dtype: type of weights and computation; `auto` is what the checkpoint says.
         weight_dtype: how the weights of linear layers are kept; `int8` rounds them, and what they
             multiply, to 8 bits (see `Transformer.pack_weights`).
+        kv_cache_dtype: `int8` keeps keys and values as 8 bits, with a scale for each head and
+            token; `auto` keeps them in `dtype`.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one.
         num_threads: threads of one step on a CPU; None takes all cores.
     """
@@ -46,6 +48,7 @@ class EngineConfig:
     kernel: Literal["auto", "paged_cpu", "paged_triton", "dense", "reference"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     weight_dtype: Literal["auto", "int8"] = "auto"
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
     device: str = "auto"
     num_threads: int | None = None
 

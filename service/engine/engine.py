@@ -7,7 +7,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.config import ModelConfig
 from models.kv_cache import KVCache
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
@@ -15,7 +14,12 @@ from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.errors import InvalidRequestError, Violation
 from service.engine.kv_reads import KVReads
-from service.engine.memory import block_groups, load_configured_model, num_blocks_for
+from service.engine.memory import (
+    block_groups,
+    load_configured_model,
+    num_blocks_for,
+    served_config,
+)
 from service.engine.model_runner import ModelRunner
 from service.engine.plan import StepPlan
 from service.engine.sampling_params import SamplingParams
@@ -79,6 +83,9 @@ class Engine:
         on_step: told about every step.
         on_finish: told the end of every request, before its caller is.
         clock: monotonic seconds; deadlines and timings are measured with it.
+
+    Attributes:
+        served_config: the model's configuration, with the types of its computation and cache.
     """
 
     def __init__(
@@ -93,10 +100,11 @@ class Engine:
     ) -> None:
         check_supported(model.config, config)
         self.model_config = model.config
+        self.served_config = served_config(model, config)
         self.config = config
         self.max_model_len = max_model_len(config, model.config)
         self.kv_cache = KVCache(
-            model.config,
+            self.served_config,
             num_pages=num_blocks_for(model, config, self.max_model_len),
             block_size=config.block_size,
             dtype=model.dtype,
@@ -111,7 +119,7 @@ class Engine:
             self.kv_cache.num_pages,
             config.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
-            groups=block_groups(model.config, config.block_size),
+            groups=block_groups(self.served_config, config.block_size),
         )
         self.scheduler = Scheduler(
             config,
@@ -153,12 +161,6 @@ class Engine:
         has_tokenizer = (Path(path) / "tokenizer.json").is_file()
         tokenizer = Tokenizer.for_model(path, model.config) if has_tokenizer else None
         return cls(model, config, tokenizer=tokenizer, on_step=on_step)
-
-    @property
-    def served_config(self) -> ModelConfig:
-        """The model's configuration, with the type that it computes in."""
-        dtype = str(self.model_runner.model.dtype).removeprefix("torch.")
-        return self.model_config.replace(dtype=dtype)
 
     @property
     def kv_bytes_per_token(self) -> int:

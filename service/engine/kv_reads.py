@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 
-from models.config import ITEMSIZE, ModelConfig, Retention
+from models.config import ModelConfig, Retention
 from service.engine.plan import ScheduledSequence
 
 
@@ -14,14 +14,14 @@ class KVReads:
     loop over layers.
 
     Args:
-        config: with the type that the cache is kept in.
+        config: with the types that the engine uses.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         sizes: Counter[Retention] = Counter()
         for index, heads in enumerate(config.layers):
             for retention, kv_heads in config.retentions(index).items():
-                sizes[retention] += 2 * len(kv_heads) * heads.head_dim * ITEMSIZE[config.dtype]
+                sizes[retention] += 2 * len(kv_heads) * config.kv_row_bytes(heads)
         self._whole = sizes.pop(Retention(), 0)
         # A window moves with each query, so that new tokens see one more key each.
         self._windows = [

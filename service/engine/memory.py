@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoints.loader import load_model
-from models.config import ITEMSIZE, DTypeName, ModelConfig
+from models.config import ModelConfig
 from models.kv_layout import KVLayout
 from models.transformer import Transformer
 from service.engine.config import EngineConfig
@@ -51,11 +51,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check_kv_cache_bytes(model_config: ModelConfig, config: EngineConfig) -> None:
-    """Raise ValueError if the configured memory does not hold a single block."""
-    dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+    """Raise ValueError if the configured memory does not hold a single block.
+
+    Args:
+        model_config: with the types that the engine uses (see `as_served`).
+    """
     groups = block_groups(model_config, config.block_size)
     num_pages = pages_for(groups, config.block_size, 1, config.max_num_batched_tokens)
-    needed = num_pages * page_bytes(model_config, config.block_size, dtype)
+    needed = num_pages * page_bytes(model_config, config.block_size)
     if config.kv_cache_bytes is not None and config.kv_cache_bytes < needed:
         raise ValueError(
             f"kv_cache_bytes is {config.kv_cache_bytes}; one block of {config.block_size} tokens "
@@ -68,9 +71,15 @@ def check_kv_cache_bytes(model_config: ModelConfig, config: EngineConfig) -> Non
         )
 
 
-def page_bytes(model_config: ModelConfig, block_size: int, dtype: DTypeName) -> int:
+def page_bytes(model_config: ModelConfig, block_size: int) -> int:
     """Bytes of the unit that the KV cache hands out (see `models.kv_layout`)."""
-    return KVLayout.of(model_config, block_size).page_elements * ITEMSIZE[dtype]
+    return KVLayout.of(model_config, block_size).page_elements * model_config.kv_itemsize
+
+
+def served_config(model: Transformer, config: EngineConfig) -> ModelConfig:
+    """`as_served` of a loaded model, whatever its checkpoint says of types."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return model.config.replace(dtype=dtype, kv_cache_dtype=config.kv_cache_dtype)
 
 
 def block_groups(model_config: ModelConfig, block_size: int) -> tuple[BlockGroup, ...]:
@@ -87,12 +96,12 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
     Raises:
         ValueError: the memory does not hold a single block.
     """
-    model_config = model.config.replace(dtype=str(model.dtype).removeprefix("torch."))
+    model_config = served_config(model, config)
     if config.num_blocks is not None:
         check_kv_cache_bytes(model_config, dataclasses.replace(config, kv_cache_bytes=None))
         return config.num_blocks
     check_kv_cache_bytes(model_config, config)
-    per_block = page_bytes(model_config, config.block_size, model_config.dtype)
+    per_block = page_bytes(model_config, config.block_size)
     groups = block_groups(model_config, config.block_size)
     each = pages_for(groups, config.block_size, max_model_len, config.max_num_batched_tokens)
     useful = config.max_num_seqs * each

@@ -4,8 +4,23 @@ from models.config import ModelConfig
 from service.engine.config import EngineConfig
 
 
+def as_served(model_config: ModelConfig, config: EngineConfig) -> ModelConfig:
+    """The model's configuration, with the types that an engine with these settings uses.
+
+    Raises:
+        ConfigError: its heads cannot be kept in the type of the cache.
+    """
+    dtype = model_config.dtype if config.dtype == "auto" else config.dtype
+    return model_config.replace(dtype=dtype, kv_cache_dtype=config.kv_cache_dtype)
+
+
 def check_supported(model_config: ModelConfig, config: EngineConfig) -> None:
     """Raise ValueError if the model cannot be served with these settings."""
+    if config.kv_cache_dtype == "int8" and config.kernel == "paged_triton":
+        raise ValueError(
+            "kv_cache_dtype is 'int8'; allowed: auto, because the kernel paged_triton reads no "
+            "cache of 8 bits"
+        )
     if config.enable_prefix_caching and model_config.rope_depends_on_length:
         raise ValueError(
             "enable_prefix_caching is true; allowed: false, because this model rotates equal "

@@ -104,6 +104,8 @@ def _facts(engine: Engine) -> Iterator[Metric]:
         {
             "family": config.family,
             "dtype": config.dtype,
+            "weight_dtype": engine.config.weight_dtype,
+            "kv_cache_dtype": config.kv_cache_dtype,
             "device": str(model.device),
             "backend": model.kernel_name,
             "attention": _joined(heads.kind for heads in layers),

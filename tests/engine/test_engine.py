@@ -659,8 +659,8 @@ def test_a_shorter_context_refuses_longer_requests(model: Transformer) -> None:
 
 def test_the_cache_is_as_large_as_the_model_says(model: Transformer) -> None:
     engine = tiny_engine(model, num_blocks=7, block_size=16)
-    assert engine.kv_bytes_per_token == CONFIG.kv_bytes_per_token("float32")
-    assert engine.kv_cache.nbytes == 7 * 16 * CONFIG.kv_bytes_per_token("float32")
+    assert engine.kv_bytes_per_token == CONFIG.kv_bytes_per_token()
+    assert engine.kv_cache.nbytes == 7 * 16 * CONFIG.kv_bytes_per_token()
     assert engine.load.kv_blocks_total == 7
 
 

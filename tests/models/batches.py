@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.attention_metadata import AttentionMetadata, GroupMetadata
-from models.config import HeadConfig
+from models.config import HeadConfig, KVCacheDType
 from models.kernels import KernelName, get_kernel
 from models.kv_cache import CachePart, KVCache
 from models.positions import Alibi
@@ -52,7 +52,9 @@ class Batch:
         return get_kernel(kernel)(self.query, self.cache, self.metadata, variant.scoring())
 
 
-def make_batch(case: Case, dtype: torch.dtype, *, stale: float = 0.0) -> Batch:
+def make_batch(
+    case: Case, dtype: torch.dtype, *, stale: float = 0.0, kv_cache_dtype: KVCacheDType = "auto"
+) -> Batch:
     """Scatter sequences over shuffled blocks of a cache that held `stale` before."""
     generator = torch.Generator().manual_seed(case.seed)
     size = case.block_size
@@ -62,7 +64,7 @@ def make_batch(case: Case, dtype: torch.dtype, *, stale: float = 0.0) -> Batch:
     tables = [[free.pop() for _ in range(-(-length // size))] for length in lengths]
     heads = case.heads()
     cache = KVCache(
-        tiny.gpt2(layers=(heads,)),
+        tiny.gpt2(layers=(heads,), kv_cache_dtype=kv_cache_dtype),
         num_pages=num_blocks,
         block_size=size,
         dtype=dtype,

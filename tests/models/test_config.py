@@ -181,14 +181,16 @@ def test_cache_bytes_of_equal_layers(
     config = tiny.llama(layers=(heads,) * num_layers, dtype=dtype)
     expected = 2 * num_layers * num_kv_heads * 2 * half_dim * itemsize
     assert config.kv_bytes_per_token() == expected
-    assert tiny.llama(layers=(heads,) * num_layers).kv_bytes_per_token(dtype) == expected
 
 
 def test_cache_bytes_and_label_of_layers_that_differ() -> None:
     layers = (HeadConfig(8, 8, 4), HeadConfig(8, 2, 4), HeadConfig(8, 2, 4), HeadConfig(6, 1, 10))
     config = tiny.llama(layers=layers)
     assert config.kv_bytes_per_token() == 4 * (2 * 8 * 4 + 2 * 2 * 4 + 2 * 2 * 4 + 2 * 1 * 10)
-    assert config.kv_bytes_per_token("bfloat16") == config.kv_bytes_per_token() // 2
+    half = config.replace(dtype="bfloat16")
+    assert half.kv_bytes_per_token() == config.kv_bytes_per_token() // 2
+    eight_bits = half.replace(layers=layers[:3], kv_cache_dtype="int8")
+    assert eight_bits.kv_bytes_per_token() == (2 * 8 + 2 * 2 + 2 * 2) * (4 + 4)
     assert config.head_label == "h8kv8d4+h8kv2d4+h6kv1d10"
 
 

@@ -57,7 +57,7 @@ def test_every_head_has_its_own_place_and_all_places_fill_the_blocks(
             taken[part.group].extend(range(part.offset, part.offset + size))
     for group, elements in zip(layout.groups, taken, strict=True):
         assert sorted(elements) == list(range(group.block_elements)), "no gap and no overlap"
-    per_token = config.kv_bytes_per_token("float32") // 4
+    per_token = config.replace(dtype="float32").kv_bytes_per_token() // 4
     assert sum(group.block_elements for group in layout.groups) == block_size * per_token
 
 

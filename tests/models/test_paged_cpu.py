@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.attention_metadata import RELEASED, AttentionMetadata
-from models.config import HeadConfig
+from models.config import HeadConfig, KVCacheDType
 from models.cpu.library import why_unavailable
 from models.errors import ConfigError
 from models.kernels import get_kernel, resolve_kernel
@@ -32,6 +33,13 @@ def set_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+class Kind(TypedDict, total=False):
+    """Types of computation and cache."""
+
+    dtype: torch.dtype
+    kv_cache_dtype: KVCacheDType
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,7 @@ class Sequences:
         steps: Sequence[Sequence[int]],
         *,
         dtype: torch.dtype = torch.float32,
+        kv_cache_dtype: KVCacheDType = "auto",
         block_size: int = 16,
         seed: int = 0,
     ) -> list[Tensor]:
@@ -83,13 +92,14 @@ class Sequences:
         own = iter(blocks.tolist())
         tables = [[next(own) for _ in range(count)] for count in blocks_each]
         cache = KVCache(
-            tiny.gpt2(layers=(self.heads,)),
+            tiny.gpt2(layers=(self.heads,), kv_cache_dtype=kv_cache_dtype),
             num_pages=len(blocks),
             block_size=block_size,
             dtype=dtype,
             device=CPU,
         )
-        cache.pool.fill_(torch.nan)
+        # Of 8 bits, these are the bits of scales that are no numbers.
+        cache.pool.fill_(-1 if kv_cache_dtype == "int8" else torch.nan)
         ((part,),) = cache.layers
         computed = [0] * len(lengths)
         outputs: list[list[Tensor]] = [[] for _ in lengths]
@@ -153,19 +163,24 @@ SCORINGS = {
     ),
 }
 DTYPES = [torch.float32, torch.bfloat16]
+KINDS: dict[str, Kind] = {
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "8 bits": {"dtype": torch.bfloat16, "kv_cache_dtype": "int8"},
+}
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCORINGS)
 @settings(max_examples=25)
 @given(data=st.data())
 def test_the_bits_of_a_sequence_depend_on_itself_alone(
-    name: str, dtype: torch.dtype, data: st.DataObject
+    name: str, kind: str, data: st.DataObject
 ) -> None:
     """Whatever else is in a step, however a prompt is cut, and wherever its blocks lie."""
-    heads = HeadConfig(6, data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(1, 20)))
-    heads = replace(heads, head_dim=2 * heads.head_dim)
+    heads = HeadConfig(6, data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(1, 10)))
+    heads = replace(heads, head_dim=4 * heads.head_dim)
     lengths = data.draw(st.lists(st.integers(1, 330), min_size=1, max_size=4))
     sequences = Sequences.random(heads, lengths)
     left, steps = list(lengths), list[list[int]]()
@@ -176,27 +191,27 @@ def test_the_bits_of_a_sequence_depend_on_itself_alone(
         steps.append(counts)
         left = [before - now for before, now in zip(left, counts, strict=True)]
     block_size = data.draw(st.sampled_from([1, 3, 16, 64]))
-    read = sequences.read(SCORINGS[name], steps, dtype=dtype, block_size=block_size, seed=1)
+    read = sequences.read(SCORINGS[name], steps, **KINDS[kind], block_size=block_size, seed=1)
     for index, length in enumerate(lengths):
-        alone = sequences.only(index).read(SCORINGS[name], [[length]], dtype=dtype)
+        alone = sequences.only(index).read(SCORINGS[name], [[length]], **KINDS[kind])
         assert_equal_bits(read[index : index + 1], alone)
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCORINGS)
-def test_token_by_token_equals_one_shot(name: str, dtype: torch.dtype) -> None:
+def test_token_by_token_equals_one_shot(name: str, kind: str) -> None:
     """Blocks behind the windows are given back on the way and turned into what is not a number."""
     sequences = Sequences.random(HeadConfig(6, 2, 24), [330])
-    one_shot = sequences.read(SCORINGS[name], [[330]], dtype=dtype)
-    assert_equal_bits(sequences.read(SCORINGS[name], [[1]] * 330, dtype=dtype), one_shot)
+    one_shot = sequences.read(SCORINGS[name], [[330]], **KINDS[kind])
+    assert_equal_bits(sequences.read(SCORINGS[name], [[1]] * 330, **KINDS[kind]), one_shot)
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCORINGS)
 def test_threads_and_spans_change_no_bit(
-    name: str, dtype: torch.dtype, set_threads: Callable[[int], None]
+    name: str, kind: str, set_threads: Callable[[int], None]
 ) -> None:
     """A step with fewer tasks than four for each thread is cut into spans of keys: a long sequence
     alone is, and one among forty others is not."""
@@ -211,9 +226,9 @@ def test_threads_and_spans_change_no_bit(
         outputs: list[list[Tensor]] = []
         for num_threads in (1, 2, 3):
             set_threads(num_threads)
-            outputs.append(sequences.read(SCORINGS[name], steps, dtype=dtype))
+            outputs.append(sequences.read(SCORINGS[name], steps, **KINDS[kind]))
         set_threads(1)
-        alone = sequences.only(0).read(SCORINGS[name], [[long - 1], [1]], dtype=dtype)
+        alone = sequences.only(0).read(SCORINGS[name], [[long - 1], [1]], **KINDS[kind])
         for output in outputs:
             assert_equal_bits(output, outputs[0])
             assert_equal_bits(output[:1], alone)
@@ -237,24 +252,24 @@ def test_queries_may_lie_anywhere(dtype: torch.dtype) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCORINGS)
 @settings(max_examples=20)
 @given(data=st.data())
 @example(data=None)
 def test_a_query_that_is_not_a_number_spoils_its_own_row_only(
-    name: str, dtype: torch.dtype, data: st.DataObject | None
+    name: str, kind: str, data: st.DataObject | None
 ) -> None:
     lengths = [700, 90, 3]
     steps = [[690, 80, 2], [1, 1, 1], [9, 9, 0]]
     sequences = Sequences.random(HeadConfig(6, 2, 16), lengths)
-    clean = sequences.read(SCORINGS[name], steps, dtype=dtype)
+    clean = sequences.read(SCORINGS[name], steps, **KINDS[kind])
     chosen, head, at, element = (
         (data.draw(st.integers(0, most)) for most in (2, 5, 699, 15)) if data else (0, 4, 690, 0)
     )
     token = at % lengths[chosen]
     sequences.query[chosen][token, head, element] = torch.nan
-    outputs = sequences.read(SCORINGS[name], steps, dtype=dtype)
+    outputs = sequences.read(SCORINGS[name], steps, **KINDS[kind])
     assert outputs[chosen][token, head].isnan().all()
     outputs[chosen][token, head] = clean[chosen][token, head]
     assert_equal_bits(outputs, clean)

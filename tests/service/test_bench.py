@@ -16,7 +16,13 @@ WORKLOAD = BenchWorkload(clients=3, prompt=5, output=6, repeats=2, seed=0)
 
 def test_each_shape_is_measured_and_its_floor_is_the_bytes_it_reads() -> None:
     document = run_bench(
-        SHAPES, WORKLOAD, device="cpu", kernel="auto", weight_dtypes=["auto"], path=None
+        SHAPES,
+        WORKLOAD,
+        device="cpu",
+        kernel="auto",
+        weight_dtypes=["auto"],
+        kv_cache_dtypes=["auto"],
+        path=None,
     )
     assert [run["heads"] for run in document["runs"]] == ["h4kv4d8", "h4kv1d8"]
     for shape, run in zip(SHAPES, document["runs"], strict=True):
@@ -35,7 +41,13 @@ def test_a_window_bounds_what_a_decode_reads_and_what_is_held() -> None:
     windowed = dataclasses.replace(whole, window=4)
     workload = BenchWorkload(clients=2, prompt=64, output=64, repeats=1, seed=0)
     document = run_bench(
-        [whole, windowed], workload, device="cpu", kernel="auto", weight_dtypes=["auto"], path=None
+        [whole, windowed],
+        workload,
+        device="cpu",
+        kernel="auto",
+        weight_dtypes=["auto"],
+        kv_cache_dtypes=["auto"],
+        path=None,
     )
     every, some = document["runs"]
     assert some["heads"] == "h4kv2d8w4"

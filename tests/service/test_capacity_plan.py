@@ -41,7 +41,11 @@ def models(draw: st.DrawFn) -> ModelConfig:
         )
         for _ in range(draw(st.integers(1, 3)))
     ]
-    return llama(layers=tuple(layers), max_position_embeddings=CONTEXT)
+    return llama(
+        layers=tuple(layers),
+        max_position_embeddings=CONTEXT,
+        kv_cache_dtype=draw(st.sampled_from(["auto", "auto", "int8"])),
+    )
 
 
 @st.composite
@@ -61,7 +65,7 @@ def queries(draw: st.DrawFn, num_shapes: int = 1, min_step_tokens: int = 256) ->
         max_num_seqs=16,
         max_num_batched_tokens=draw(st.sampled_from([256, min_step_tokens])),
     )
-    memory = num_pages * page_bytes(model, block_size, model.dtype)
+    memory = num_pages * page_bytes(model, block_size)
     return CapacityQuery(model, memory, weights_included=False, mix=mix, engine=engine)
 
 
@@ -168,7 +172,7 @@ def test_a_real_engine_reads_what_the_plan_says_and_holds_what_it_says() -> None
     layers = (HeadConfig(4, 2, 8), HeadConfig(4, 1, 8, window=6), HeadConfig(4, 4, 8))
     model = llama(layers=layers)
     mix = (RequestShape(5, 9, share=2), RequestShape(20, 3, share=1))
-    memory = 100 * page_bytes(model, 4, "float32")
+    memory = 100 * page_bytes(model, 4)
     plan = plan_capacity(CapacityQuery(model, memory, False, mix, LIMITS, clients=1))
     steps: list[StepStats] = []
     limits = dataclasses.replace(LIMITS, kv_cache_bytes=memory)

@@ -11,7 +11,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "family", "num_layers", "layers", "vocab_size", "max_model_len", "dtype", "device", "kv_bytes_per_token", "backend", "kv_block_size", "kv_blocks_total", "max_num_seqs", "max_num_batched_tokens", "eos_token_ids", "num_parameters", "hidden_size", "is_causal", "kv_cache_bytes")
+    __slots__ = ("name", "family", "num_layers", "layers", "vocab_size", "max_model_len", "dtype", "device", "kv_bytes_per_token", "backend", "kv_block_size", "kv_blocks_total", "max_num_seqs", "max_num_batched_tokens", "eos_token_ids", "num_parameters", "hidden_size", "is_causal", "kv_cache_bytes", "kv_cache_dtype", "weight_dtype")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,8 @@ class GetModelResponse(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     IS_CAUSAL_FIELD_NUMBER: _ClassVar[int]
     KV_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_DTYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     family: str
     num_layers: int
@@ -50,7 +52,9 @@ class GetModelResponse(_message.Message):
     hidden_size: int
     is_causal: bool
     kv_cache_bytes: int
-    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerHeads, _Mapping]]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., backend: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_parameters: _Optional[int] = ..., hidden_size: _Optional[int] = ..., is_causal: _Optional[bool] = ..., kv_cache_bytes: _Optional[int] = ...) -> None: ...
+    kv_cache_dtype: str
+    weight_dtype: str
+    def __init__(self, name: _Optional[str] = ..., family: _Optional[str] = ..., num_layers: _Optional[int] = ..., layers: _Optional[_Iterable[_Union[LayerHeads, _Mapping]]] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., kv_bytes_per_token: _Optional[int] = ..., backend: _Optional[str] = ..., kv_block_size: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., num_parameters: _Optional[int] = ..., hidden_size: _Optional[int] = ..., is_causal: _Optional[bool] = ..., kv_cache_bytes: _Optional[int] = ..., kv_cache_dtype: _Optional[str] = ..., weight_dtype: _Optional[str] = ...) -> None: ...
 
 class LayerHeads(_message.Message):
     __slots__ = ("num_heads", "num_kv_heads", "head_dim", "window", "head_windows", "sink_tokens", "learned_sinks", "softcap", "scale", "temperature", "qk_norm", "rope_theta", "rotary_dim", "rope_scaling", "alibi", "label")
@@ -107,7 +111,7 @@ class GetLoadResponse(_message.Message):
     def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ...) -> None: ...
 
 class PlanCapacityRequest(_message.Message):
-    __slots__ = ("heads", "dtype", "block_size", "memory", "weights_included", "mix", "clients", "step_model", "machine", "target")
+    __slots__ = ("heads", "dtype", "block_size", "memory", "weights_included", "mix", "clients", "step_model", "machine", "target", "kv_cache_dtype")
     HEADS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +122,7 @@ class PlanCapacityRequest(_message.Message):
     STEP_MODEL_FIELD_NUMBER: _ClassVar[int]
     MACHINE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     heads: PlannedHeads
     dtype: str
     block_size: int
@@ -128,7 +133,8 @@ class PlanCapacityRequest(_message.Message):
     step_model: StepModel
     machine: MachineLimits
     target: CapacityTarget
-    def __init__(self, heads: _Optional[_Union[PlannedHeads, _Mapping]] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., memory: _Optional[int] = ..., weights_included: _Optional[bool] = ..., mix: _Optional[_Iterable[_Union[RequestShape, _Mapping]]] = ..., clients: _Optional[int] = ..., step_model: _Optional[_Union[StepModel, _Mapping]] = ..., machine: _Optional[_Union[MachineLimits, _Mapping]] = ..., target: _Optional[_Union[CapacityTarget, _Mapping]] = ...) -> None: ...
+    kv_cache_dtype: str
+    def __init__(self, heads: _Optional[_Union[PlannedHeads, _Mapping]] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., memory: _Optional[int] = ..., weights_included: _Optional[bool] = ..., mix: _Optional[_Iterable[_Union[RequestShape, _Mapping]]] = ..., clients: _Optional[int] = ..., step_model: _Optional[_Union[StepModel, _Mapping]] = ..., machine: _Optional[_Union[MachineLimits, _Mapping]] = ..., target: _Optional[_Union[CapacityTarget, _Mapping]] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class PlannedHeads(_message.Message):
     __slots__ = ("num_heads", "num_kv_heads", "head_dim", "window", "sink_tokens")
@@ -221,7 +227,7 @@ class PlanCapacityResponse(_message.Message):
     def __init__(self, plan: _Optional[_Union[CapacityPlan, _Mapping]] = ..., changes: _Optional[_Iterable[_Union[CapacityChange, _Mapping]]] = ..., reaches: _Optional[bool] = ...) -> None: ...
 
 class CapacityPlan(_message.Message):
-    __slots__ = ("head_label", "dtype", "block_size", "kv_bytes_per_token", "weight_bytes", "kv_cache_bytes", "num_blocks", "tokens", "longest_request", "concurrent", "concurrent_mean", "waste", "max_num_seqs", "running", "step_kv_bytes", "weight_flops_per_byte", "kv_flops_per_byte", "prediction", "no_prediction")
+    __slots__ = ("head_label", "dtype", "block_size", "kv_bytes_per_token", "weight_bytes", "kv_cache_bytes", "num_blocks", "tokens", "longest_request", "concurrent", "concurrent_mean", "waste", "max_num_seqs", "running", "step_kv_bytes", "weight_flops_per_byte", "kv_flops_per_byte", "prediction", "no_prediction", "kv_cache_dtype")
     HEAD_LABEL_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +247,7 @@ class CapacityPlan(_message.Message):
     KV_FLOPS_PER_BYTE_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_FIELD_NUMBER: _ClassVar[int]
     NO_PREDICTION_FIELD_NUMBER: _ClassVar[int]
+    KV_CACHE_DTYPE_FIELD_NUMBER: _ClassVar[int]
     head_label: str
     dtype: str
     block_size: int
@@ -260,7 +267,8 @@ class CapacityPlan(_message.Message):
     kv_flops_per_byte: float
     prediction: StepPrediction
     no_prediction: str
-    def __init__(self, head_label: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., longest_request: _Optional[int] = ..., concurrent: _Optional[int] = ..., concurrent_mean: _Optional[int] = ..., waste: _Optional[float] = ..., max_num_seqs: _Optional[int] = ..., running: _Optional[int] = ..., step_kv_bytes: _Optional[float] = ..., weight_flops_per_byte: _Optional[float] = ..., kv_flops_per_byte: _Optional[float] = ..., prediction: _Optional[_Union[StepPrediction, _Mapping]] = ..., no_prediction: _Optional[str] = ...) -> None: ...
+    kv_cache_dtype: str
+    def __init__(self, head_label: _Optional[str] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., kv_bytes_per_token: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., kv_cache_bytes: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., longest_request: _Optional[int] = ..., concurrent: _Optional[int] = ..., concurrent_mean: _Optional[int] = ..., waste: _Optional[float] = ..., max_num_seqs: _Optional[int] = ..., running: _Optional[int] = ..., step_kv_bytes: _Optional[float] = ..., weight_flops_per_byte: _Optional[float] = ..., kv_flops_per_byte: _Optional[float] = ..., prediction: _Optional[_Union[StepPrediction, _Mapping]] = ..., no_prediction: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ...) -> None: ...
 
 class StepPrediction(_message.Message):
     __slots__ = ("fitted", "step_seconds", "decode_tokens_per_s", "fixed_seconds", "weight_seconds", "cache_seconds", "bound_by", "extrapolated", "arithmetic_bound", "arithmetic_seconds")

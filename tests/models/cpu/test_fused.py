@@ -1,5 +1,7 @@
 """What lies between products equals torch's own operations, for the tensors that it can take."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -105,7 +107,8 @@ def test_rope_of_a_part_of_a_projection(
 @given(
     block_size=st.sampled_from([1, 3, 16]),
     window=st.sampled_from([None, (None, None, 3, 3), (2, 2, 5, 5)]),
-    pairs=st.integers(0, 3),
+    kv_cache_dtype=st.sampled_from(["auto", "int8"]),
+    pairs=st.integers(0, 4),
     interleaved=st.booleans(),
     dtype=DTYPES,
     seed=st.integers(0, 2**16),
@@ -113,20 +116,24 @@ def test_rope_of_a_part_of_a_projection(
 def test_heads_of_a_projection_are_rotated_and_stored(
     block_size: int,
     window: tuple[int | None, ...] | None,
+    kv_cache_dtype: str,
     pairs: int,
     interleaved: bool,
     dtype: torch.dtype,
     seed: int,
 ) -> None:
     """As torch's own operations do it, one after the other; `pairs` 0 is no rotation."""
-    config = tiny.llama(layers=(HeadConfig(4, 2, 6, window=window), HeadConfig(2, 2, 10)))
+    layers = (HeadConfig(4, 2, 8, window=window), HeadConfig(2, 2, 12))
+    config = tiny.llama(layers=layers, kv_cache_dtype=kv_cache_dtype)
     ours, theirs = (
         KVCache(config, num_pages=6, block_size=block_size, dtype=dtype, device=torch.device("cpu"))
         for _ in range(2)
     )
     tokens = min(5, 6 * block_size)
     cos, sin = rotation(tokens, pairs, seed + 1, dtype)
-    for part, same in zip(sum(ours.layers, ()), sum(theirs.layers, ()), strict=True):
+    for part, same in zip(
+        *(itertools.chain(*cache.layers) for cache in (ours, theirs)), strict=True
+    ):
         kv_heads, head_dim = len(part.part.kv_heads), part.part.head_dim
         each = (3, kv_heads, kv_heads)
         projected = numbers(tokens, sum(each), head_dim, dtype=dtype, seed=seed)
@@ -175,7 +182,9 @@ def rope(cos: Tensor, sin: Tensor) -> None:
     fused.rope(torch.ones(2, 1, 4), cos, sin, interleaved=False)
 
 
-def store(*, slot: int = 0, heads: int = 2, pairs: int = 2, dtype: torch.dtype | None = None) -> None:
+def store(
+    *, slot: int = 0, heads: int = 2, pairs: int = 2, dtype: torch.dtype | None = None
+) -> None:
     """One token, to a pool of two blocks of 16 tokens with 2 heads of 4."""
     key = torch.ones(1, heads, 4)
     turn = torch.ones(1, 1, pairs, dtype=dtype), torch.ones(1, 1, pairs, dtype=dtype)
