@@ -19,14 +19,16 @@ def bfloat16_model() -> Transformer:
 
 
 @needs_library
-@pytest.mark.parametrize("weight_dtype", ["auto", "int8"])
-def test_tokens_and_probabilities_have_the_same_bits_in_any_company(weight_dtype: str) -> None:
+@pytest.mark.parametrize(
+    "types", [{}, {"weight_dtype": "int8"}, {"kv_cache_dtype": "int8"}], ids=str
+)
+def test_tokens_and_probabilities_have_the_same_bits_in_any_company(types: dict[str, str]) -> None:
     rng = random.Random(0)
     requests = [
         EngineRequest([rng.randrange(60) for _ in range(length)], greedy(20, logprobs=3))
         for length in (3, 17, 40, 5, 29)
     ]
-    limits: dict[str, Any] = {"weight_dtype": weight_dtype, "batch_invariant": True}
+    limits: dict[str, Any] = {**types, "batch_invariant": True}
     alone = [
         finish_all(tiny_engine(bfloat16_model(), **limits), [request])[0] for request in requests
     ]

@@ -47,6 +47,7 @@ def test_every_change_is_the_plan_of_the_changed_configuration() -> None:
             *(f"{number} key/value heads" for number in (6, 4, 3, 2, 1)),
             *(f"windows of {number} tokens" for number in (256, 128, 64)),
             "bfloat16",
+            "keys and values of 8 bits",
             "blocks of 8 tokens",
             "blocks of 32 tokens",
             *(what for what in changes if what.endswith("MiB of memory")),

@@ -154,7 +154,8 @@ def test_as_many_as_planned_never_wait_for_blocks(query: CapacityQuery, rng: ran
 @given(queries())
 def test_blocks_are_those_of_a_real_engine(query: CapacityQuery) -> None:
     plan = plan_capacity(query)
-    limits = dataclasses.replace(query.engine, kv_cache_bytes=query.memory)
+    dtype = query.model.kv_cache_dtype
+    limits = dataclasses.replace(query.engine, kv_cache_bytes=query.memory, kv_cache_dtype=dtype)
     engine = Engine(random_model(query.model, seed=0), limits)
     assert plan.num_blocks == engine.kv_cache.num_pages == engine.load.kv_blocks_total
     assert plan.kv_cache_bytes == engine.kv_cache.nbytes

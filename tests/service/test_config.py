@@ -35,6 +35,7 @@ def test_flags_win_over_environment_over_file_over_defaults(
         ("engine: {num_blocks: many}", "engine.num_blocks"),
         ("engine: {block_size: 0}", "block_size is 0; allowed: 1 or more"),
         ("engine: {kernel: magic}", "engine.kernel"),
+        ("engine: {kv_cache_dtype: fp8}", "engine.kv_cache_dtype"),
         ("runtime: docker", "runtime"),
         ("application: 'a b'", "application"),
         ("- a list", "cannot be read"),

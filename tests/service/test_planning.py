@@ -84,7 +84,7 @@ async def test_the_answer_is_the_plan(server: RunningServer) -> None:
     answer = await asyncio.to_thread(ask)
     plan = answer.plan
     for name in (
-        "head_label", "dtype", "block_size", "kv_bytes_per_token", "weight_bytes",
+        "head_label", "dtype", "kv_cache_dtype", "block_size", "kv_bytes_per_token", "weight_bytes",
         "kv_cache_bytes", "num_blocks", "longest_request", "concurrent", "concurrent_mean",
         "waste", "max_num_seqs", "running",
     ):  # fmt: skip
@@ -128,6 +128,7 @@ def _bad(field: str, **fields: Any) -> Any:
         _bad("mix[1].share", mix=[SHAPE, SHAPE | {"share": 0}]),
         _bad("mix[0].prompt", mix=[{"prompt": 2**32 - 1, "output": 5}]),
         _bad("dtype", dtype="int8"),
+        _bad("kv_cache_dtype", kv_cache_dtype="fp8"),
         _bad("block_size", block_size=0),
         _bad("memory", memory=0),
         _bad("memory", memory=2**64 - 1),
@@ -266,6 +267,10 @@ def test_flags_describe_a_model(tmp_path: Path) -> None:
     found = _json(*flags, "--target-concurrency", "60")
     assert found["plan"]["head_label"] == "h8kv2d16"
     assert found["plan"]["kv_bytes_per_token"] == str(2 * 2 * 2 * 16 * 2)
+    eight_bits = _json(*flags, "--kv-cache-dtype", "int8")["plan"]
+    assert eight_bits["kv_bytes_per_token"] == str(2 * 2 * 2 * (16 + 4))
+    assert eight_bits["concurrent"] > found["plan"]["concurrent"]
+    assert "bfloat16, keys and values of 8 bits" in _plan(*flags, "--kv-cache-dtype", "int8").stdout
     assert found["plan"]["prediction"]["fitted"] is True
     assert found["plan"]["running"] == 3
     assert any(change["reaches"] for change in found["changes"])

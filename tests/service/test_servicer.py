@@ -129,6 +129,7 @@ async def test_get_model_describes_heads_and_cache(server: RunningServer) -> Non
     assert (model.vocab_size, model.max_model_len) == (VOCAB_SIZE, 128)
     kernel = "dense" if why_unavailable() else "paged_cpu"
     assert (model.dtype, model.device, model.backend) == ("float32", "cpu", kernel)
+    assert (model.weight_dtype, model.kv_cache_dtype) == ("auto", "auto")
     load = await server.load()
     assert load.kv_blocks_total == model.kv_blocks_total > 0
 

@@ -1,5 +1,9 @@
 """What GetModel says about heads, and what the command line makes of it."""
 
+from typing import Any
+
+import pytest
+
 from models.config import HeadConfig, QKNorm
 from models.positions import Alibi as AlibiConfig
 from models.positions import Llama3Scaling, RopeConfig, alibi_slopes
@@ -64,3 +68,20 @@ def test_the_command_line_shows_it() -> None:
         "rope 500000 llama3 on 32 dims, windows 128/all/128/64, 4 sink tokens, learned sinks, "
         "softcap 50, qk-norm per head, scale 0.5 x 1 layers"
     )
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        ({"weight_dtype": "auto", "kv_cache_dtype": "auto"}, "bfloat16 on cpu"),
+        ({"weight_dtype": "int8"}, "bfloat16 with weights of 8 bits on cpu"),
+        (
+            {"weight_dtype": "int8", "kv_cache_dtype": "int8"},
+            "bfloat16 with weights and keys and values of 8 bits on cpu",
+        ),
+    ],
+    ids=str,
+)
+def test_numbers_of_8_bits_are_said(types: dict[str, Any], expected: str) -> None:
+    message = GetModelResponse(dtype="bfloat16", device="cpu", is_causal=True, **types)
+    assert expected in describe(message)["model"]
