@@ -5,8 +5,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cache.h"
@@ -51,6 +53,35 @@ at::Tensor silu_mul(const at::Tensor& x) {
     });
   });
   return output;
+}
+
+// The largest number of each row and where it is first; no number where one of the row is none.
+std::tuple<at::Tensor, at::Tensor> largest(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.scalar_type() == at::kFloat,
+              "rows of float32 elements");
+  const at::Tensor input = x.contiguous();
+  const int64_t rows = x.size(0), width = x.size(1);
+  const at::Tensor values = at::empty({rows}, x.options());
+  const at::Tensor places = at::empty({rows}, x.options().dtype(at::kLong));
+  const float* from = input.const_data_ptr<float>();
+  float* value = values.mutable_data_ptr<float>();
+  int64_t* place = places.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; r++) {
+      const float* row = from + r * width;
+      Vec most = splat(-INFINITY);
+      __mmask16 none = 0;
+      for (int64_t i = 0; i < width; i += kLanes) {
+        const __mmask16 mask = first_lanes(width - i);
+        const Vec numbers = _mm512_mask_loadu_ps(most, mask, row + i);
+        none |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, numbers);
+      }
+      value[r] = none ? NAN : _mm512_reduce_max_ps(most);
+      place[r] = none ? 0 : std::find(row, row + width, value[r]) - row;
+    }
+  });
+  return {values, places};
 }
 
 template <typename T>
@@ -161,6 +192,7 @@ void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::
 TORCH_LIBRARY_FRAGMENT(headroom, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("silu_mul(Tensor x) -> Tensor");
+  library.def("largest(Tensor x) -> (Tensor, Tensor)");
   library.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor");
   library.def(
       "rotate_and_store(Tensor(a!) query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, "
@@ -170,6 +202,7 @@ TORCH_LIBRARY_FRAGMENT(headroom, library) {
 TORCH_LIBRARY_IMPL(headroom, CPU, library) {
   library.impl("rms_norm", &headroom::rms_norm);
   library.impl("silu_mul", &headroom::silu_mul);
+  library.impl("largest", &headroom::largest);
   library.impl("rope", &headroom::rope);
   library.impl("rotate_and_store", &headroom::rotate_and_store);
 }

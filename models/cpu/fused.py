@@ -31,6 +31,12 @@ def silu_mul(x: Tensor) -> Tensor:
     return torch.ops.headroom.silu_mul(x)  # type: ignore[no-any-return]
 
 
+def largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row of float32 `[rows, width]`, and where it is first, both `[rows]`; NaN
+    where one of the row is."""
+    return torch.ops.headroom.largest(x)  # type: ignore[no-any-return]
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
     """`models.rope.apply_rope`."""
     return torch.ops.headroom.rope(x, cos, sin, interleaved)  # type: ignore[no-any-return]

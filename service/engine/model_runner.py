@@ -78,7 +78,8 @@ class ModelRunner:
 
         A later owner of the block reads them under a mask, and 0 times NaN is NaN.
         """
-        failed: list[int] = (~hidden.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        # 0 times what is not finite is no number.
+        failed: list[int] = (hidden * 0).sum(dim=-1).nonzero().flatten().tolist()
         if failed:
             for part in itertools.chain(*self.kv_cache.layers):
                 part.clear(metadata.groups[part.part.group].slot_mapping[failed])

@@ -52,6 +52,25 @@ def test_silu_mul(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     assert_rounded_once(fused.silu_mul(x), silu(gate) * value)
 
 
+@settings(max_examples=60)
+@given(
+    rows=ROWS,
+    width=WIDTHS,
+    seed=st.integers(0, 2**16),
+    strange=st.lists(st.sampled_from([torch.nan, torch.inf, -torch.inf, 9.0]), max_size=3),
+)
+def test_largest(rows: int, width: int, seed: int, strange: list[float]) -> None:
+    x = numbers(rows, width, dtype=torch.float32, seed=seed)
+    for index, number in enumerate(strange):
+        x[(seed + index) % rows, (seed * 7 + 13 * index) % width] = number
+    values, places = fused.largest(x)
+    torch.testing.assert_close(values, x.amax(dim=-1), rtol=0, atol=0, equal_nan=True)
+    for row, value, place in zip(x, values.tolist(), places.tolist(), strict=True):
+        if not row.isnan().any():
+            assert row[place] == value == row.max()
+            assert not (row[:place] == value).any(), "the first of equal ones"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_silu_of_extremes(dtype: torch.dtype) -> None:
     gates = torch.tensor([0.0, -0.0, 3e38, -3e38, -90.0, 90.0, float("inf"), float("nan")])
@@ -210,6 +229,8 @@ def test_what_fits_is_not_refused() -> None:
     [
         lambda: fused.rms_norm(torch.ones(2, 4), torch.ones(3), 1e-5),
         lambda: fused.silu_mul(torch.ones(2, 5)),
+        lambda: fused.largest(torch.ones(2, 0)),
+        lambda: fused.largest(torch.ones(2, 2, dtype=torch.bfloat16)),
         lambda: rope(torch.ones(2, 1, 3), torch.ones(2, 1, 3)),
         lambda: rope(torch.ones(1, 1, 2), torch.ones(1, 1, 2)),
         lambda: rope(torch.ones(2, 1, 2), torch.ones(2, 1, 1)),
