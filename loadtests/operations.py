@@ -98,23 +98,31 @@ def main(
 
 @torch.inference_mode()
 def measure_attention(case: Attend, layers: int, repeats: int) -> dict[str, Any]:
-    """The attention of all layers, in bfloat16; every layer has a cache of its own."""
+    """The attention of all layers, in bfloat16; every layer has a cache of its own, and one of 8
+    bits."""
     heads = HeadConfig(12, case.kv_heads, 64)
     shape = BenchShape(layers, 768, 2048, 12, case.kv_heads, 64, 32_000, "bfloat16")
     per_sequence = -(-case.context // _BLOCK_SIZE)
-    cache = KVCache(
-        shape.model_config(case.context).replace(layers=(heads,) * layers),
-        num_pages=case.sequences * per_sequence,
-        block_size=_BLOCK_SIZE,
-        dtype=torch.bfloat16,
-        device=torch.device("cpu"),
+    config = shape.model_config(case.context).replace(layers=(heads,) * layers)
+    cache, int8_cache = (
+        KVCache(
+            config.replace(kv_cache_dtype=dtype),
+            num_pages=case.sequences * per_sequence,
+            block_size=_BLOCK_SIZE,
+            dtype=torch.bfloat16,
+            device=torch.device("cpu"),
+        )
+        for dtype in ("auto", "int8")
     )
-    cache.pool.normal_()
+    slots = torch.arange(cache.num_pages * _BLOCK_SIZE)
+    key = torch.randn(len(slots), case.kv_heads, 64, dtype=torch.bfloat16)
+    for (part,) in (*cache.layers, *int8_cache.layers):
+        part.write(key, key, slots)
     tables = torch.randperm(case.sequences * per_sequence).view(case.sequences, -1).tolist()
     query = torch.randn(case.sequences * case.new, 12, 64, dtype=torch.bfloat16)
     scoring = Scoring(heads.softmax_scale)
 
-    def attend(kernel: Callable[..., object]) -> None:
+    def attend(kernel: Callable[..., object], cache: KVCache) -> None:
         # What a step says of itself is part of what it costs.
         metadata = AttentionMetadata.build(
             block_tables=[[table] for table in tables],
@@ -130,8 +138,9 @@ def measure_attention(case: Attend, layers: int, repeats: int) -> dict[str, Any]
     kv_bytes = 2 * layers * case.kv_heads * 64 * 2 * case.context * case.sequences
     return asdict(case) | _compare(
         {
-            "ours": lambda: attend(paged_cpu.paged_attention),
-            "torch": lambda: attend(dense.paged_attention),
+            "ours": lambda: attend(paged_cpu.paged_attention, cache),
+            "int8": lambda: attend(paged_cpu.paged_attention, int8_cache),
+            "torch": lambda: attend(dense.paged_attention, cache),
         },
         repeats,
         num_bytes=kv_bytes,
@@ -189,13 +198,14 @@ def _markdown(document: dict[str, Any]) -> str:
         f"{document['repeats']}.",
         "",
         "| attention: key/value heads, sequences x context, new tokens | ours, ms | torch, ms "
-        "| times as fast | GB/s |",
-        "|---|---|---|---|---|",
+        "| times as fast | GB/s | keys and values of 8 bits, ms | times as fast as ours |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in document["attention"]:
         lines.append(
             f"| {row['kv_heads']}, {row['sequences']} x {row['context']}, {row['new']} "
-            f"| {row['ours_ms']} | {row['torch_ms']} | {row['ratio']} | {row['gb_per_s']} |"
+            f"| {row['ours_ms']} | {row['torch_ms']} | {row['ratio']} | {row['gb_per_s']} "
+            f"| {row['int8_ms']} | {row['ours_ms'] / row['int8_ms']:.2f} |"
         )
     lines += [
         "",

@@ -13,7 +13,7 @@ import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -64,6 +64,8 @@ class StepModel:
         slopes: `e` of each group, where `a`, `c` and `f` are fitted anew for all together; groups
             whose samples all read the same bytes have none.
         weight_bytes, kv_bytes, flops: least and most among the samples; beyond is extrapolation.
+        slope_errors: standard error of each slope, from the scatter of the samples about their fit;
+            none where there are no more samples than coefficients.
     """
 
     a: float
@@ -76,6 +78,7 @@ class StepModel:
     kv_bytes: tuple[float, float]
     f: float = 0.0
     flops: tuple[float, float] = (0.0, 0.0)
+    slope_errors: Slopes = field(default_factory=dict)
 
     def predict(self, weight_bytes: float, kv_bytes: float, flops: float) -> float:
         """Seconds of a decode step.
@@ -113,20 +116,18 @@ class StepModel:
         Raises:
             ValueError: a field is missing or not what `to_dict` writes.
         """
-        slopes = fields.get("slopes")
-        if not isinstance(slopes, Mapping):
-            raise ValueError(f"slopes is {slopes!r}; allowed: an object of numbers")
         return StepModel(
             a=_number(fields, "a"),
             c=None if fields.get("c") is None and "c" in fields else _number(fields, "c"),
             e=_number(fields, "e"),
             r2=_number(fields, "r2", least=-math.inf),
             error=_number(fields, "error"),
-            slopes={str(group): _number(slopes, group, least=-math.inf) for group in slopes},
+            slopes=_by_group(fields, "slopes"),
             weight_bytes=_range(fields, "weight_bytes"),
             kv_bytes=_range(fields, "kv_bytes"),
             f=_number(fields, "f") if "f" in fields else 0.0,
             flops=_range(fields, "flops") if "flops" in fields else (0.0, 0.0),
+            slope_errors=_by_group(fields, "slope_errors") if "slope_errors" in fields else {},
         )
 
 
@@ -146,8 +147,8 @@ def fit_step_model(samples: Sequence[StepSample]) -> StepModel:
     if len(samples) < 3:
         raise UndeterminedFitError(f"{len(samples)} samples; at least 3 are needed")
     weights, cached, flops, seconds = (
-        np.array([getattr(sample, field) for sample in samples], dtype=np.float64)
-        for field in ("weight_bytes", "kv_bytes", "flops", "seconds")
+        np.array([getattr(sample, name) for sample in samples], dtype=np.float64)
+        for name in ("weight_bytes", "kv_bytes", "flops", "seconds")
     )
     if _alike(cached):
         raise UndeterminedFitError(
@@ -169,6 +170,7 @@ def fit_step_model(samples: Sequence[StepSample]) -> StepModel:
     residuals = matrix @ fitted - seconds
     variance = float(((seconds - seconds.mean()) ** 2).sum())
     coefficients = dict(zip(columns, map(float, fitted), strict=True))
+    slopes, slope_errors = _slopes(samples, columns, seconds)
     return StepModel(
         a=coefficients["a"],
         c=coefficients.get("c"),
@@ -176,7 +178,8 @@ def fit_step_model(samples: Sequence[StepSample]) -> StepModel:
         f=coefficients.get("f", 0.0),
         r2=1 - float((residuals**2).sum()) / variance if variance else 0.0,
         error=float(np.abs(residuals / seconds).max()),
-        slopes=_slopes(samples, columns, seconds),
+        slopes=slopes,
+        slope_errors=slope_errors,
         weight_bytes=(float(weights.min()), float(weights.max())),
         kv_bytes=(float(cached.min()), float(cached.max())),
         flops=(float(flops.min()), float(flops.max())),
@@ -203,20 +206,38 @@ def _non_negative_least_squares(matrix: Matrix, seconds: Matrix, num_free: int =
     return best
 
 
-def _slopes(samples: Sequence[StepSample], columns: dict[str, Matrix], seconds: Matrix) -> Slopes:
-    """A slope for each group, the other columns in common."""
+def _slopes(
+    samples: Sequence[StepSample], columns: dict[str, Matrix], seconds: Matrix
+) -> tuple[Slopes, Slopes]:
+    """A slope for each group, the other columns in common, and the standard error of each."""
     names = np.array([sample.group for sample in samples])
     own = {group: columns["e"] * (names == group) for group in dict.fromkeys(names.tolist())}
     common = [column for name, column in columns.items() if name != "e"]
     if len(samples) < len(own) + len(common):
-        return {}
+        return {}, {}
     matrix = np.stack([*own.values(), *common], axis=1)
     fitted = _non_negative_least_squares(matrix, seconds, num_free=len(own))
-    return {
-        group: float(slope)
-        for group, slope in zip(own, fitted, strict=False)
-        if not _alike(columns["e"][names == group])
-    }
+    told = [not _alike(columns["e"][names == group]) for group in own]
+    slopes = dict(itertools.compress(zip(own, map(float, fitted), strict=False), told))
+    errors = _standard_errors(matrix, seconds, fitted)
+    if errors is None:
+        return slopes, {}
+    return slopes, dict(itertools.compress(zip(own, map(float, errors), strict=False), told))
+
+
+def _standard_errors(matrix: Matrix, seconds: Matrix, fitted: Matrix) -> Matrix | None:
+    """Of the coefficients of a fit, those that are not 0; None without a sample to spare."""
+    used = fitted != 0
+    spare = len(seconds) - int(used.sum())
+    if spare < 1:
+        return None
+    relative = matrix[:, used] / seconds[:, None]
+    scale = np.abs(relative).max(axis=0)
+    variance = float(((matrix @ fitted / seconds - 1) ** 2).sum()) / spare
+    scaled = relative / scale
+    errors = np.zeros(len(fitted))
+    errors[used] = np.sqrt(variance * np.diag(np.linalg.pinv(scaled.T @ scaled))) / scale
+    return errors
 
 
 def _least_squares(matrix: Matrix, seconds: Matrix) -> Matrix:
@@ -242,14 +263,14 @@ def _alike(values: Matrix) -> bool:
 
 
 def _check(sample: StepSample) -> None:
-    for field in ("weight_bytes", "seconds"):
-        value = getattr(sample, field)
+    for name in ("weight_bytes", "seconds"):
+        value = getattr(sample, name)
         if not 0 < value < math.inf:
-            raise ValueError(f"{field} of a sample is {value!r}; allowed: above 0, finite")
-    for field in ("kv_bytes", "flops"):
-        value = getattr(sample, field)
+            raise ValueError(f"{name} of a sample is {value!r}; allowed: above 0, finite")
+    for name in ("kv_bytes", "flops"):
+        value = getattr(sample, name)
         if not 0 <= value < math.inf:
-            raise ValueError(f"{field} of a sample is {value!r}; allowed: 0 or more, finite")
+            raise ValueError(f"{name} of a sample is {value!r}; allowed: 0 or more, finite")
 
 
 def _number(fields: Mapping[str, Any], name: str, *, least: float = 0.0) -> float:
@@ -262,6 +283,13 @@ def _number(fields: Mapping[str, Any], name: str, *, least: float = 0.0) -> floa
         allowed = "a finite number" if least else "a finite number, 0 or more"
         raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
     return float(value)
+
+
+def _by_group(fields: Mapping[str, Any], name: str) -> Slopes:
+    values = fields.get(name)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is {values!r}; allowed: an object of numbers")
+    return {str(group): _number(values, group, least=-math.inf) for group in values}
 
 
 def _range(fields: Mapping[str, Any], name: str) -> tuple[float, float]:

@@ -86,6 +86,28 @@ def test_noise_of_three_percent_stays_three_percent() -> None:
         )
 
 
+def test_standard_errors_are_how_far_slopes_scatter() -> None:
+    """Of many noisy measurements of the same steps."""
+    rng = np.random.default_rng(0)
+    models = [
+        fit_step_model(
+            [
+                dataclasses.replace(sample, seconds=sample.seconds * rng.normal(1, 0.02))
+                for sample in _samples()
+            ]
+        )
+        for _ in range(300)
+    ]
+    for group in ("kv36864", "kv12288", "kv3072"):
+        scatter = np.std([model.slopes[group] for model in models])
+        said = np.sqrt(np.mean([model.slope_errors[group] ** 2 for model in models]))
+        assert said == pytest.approx(scatter, rel=0.2), group
+    assert all(error < 1e-6 * E for error in fit_step_model(_samples()).slope_errors.values())
+    four = fit_step_model([_samples()[index] for index in (0, 1, 4, 5)])
+    assert len(four.slopes) == 2
+    assert four.slope_errors == {}, "no sample to spare"
+
+
 def test_a_configuration_that_reads_slower_has_its_own_slope() -> None:
     slow = [
         StepSample(s.weight_bytes, s.kv_bytes, s.seconds + E * s.kv_bytes, s.group)

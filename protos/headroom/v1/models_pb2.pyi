@@ -161,8 +161,15 @@ class RequestShape(_message.Message):
     def __init__(self, prompt: _Optional[int] = ..., output: _Optional[int] = ..., share: _Optional[int] = ...) -> None: ...
 
 class StepModel(_message.Message):
-    __slots__ = ("a", "c", "e", "r2", "error", "slopes", "weight_bytes", "kv_bytes", "f", "flops")
+    __slots__ = ("a", "c", "e", "r2", "error", "slopes", "weight_bytes", "kv_bytes", "f", "flops", "slope_errors")
     class SlopesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class SlopeErrorsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +186,7 @@ class StepModel(_message.Message):
     KV_BYTES_FIELD_NUMBER: _ClassVar[int]
     F_FIELD_NUMBER: _ClassVar[int]
     FLOPS_FIELD_NUMBER: _ClassVar[int]
+    SLOPE_ERRORS_FIELD_NUMBER: _ClassVar[int]
     a: float
     c: float
     e: float
@@ -189,7 +197,8 @@ class StepModel(_message.Message):
     kv_bytes: _containers.RepeatedScalarFieldContainer[float]
     f: float
     flops: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, a: _Optional[float] = ..., c: _Optional[float] = ..., e: _Optional[float] = ..., r2: _Optional[float] = ..., error: _Optional[float] = ..., slopes: _Optional[_Mapping[str, float]] = ..., weight_bytes: _Optional[_Iterable[float]] = ..., kv_bytes: _Optional[_Iterable[float]] = ..., f: _Optional[float] = ..., flops: _Optional[_Iterable[float]] = ...) -> None: ...
+    slope_errors: _containers.ScalarMap[str, float]
+    def __init__(self, a: _Optional[float] = ..., c: _Optional[float] = ..., e: _Optional[float] = ..., r2: _Optional[float] = ..., error: _Optional[float] = ..., slopes: _Optional[_Mapping[str, float]] = ..., weight_bytes: _Optional[_Iterable[float]] = ..., kv_bytes: _Optional[_Iterable[float]] = ..., f: _Optional[float] = ..., flops: _Optional[_Iterable[float]] = ..., slope_errors: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class MachineLimits(_message.Message):
     __slots__ = ("bytes_per_s", "flops_per_s")
