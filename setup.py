@@ -23,7 +23,8 @@ def extensions() -> list[Extension]:
             "models.cpu._operations",
             [f"models/cpu/{name}.cpp" for name in ("fused", "linear", "paged_attention")],
             depends=[
-                f"models/cpu/{name}.h" for name in ("cache", "lanes", "rows", "running", "tasks")
+                f"models/cpu/{name}.h"
+                for name in ("cache", "lanes", "rows", "running", "tasks", "tiles")
             ],
             include_dirs=include_paths(),
             library_dirs=library_paths(),

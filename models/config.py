@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 from models.errors import ConfigError
 from models.positions import Alibi, RopeConfig
@@ -276,6 +276,8 @@ class ModelConfig:
                 raise ConfigError(
                     "max_position_embeddings", self.max_position_embeddings, f"at most {longest}"
                 )
+        if self.kv_cache_dtype not in get_args(KVCacheDType):
+            raise ConfigError("kv_cache_dtype", self.kv_cache_dtype, "auto, int8")
         if self.kv_cache_dtype == "int8":
             for heads in self.layers:
                 if heads.head_dim % KV_SCALE_BYTES:  # scales lie behind, where floats can lie

@@ -120,7 +120,8 @@ def round_to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     so."""
     wide = x.float()
     largest = wide.abs().amax(dim=-1)
-    factor = torch.where(largest >= _LEAST, 127 / largest, 0.0)
+    # Of a number by a tensor, torch rounds twice.
+    factor = torch.where(largest >= _LEAST, torch.full_like(largest, 127) / largest, 0.0)
     whole = (wide * factor[..., None]).round().nan_to_num().to(torch.int8)
     return whole, largest / 127
 
@@ -235,4 +236,6 @@ class KVCache:
         for part in itertools.chain(*self.layout.parts):
             elements = 2 * len(part.kv_heads) * part.head_dim
             widest[part.group] = max(widest[part.group], elements)
-        return tuple(_GATHER_BYTES // (width * self.pool.itemsize) for width in widest)
+        # Of 8 bits, they become float32 on the way.
+        itemsize = 4 if self.pool.dtype == torch.int8 else self.pool.itemsize
+        return tuple(_GATHER_BYTES // (width * itemsize) for width in widest)

@@ -40,7 +40,7 @@ class KVGroup:
     """Heads with one block table.
 
     Attributes:
-        block_elements: keys and values in a block.
+        block_elements: keys and values in a block, and the scales behind them.
         blocks_per_page: blocks that a page is cut into.
     """
 

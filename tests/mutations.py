@@ -358,6 +358,27 @@ MUTATIONS = (
         ("tests/models/test_kv_cache.py", "tests/models/test_kernels.py"),
     ),
     Mutation(
+        "keys are not rotated on their way to the cache",
+        "models/attention.py",
+        "                None if rope is None else rotation,\n",
+        "                None,\n",
+        ("tests/models/test_paths.py",),
+    ),
+    Mutation(
+        "scales of 8 bits stay when slots are cleared",
+        "models/kv_cache.py",
+        "for rows in (self._token_rows, self._token_scales):",
+        "for rows in (self._token_rows,):",
+        ("tests/models/test_int8_kv_cache.py",),
+    ),
+    Mutation(
+        "values of 8 bits take the scales of keys",
+        "models/kv_cache.py",
+        "both = (both * scale[..., None]).to(self.dtype)",
+        "both = (both * scale[:1, ..., None]).to(self.dtype)",
+        ("tests/models/test_int8_kv_cache.py",),
+    ),
+    Mutation(
         "a sequence that lost its blocks stays in the plan",
         "service/engine/scheduler.py",
         "for item in scheduled if item.seq.status is SequenceStatus.RUNNING]",

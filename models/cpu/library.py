@@ -20,6 +20,8 @@ _FEATURES = (
     "fma3",
 )
 
+_AMX_FEATURES = ("amx_tile", "amx_bf16", "amx_int8")
+
 
 def has_feature(name: str) -> bool:
     """Whether the processor has a feature, by the name that torch gives it; a torch that cannot
@@ -41,7 +43,20 @@ def why_unavailable() -> str | None:
         torch.ops.load_library(library)
     except OSError as error:
         return f"it does not load: {error.__cause__ or error}"
+    if _amx_works():
+        torch.ops.headroom.multiply_by("amx")
     return None
+
+
+def multiplies_by_amx() -> bool:
+    """Whether our linear layers use the matrix unit of this processor; vectors if not."""
+    return why_unavailable() is None and _amx_works()
+
+
+@functools.cache
+def _amx_works() -> bool:
+    """Of the loaded library; a child process tries it."""
+    return all(map(has_feature, _AMX_FEATURES)) and bool(torch.ops.headroom.amx_works())
 
 
 def _library() -> Path | None:

@@ -14,14 +14,20 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <string>
+#include <utility>
 
 #include "rows.h"
+#include "tiles.h"
 
 namespace headroom {
 namespace {
 
+// By what weights of 16 and 8 bits are multiplied, in all calls from now on.
+enum class Unit { kVectors, kAmx, kEmulatedAmx };
+std::atomic<Unit> unit_in_use{Unit::kVectors};
+
 constexpr int kPanel = 64;   // outputs of a task
-constexpr int kTile = 48;    // rows of input of a task
 constexpr int kDepth = 256;  // lanes of the summed axis at once, so that a panel's part stays in a cache
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
@@ -44,15 +50,37 @@ void for_each(int64_t outputs, int64_t inputs, F&& visit) {
   });
 }
 
-// Calls `finish(row, first output, number of outputs, their sums)` for every row and panel.
-template <typename T, typename F>
-void multiply_panels(const uint32_t* input, int64_t rows, int depth, const T* weight,
-                     int64_t outputs, F&& finish) {
+struct ByVectors {
+  static constexpr int kTile = 48;  // rows of input of a task
+
+  template <typename T, typename... Args>
+  void operator()(Args... args) const {
+    multiply<T>(args...);
+  }
+};
+
+template <typename TileUnit>
+struct ByTiles {
+  static constexpr int kTile = 64;
+
+  template <typename T, typename... Args>
+  void operator()(Args... args) {
+    multiply_tiles<T>(unit, args...);
+  }
+
+  TileUnit unit;
+};
+
+template <typename T, typename Product, typename F>
+void multiply_panels_by(const uint32_t* input, int64_t rows, int depth, const T* weight,
+                        int64_t outputs, F&& finish) {
+  constexpr int kTile = Product::kTile;
   const int64_t panels = (outputs + kPanel - 1) / kPanel, tiles = (rows + kTile - 1) / kTile;
   const int64_t inputs = (int64_t)depth * Lane<T>::kValues;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
     alignas(64) float sums[kTile * kPanel];
+    Product product;
     for (int64_t task; (task = next.fetch_add(1)) < panels * tiles;) {
       const int64_t first_output = task / tiles * kPanel, first_row = task % tiles * kTile;
       const int used = (int)std::min<int64_t>(kPanel, outputs - first_output);
@@ -61,12 +89,37 @@ void multiply_panels(const uint32_t* input, int64_t rows, int depth, const T* we
       const auto* a = input + first_row * depth;
       const auto* b = reinterpret_cast<const uint32_t*>(weight + first_output * inputs);
       for (int k = 0; k < depth; k += kDepth)
-        multiply<T>(a + k, depth, b + k * width, width, std::min(kDepth, depth - k), sums, kPanel,
-                    count, width, k > 0);
+        product.template operator()<T>(a + k, depth, b + k * width, width,
+                                       std::min(kDepth, depth - k), sums, kPanel, count, width,
+                                       k > 0);
       for (int r = 0; r < count; r++)
         finish(first_row + r, first_output, used, sums + r * kPanel);
     }
   });
+}
+
+// Calls `finish(row, first output, number of outputs, their sums)` for every row and panel.
+template <typename T, typename... Args>
+void multiply_panels(Args&&... args) {
+  if constexpr (Lane<T>::kValues > 1) {
+    const Unit by = unit_in_use;
+    if (by == Unit::kAmx) return multiply_panels_by<T, ByTiles<Amx>>(args...);
+    if (by == Unit::kEmulatedAmx) return multiply_panels_by<T, ByTiles<EmulatedAmx>>(args...);
+  }
+  multiply_panels_by<T, ByVectors>(args...);
+}
+
+// For tests: a child that answers, or dies of a signal first.
+bool answer_of_child(bool answer, int64_t dies_of) {
+  return says_in_child([&] { return dies_of ? raise((int)dies_of) == 0 : answer; });
+}
+
+void multiply_by(const std::string& name) {
+  const std::pair<const char*, Unit> known[] = {
+      {"vectors", Unit::kVectors}, {"amx", Unit::kAmx}, {"emulated_amx", Unit::kEmulatedAmx}};
+  for (const auto& [own, value] : known)
+    if (name == own) return unit_in_use.store(value);
+  TORCH_CHECK(false, "the unit is ", name, "; allowed: vectors, amx, emulated_amx");
 }
 
 // A linear layer, with what comes right before and after it.
@@ -284,6 +337,9 @@ at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weight, const 
 }  // namespace headroom
 
 TORCH_LIBRARY_FRAGMENT(headroom, library) {
+  library.def("amx_works() -> bool", &headroom::amx_works);
+  library.def("answer_of_child(bool answer, int dies_of) -> bool", &headroom::answer_of_child);
+  library.def("multiply_by(str unit) -> ()", &headroom::multiply_by);
   library.def("pack_weight(Tensor weight, Tensor(a!) packed) -> ()");
   library.def("unpack_weight(Tensor packed, Tensor(a!) weight) -> ()");
   library.def(

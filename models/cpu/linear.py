@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.cpu.library import has_feature, why_unavailable
+from models.cpu.library import has_feature, multiplies_by_amx, why_unavailable
 from models.memory import large_zeros
 
 WeightDType = Literal["auto", "int8"]
@@ -99,7 +99,8 @@ def why_unpackable(
     """Why a weight `[outputs, inputs]` cannot be packed here, or would be slower so; None if it can
     and is not.
 
-    Processors with AMX multiply bfloat16 several times as fast by torch's own operation.
+    Where the processor has AMX and our operations cannot use it, torch's multiply bfloat16 several
+    times as fast.
     """
     together = 2 if weight_dtype == "auto" else 4
     if weight.device.type != "cpu":
@@ -109,8 +110,8 @@ def why_unpackable(
     if weight.numel() == 0 or weight.shape[1] % together:
         return f"a weight has {weight.shape[1]} inputs, which is no multiple of {together}"
     by_amx = weight_dtype == "auto" and weight.dtype == torch.bfloat16 and has_feature("amx_bf16")
-    if by_amx and not although_slower:
-        return "the processor has AMX"
+    if by_amx and not although_slower and not multiplies_by_amx():
+        return "the processor has AMX, which torch's operations use"
     return why_unavailable()
 
 

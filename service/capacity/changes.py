@@ -156,7 +156,7 @@ def _types_and_blocks(query: CapacityQuery) -> Iterator[_Tried]:
     if query.model.dtype == "float32":
         model = query.model.replace(dtype="bfloat16")
         yield "bfloat16", _DTYPE_COST, dataclasses.replace(query, model=model)
-    if query.model.kv_cache_dtype == "auto":
+    if query.model.kv_cache_dtype == "auto" and query.engine.kernel != "paged_triton":
         with contextlib.suppress(ConfigError):  # some heads cannot be kept so
             model = query.model.replace(kv_cache_dtype="int8")
             words = "keys and values of 8 bits"

@@ -127,33 +127,39 @@ def planning_call(
 def _model(
     request: pb.PlanCapacityRequest, served: ModelConfig, violations: list[Violation]
 ) -> ModelConfig:
-    """The served model with other heads and another type, as far as they can be used."""
+    """The served model with other heads and other types, as far as they can be used."""
+    kv_cache_dtype: str = served.kv_cache_dtype
+    model = served.replace(kv_cache_dtype="auto")
     if request.dtype in get_args(DTypeName):
-        served = served.replace(dtype=request.dtype)
+        model = model.replace(dtype=request.dtype)
     elif request.dtype:
         allowed = f"{', '.join(get_args(DTypeName))}, or empty"
         violations.append(Violation("dtype", repr(request.dtype[:_MAX_SHOWN]), allowed))
     if request.kv_cache_dtype in get_args(KVCacheDType):
-        try:
-            served = served.replace(kv_cache_dtype=request.kv_cache_dtype)
-        except ConfigError as error:
-            violations.append(_violation("", error))
+        kv_cache_dtype = request.kv_cache_dtype
     elif request.kv_cache_dtype:
         allowed = f"{', '.join(get_args(KVCacheDType))}, or empty"
         found = repr(request.kv_cache_dtype[:_MAX_SHOWN])
         violations.append(Violation("kv_cache_dtype", found, allowed))
     wrong = list(_head_violations(request.heads))
     violations += wrong
-    if wrong or not request.HasField("heads"):
-        return served
-    changes = _set_fields(request.heads)
-    if changes.get("window") == 0:
-        changes["window"] = None
+    if not wrong and request.HasField("heads"):
+        changes = _set_fields(request.heads)
+        if changes.get("window") == 0:
+            changes["window"] = None
+        try:
+            model = with_heads(model, changes)
+        except ValueError as error:
+            violations.append(_violation("heads.", error))
     try:
-        return with_heads(served, changes)
-    except ValueError as error:
-        violations.append(_violation("heads", error))
-        return served
+        return model.replace(kv_cache_dtype=kv_cache_dtype)
+    except ConfigError as error:
+        if request.heads.HasField("head_dim"):
+            allowed = "a multiple of 4, because keys and values have 8 bits"
+            violations.append(Violation("heads.head_dim", str(request.heads.head_dim), allowed))
+        else:
+            violations.append(_violation("", error))
+        return model
 
 
 def _head_violations(heads: pb.PlannedHeads) -> Iterator[Violation]:
@@ -177,15 +183,15 @@ def _read(
     try:
         return from_dict(fields)
     except ValueError as error:
-        violations.append(_violation(field, error))
+        violations.append(_violation(f"{field}.", error))
         return None
 
 
-def _violation(inside: str, error: ValueError) -> Violation:
+def _violation(prefix: str, error: ValueError) -> Violation:
     """An error of a part, whose text is `field is given; allowed: ...`, as one of the request."""
     field, _, rest = str(error).partition(" is ")
     given, _, allowed = rest.partition("; allowed: ")
-    return Violation(f"{inside}.{field}" if inside else field, given, allowed)
+    return Violation(f"{prefix}{field}", given, allowed)
 
 
 def _fields(message: pb.StepModel | pb.MachineLimits) -> dict[str, Any]:

@@ -41,9 +41,12 @@ def test_tokens_and_probabilities_have_the_same_bits_in_any_company(types: dict[
 
 
 @needs_library
-def test_weights_are_packed_even_where_amx_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_packed_even_where_torchs_amx_is_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     features = {**torch.cpu.get_capabilities(), "amx_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    monkeypatch.setattr("models.cpu.linear.multiplies_by_amx", lambda: False)
     for batch_invariant in (False, True):
         engine = tiny_engine(bfloat16_model(), batch_invariant=batch_invariant)
         linears = [m for m in engine.model_runner.model.modules() if isinstance(m, Linear)]

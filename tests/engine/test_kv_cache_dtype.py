@@ -8,6 +8,7 @@ import pytest
 
 from models.config import HeadConfig
 from models.errors import ConfigError
+from models.kernels import KernelName
 from models.transformer import random_model
 from service.config import DEMO_DIRECTORY
 from service.engine import Engine, EngineConfig
@@ -38,13 +39,15 @@ def test_more_blocks_fit_into_the_same_memory() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["auto", "dense"])
-def test_tokens_are_the_same_in_chunks_in_a_crowd_and_after_preemption(kernel: str) -> None:
+def test_tokens_are_the_same_in_chunks_in_a_crowd_and_after_preemption(
+    kernel: KernelName,
+) -> None:
     rng = random.Random(1)
     requests = [
         EngineRequest([rng.randrange(60) for _ in range(length)], greedy(25))
         for length in (3, 40, 17, 60)
     ]
-    model = tiny_model(kernel=kernel)  # type: ignore[arg-type]
+    model = tiny_model(kernel=kernel)
     alone = [
         finish_all(tiny_engine(model, kv_cache_dtype="int8"), [request])[0].token_ids
         for request in requests
@@ -74,13 +77,22 @@ def test_what_the_demo_model_loses_is_little() -> None:
     assert 0 < abs(losses[1] - losses[0]) < 0.005
 
 
-def test_a_sequence_that_breaks_leaves_its_blocks_clean() -> None:
-    engine = tiny_engine(tiny_model(broken_token=7), num_blocks=8, kv_cache_dtype="int8")
-    clean = finish_all(engine, [EngineRequest([1, 2, 3, 4, 5], greedy())])[0]
-    broken = finish_all(engine, [EngineRequest([1, 2, 7, 4, 5], greedy())])[0]
+@pytest.mark.parametrize("kernel", ["auto", "dense"])
+def test_a_sequence_that_breaks_leaves_its_blocks_clean(kernel: KernelName) -> None:
+    """All blocks are those of the broken one; what gathers whole blocks multiplies them by 0."""
+    model = tiny_model(kernel=kernel, broken_token=7)
+    engine = tiny_engine(model, num_blocks=4, kv_cache_dtype="int8")
+    clean = finish_all(engine, [EngineRequest([1, 2, 3, 4, 5], greedy(5))])[0]
+    broken = finish_all(engine, [EngineRequest([*range(20, 34), 7], greedy(1))])[0]
     assert reason(broken).name == "ERROR"
-    again = finish_all(engine, [EngineRequest([1, 2, 3, 4, 5], greedy())])[0]
+    again = finish_all(engine, [EngineRequest([1, 2, 3, 4, 5], greedy(5))])[0]
+    assert reason(again).name == "LENGTH"
     assert again.token_ids == clean.token_ids
+
+
+def test_a_type_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'fp8'; allowed: auto, int8"):
+        tiny_engine(kv_cache_dtype="fp8")
 
 
 def test_where_it_cannot_be_it_is_refused() -> None:

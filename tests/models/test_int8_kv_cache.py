@@ -73,6 +73,12 @@ def test_what_is_written_is_read_back_to_its_scale(
         key, _ = part.gather(blocks[None])
         assert not key[0, :, 0].any()
         assert key[0, :, 1:].any(dim=-1).all()
+        # Masked positions are multiplied by 0, so what nobody owns any more must be finite.
+        poison = torch.full_like(both[0][:1], torch.nan)
+        part.write(poison, poison, slots[1:2])
+        assert not all(read.isfinite().all() for read in part.gather(blocks[None]))
+        part.clear(slots[1:2])
+        assert all(read.isfinite().all() for read in part.gather(blocks[None]))
 
 
 def test_bytes_are_those_of_rows_and_scales() -> None:

@@ -129,6 +129,7 @@ def _bad(field: str, **fields: Any) -> Any:
         _bad("mix[0].prompt", mix=[{"prompt": 2**32 - 1, "output": 5}]),
         _bad("dtype", dtype="int8"),
         _bad("kv_cache_dtype", kv_cache_dtype="fp8"),
+        _bad("heads.head_dim", kv_cache_dtype="int8", heads={"head_dim": 6}),
         _bad("block_size", block_size=0),
         _bad("memory", memory=0),
         _bad("memory", memory=2**64 - 1),

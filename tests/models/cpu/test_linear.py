@@ -125,7 +125,7 @@ def test_without_packing_it_is_two_operations(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is AMX, bfloat16 is not packed, although it could be."""
+    """Where there is AMX that our operations cannot use, bfloat16 is not packed."""
     features = {**torch.cpu.get_capabilities(), "amx_bf16": False}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
 
@@ -182,17 +182,6 @@ def test_what_cannot_be_packed_stays_as_it_is(
     plain.pack()
     assert plain.weight.shape == (outputs, inputs)
     assert plain.dense_weight is plain.weight
-
-
-def test_a_processor_with_amx_keeps_plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = layer(64, 64, torch.bfloat16, bias=False).weight
-    for has_amx in (False, True):
-        features = {**torch.cpu.get_capabilities(), "amx_bf16": has_amx}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
-        expected = "the processor has AMX" if has_amx else None
-        assert linear.why_unpackable(weight) == expected
-        assert linear.why_unpackable(weight.float()) is None  # AMX has no float32
-        assert linear.why_unpackable(weight, "int8") is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
