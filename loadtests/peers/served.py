@@ -41,6 +41,8 @@ from service.runtimes.ray_environment import free_ports
 
 _READY_SECONDS = 600.0
 _STOP_SECONDS = 30.0
+# After the end of its load, a server may go on for a moment, or wait for more with all cores.
+_SETTLE_SECONDS = 3.0
 _MODEL = "random"
 
 
@@ -92,9 +94,13 @@ def main(
             progress.update(task, total=len(servers) * len(loads) * (rounds + 1))
             for number in range(rounds + 1):  # the first warms up
                 for load in loads:
-                    for name, server in servers.items():
+                    # Nobody is always measured after the same other.
+                    first = number % len(servers)
+                    order = [*servers][first:] + [*servers][:first]
+                    for name in order:
                         progress.update(task, description=f"{name}, {load.text}")
-                        run = server.measure(load, number)
+                        time.sleep(_SETTLE_SECONDS)
+                        run = servers[name].measure(load, number)
                         if number:
                             runs.setdefault((name, load.text), []).append(run)
                         progress.advance(task)
