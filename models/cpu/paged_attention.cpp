@@ -177,12 +177,19 @@ class Worker {
     return chunk;
   }
 
+  // Scales of neighbouring keys and values, from the `at`-th of a chunk on.
+  struct ScaleRun {
+    const float *keys, *values;
+    int at, count;
+  };
+
   // Where the keys and values of a chunk lie; zeros for positions that nobody sees.
   struct Located {
     const Task* task = nullptr;
     int chunk = 0;
     const Kept *keys[kChunk], *values[kChunk];
-    const float *key_scales[kChunk], *value_scales[kChunk];  // of 8 bits
+    ScaleRun runs[kChunk];  // of 8 bits
+    int num_runs = 0;
   };
 
   // One after the last position that a task reads.
@@ -195,29 +202,34 @@ class Worker {
     if (located.task == &task && located.chunk == chunk) return;
     located.task = &task;
     located.chunk = chunk;
-    const int first = chunk * kChunk, end = end_of(task);
-    const int64_t block_size = call_.places.block_size;
-    const int64_t to_head = task.kv_head * block_size * head_dim_;
+    located.num_runs = 0;
+    const int first = chunk * kChunk, end = end_of(task), block_size = (int)call_.places.block_size;
     const int64_t to_value = call_.places.to_value(head_dim_);
     const int32_t* table = call_.block_tables + task.seq * call_.max_blocks;
     const Kept* zeros = reinterpret_cast<const Kept*>(kZeros);
-    for (int i = 0; i < kChunk;) {
-      const int64_t index = (first + i) / block_size;
-      int64_t within = (first + i) % block_size;
+    int within = first % block_size;
+    for (int i = 0, index = first / block_size; i < kChunk; index++, within = 0) {
+      const int in_block = std::min(block_size - within, kChunk - i);
       const bool missing = first + i >= end || table[index] < 0;
-      const Kept* block = missing ? zeros : call_.pool + call_.places.block(table[index]);
-      for (; i < kChunk && within < block_size; i++, within++) {
-        const bool hidden = missing || first + i >= end;
-        located.keys[i] = hidden ? zeros : block + to_head + within * head_dim_;
-        located.values[i] = hidden ? zeros : located.keys[i] + to_value;
+      const int count = missing ? 0 : std::min(in_block, end - (first + i));
+      if (count) {
+        const Kept* block = call_.pool + call_.places.block(table[index]);
+        const int64_t at = task.kv_head * (int64_t)block_size + within;
+        const Kept* key = block + at * head_dim_;
+        for (int k = 0; k < count; k++) {
+          located.keys[i + k] = key + k * head_dim_;
+          located.values[i + k] = key + k * head_dim_ + to_value;
+        }
         if constexpr (kScaled) {
-          const float* zero = reinterpret_cast<const float*>(kZeros);
-          const auto* scales = reinterpret_cast<const float*>(block + 2 * to_value);
-          const int64_t at = task.kv_head * block_size + within;
-          located.key_scales[i] = hidden ? zero : scales + at;
-          located.value_scales[i] = hidden ? zero : scales + to_value / head_dim_ + at;
+          const auto* scales =
+              reinterpret_cast<const float*>(block + call_.places.to_scales(head_dim_)) + at;
+          located.runs[located.num_runs++] = {scales, scales + to_value / head_dim_, i, count};
+          _mm_prefetch((const char*)scales, _MM_HINT_T0);
+          _mm_prefetch((const char*)(scales + to_value / head_dim_), _MM_HINT_T0);
         }
       }
+      for (int k = count; k < in_block; k++) located.keys[i + k] = located.values[i + k] = zeros;
+      i += in_block;
     }
   }
 
@@ -258,11 +270,14 @@ class Worker {
     const int used = std::min(kChunk, end_of(task) - first);
     const int padded = (used + kLanes - 1) / kLanes * kLanes;
     for (int i = 0; i < padded; i += kLanes) pack_keys(here, next, i);
-    if constexpr (kScaled)
-      for (int i = 0; i < padded; i++) {
-        space_.key_scale[i] = *here.key_scales[i];
-        space_.value_scale[i] = *here.value_scales[i];
+    if constexpr (kScaled) {
+      std::fill(space_.key_scale, space_.key_scale + kChunk, 0.f);
+      std::fill(space_.value_scale, space_.value_scale + kChunk, 0.f);
+      for (const ScaleRun* run = here.runs; run < here.runs + here.num_runs; run++) {
+        std::copy(run->keys, run->keys + run->count, space_.key_scale + run->at);
+        std::copy(run->values, run->values + run->count, space_.value_scale + run->at);
       }
+    }
     multiply<T>(space_.query, depth_, space_.keys, kChunk, depth_, space_.scores, kChunk, rows,
                 padded, false);
     for (int r = 0; r < rows; r++) weigh(r, first, padded / kLanes, running);
