@@ -26,23 +26,30 @@ _AGREEMENT = 0.05
 
 
 def test_locust_an_asyncio_client_and_the_clock_agree(paced_target: str) -> None:
+    """In one of three attempts: a busy machine is late by milliseconds, for all clients alike."""
     spec = LoadSpec(paced_target, EIGHT_TOKENS, users=4, num_requests=16)
-    by_locust = run_load(spec)
-    by_asyncio = asyncio.run(asyncio_client.run_load(spec))
-    for summary in (by_locust, by_asyncio):
-        assert (summary.requests, summary.output_tokens, summary.failures) == (16, 128, {})
-        for found, expected in (
-            (summary.ttft_ms, FIRST_TOKEN),
-            (summary.itl_ms, GAP),
-            (summary.tpot_ms, GAP),
-            (summary.e2e_ms, _E2E),
+    by_clock = {
+        "ttft_ms": 1000 * FIRST_TOKEN,
+        "itl_ms": 1000 * GAP,
+        "tpot_ms": 1000 * GAP,
+        "e2e_ms": 1000 * _E2E,
+    }
+    differences: list[dict[str, Any]] = []
+    for _ in range(3):
+        summaries = (run_load(spec), asyncio.run(asyncio_client.run_load(spec)))
+        for summary in summaries:
+            assert (summary.requests, summary.output_tokens, summary.failures) == (16, 128, {})
+        found = [{name: getattr(one, name).p50 for name in by_clock} for one in summaries]
+        rates = [one.output_tokens_per_s for one in summaries]
+        if (
+            found[0] == pytest.approx(by_clock, rel=_AGREEMENT)
+            and found[1] == pytest.approx(by_clock, rel=_AGREEMENT)
+            and found[0] == pytest.approx(found[1], rel=_AGREEMENT)
+            and rates == pytest.approx([4 * 8 / _E2E] * 2, rel=2 * _AGREEMENT)
         ):
-            assert found is not None
-            assert found.p50 == pytest.approx(1000 * expected, rel=_AGREEMENT)
-        assert summary.output_tokens_per_s == pytest.approx(4 * 8 / _E2E, rel=2 * _AGREEMENT)
-    for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
-        one, other = getattr(by_locust, name), getattr(by_asyncio, name)
-        assert one.p50 == pytest.approx(other.p50, rel=_AGREEMENT)
+            return
+        differences += found
+    pytest.fail(f"{differences} against {by_clock}")
 
 
 def test_an_open_loop_counts_from_the_arrival(paced_target: str, tmp_path: Path) -> None:
