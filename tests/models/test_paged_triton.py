@@ -21,6 +21,10 @@ from tests.models.kernels import CPU, computes
 from tests.models.variants import EACH_HEAD, PLAIN, Variant, variants
 
 HEADS = HeadConfig(4, 2, 8)
+# The lock file has it: what is skipped elsewhere runs where all that the tests need is installed.
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 @st.composite
@@ -43,6 +47,7 @@ LONG = Case(1, 20, 16, 16, ((1030, 1), (0, 1), (511, 1), (512, 1), (500, 30)), s
 PLAIN20 = replace(PLAIN, num_heads=20, scales=0.25)
 
 
+@needs_triton
 @settings(max_examples=40)
 @given(varied=cases())
 @example(varied=(EVERYTHING, PLAIN))
@@ -58,6 +63,7 @@ def test_it_equals_the_definition(varied: tuple[Case, Variant]) -> None:
     assert error <= 4e-6
 
 
+@needs_triton
 @settings(max_examples=15)
 @given(varied=cases())
 @example(varied=(EVERYTHING, EACH_HEAD))
@@ -77,12 +83,14 @@ def test_in_float16_it_errs_at_most_twice_as_much_as_eager_attention(
         assert ours <= max(2 * theirs, 2**-10 * value.abs().max().item())
 
 
+@needs_triton
 def test_stale_content_behind_a_sequence_changes_nothing() -> None:
     clean = make_batch(EVERYTHING, torch.float32).run("paged_triton", EACH_HEAD)
     stale = make_batch(EVERYTHING, torch.float32, stale=1e30).run("paged_triton", EACH_HEAD)
     assert torch.equal(stale, clean)
 
 
+@needs_triton
 def test_a_sequence_reads_the_same_alone_and_among_others() -> None:
     """Spans lie where they lie, however long the others are."""
     together = make_batch(LONG, torch.float32)
@@ -93,6 +101,7 @@ def test_a_sequence_reads_the_same_alone_and_among_others() -> None:
     )
 
 
+@needs_triton
 def test_greedy_tokens_are_those_of_the_definition() -> None:
     config = tiny.llama(layers=(HEADS, replace(HEADS, window=9)))
     tokens = [torch.arange(seed, 24 + seed) % 60 for seed in (1, 2)]
@@ -128,6 +137,7 @@ def test_what_it_cannot_compute_is_left_to_another(
         resolve_kernel("paged_triton", heads, dtype, where)
 
 
+@needs_triton
 def test_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert resolve_kernel("auto", HEADS, torch.float16, gpu) == "dense"
