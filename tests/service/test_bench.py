@@ -4,12 +4,20 @@ import dataclasses
 import json
 import subprocess
 import sys
+from typing import Any
 
 import torch
 
 from models.transformer import random_model
 from service.bench import BenchShape, BenchWorkload, run_bench
 
+HERE: dict[str, Any] = {
+    "device": "cpu",
+    "kernel": "auto",
+    "weight_dtypes": ["auto"],
+    "kv_cache_dtypes": ["auto"],
+    "path": None,
+}
 SHAPES = [BenchShape(1, 32, 48, 4, kv_heads, 8, 64, "float32") for kv_heads in (4, 1)]
 WORKLOAD = BenchWorkload(clients=3, prompt=5, output=6, repeats=2, seed=0)
 
@@ -18,11 +26,7 @@ def test_each_shape_is_measured_and_its_floor_is_the_bytes_it_reads() -> None:
     document = run_bench(
         SHAPES,
         WORKLOAD,
-        device="cpu",
-        kernel="auto",
-        weight_dtypes=["auto"],
-        kv_cache_dtypes=["auto"],
-        path=None,
+        **HERE,
     )
     assert [run["heads"] for run in document["runs"]] == ["h4kv4d8", "h4kv1d8"]
     for shape, run in zip(SHAPES, document["runs"], strict=True):
@@ -43,11 +47,7 @@ def test_a_window_bounds_what_a_decode_reads_and_what_is_held() -> None:
     document = run_bench(
         [whole, windowed],
         workload,
-        device="cpu",
-        kernel="auto",
-        weight_dtypes=["auto"],
-        kv_cache_dtypes=["auto"],
-        path=None,
+        **HERE,
     )
     every, some = document["runs"]
     assert some["heads"] == "h4kv2d8w4"
