@@ -16,15 +16,16 @@ def extensions() -> list[Extension]:
         return []
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    # The same sources for processors with products of bfloat16, and for those without.
     # -fopenmp when compiling only: torch has loaded its own OpenMP, and a second one would keep
     # threads of its own that fight for the cores.
     return [
         Extension(
-            "models.cpu._operations",
-            [f"models/cpu/{name}.cpp" for name in ("fused", "linear", "paged_attention")],
+            f"models.cpu.{name}",
+            [f"models/cpu/{source}.cpp" for source in ("fused", "linear", "paged_attention")],
             depends=[
-                f"models/cpu/{name}.h"
-                for name in ("cache", "lanes", "rows", "running", "tasks", "tiles")
+                f"models/cpu/{header}.h"
+                for header in ("cache", "lanes", "rows", "running", "tasks", "tiles")
             ],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
@@ -33,12 +34,13 @@ def extensions() -> list[Extension]:
                 *("-std=c++20", "-O3", "-fopenmp"),
                 # GCC 12 says so of its own intrinsics.
                 *("-Wno-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-                *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
-                *("-mavx512vnni", "-mfma"),
+                *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"),
+                *flags,
             ],
             language="c++",
             optional=True,
         )
+        for name, flags in (("_operations", ()), ("_operations_bf16", ("-mavx512bf16",)))
     ]
 
 

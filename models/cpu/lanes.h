@@ -1,4 +1,7 @@
-// Products of small matrices on CPUs with AVX-512 (BF16), for all operations of this package.
+// Products of small matrices on CPUs with AVX-512, for all operations of this package.
+//
+// Compiled twice: for processors that multiply bfloat16 (AVX-512 BF16), and for those that multiply
+// floats only, where a pair of bfloat16 is two products.
 //
 // A 32-bit lane holds one float, or two neighbouring bfloat16, or four whole numbers of 8 bits, of
 // the summed axis. Every element of a product is summed in one order, whatever else is computed
@@ -55,6 +58,46 @@ inline Vec widen_byte(__m512i fours, int index) {
   const __m512i on_top = _mm512_sllv_epi32(fours, _mm512_set1_epi32(24 - 8 * index));
   return _mm512_cvtepi32_ps(_mm512_srai_epi32(on_top, 24));
 }
+
+// Sixteen floats that are bfloat16, of the second halves of 32 bits and of the first.
+inline Vec high_halves(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)));
+}
+
+inline Vec low_halves(__m512i pairs) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+}
+
+#ifdef __AVX512BF16__
+
+// To the nearest bfloat16, to the even one of two.
+inline __m256i narrow(Vec x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+// `sum` and the products of sixteen pairs with one.
+inline Vec add_products(Vec sum, __m512i pairs, int32_t pair) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(pair));
+}
+
+#else
+
+inline __m256i narrow(Vec x) {
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  const __m512i to_nearest = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), odd);
+  // Of no number, the bits that are left could be those of infinity: one of them is set.
+  const __mmask16 none = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_or_epi32(_mm512_add_epi32(bits, to_nearest), none, bits,
+                                               _mm512_set1_epi32(1 << 22));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+inline Vec add_products(Vec sum, __m512i pairs, int32_t pair) {
+  const __m512i splatted = _mm512_set1_epi32(pair);
+  sum = _mm512_fmadd_ps(low_halves(pairs), low_halves(splatted), sum);
+  return _mm512_fmadd_ps(high_halves(pairs), high_halves(splatted), sum);
+}
+
+#endif
 
 // What the lanes of a type hold, and the packing that depends on it.
 template <typename T>
@@ -130,7 +173,7 @@ struct Lane<at::BFloat16> : FloatSums {
   static Vec multiply_add(Vec sum, Vec lanes, const uint32_t* splatted) {
     int32_t pair;
     std::memcpy(&pair, splatted, sizeof pair);
-    return _mm512_dpbf16_ps(sum, (__m512bh)lanes, (__m512bh)_mm512_set1_epi32(pair));
+    return add_products(sum, _mm512_castps_si512(lanes), pair);
   }
 
   static void store_weights(uint32_t* to, int at, Vec weights) {
@@ -179,25 +222,24 @@ struct Lane<at::BFloat16> : FloatSums {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
 
-  static Vec round(Vec x) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
+  static Vec round(Vec x) { return widen(narrow(x)); }
 
   static Vec load(const at::BFloat16* from, __mmask16 mask) {
     return widen(_mm256_maskz_loadu_epi16(mask, from));
   }
 
   static void store(at::BFloat16* to, Vec x, __mmask16 mask) {
-    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(x));
+    _mm256_mask_storeu_epi16(to, mask, narrow(x));
   }
 
   static Pairs load_pairs(const at::BFloat16* from, int64_t count) {
     const __m512i both = _mm512_maskz_loadu_epi32(first_lanes(count), from);
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
-            _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)))};
+    return {low_halves(both), high_halves(both)};
   }
 
   static void store_pairs(at::BFloat16* to, const Pairs& pairs, int64_t count) {
-    const __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(pairs.first));
-    const __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(pairs.second));
+    const __m512i first = _mm512_cvtepu16_epi32(narrow(pairs.first));
+    const __m512i second = _mm512_cvtepu16_epi32(narrow(pairs.second));
     _mm512_mask_storeu_epi32(to, first_lanes(count),
                              _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
   }

@@ -1,7 +1,8 @@
 """The compiled operations, loaded when they are first needed.
 
-They are compiled when the package is installed, where there is a compiler. Loading them on another
-processor could execute instructions that it does not have, so it is asked first.
+They are compiled when the package is installed, where there is a compiler: once for processors that
+multiply bfloat16, once for those that do not. Loading them on another processor could execute
+instructions that it does not have, so it is asked first.
 """
 
 import functools
@@ -15,7 +16,6 @@ _FEATURES = (
     "avx512_bw",
     "avx512_vl",
     "avx512_dq",
-    "avx512_bf16",
     "avx512_vnni",
     "fma3",
 )
@@ -60,6 +60,7 @@ def _amx_works() -> bool:
 
 
 def _library() -> Path | None:
-    names = (f"_operations{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    stem = "_operations_bf16" if has_feature("avx512_bf16") else "_operations"
+    names = (f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     found = (Path(__file__).with_name(name) for name in names)
     return next((path for path in found if path.exists()), None)

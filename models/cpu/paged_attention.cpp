@@ -177,10 +177,10 @@ class Worker {
     return chunk;
   }
 
-  // Scales of neighbouring keys and values, from the `at`-th of a chunk on.
-  struct ScaleRun {
-    const float *keys, *values;
+  // Keys and values that lie side by side, from the `at`-th of a chunk on.
+  struct Run {
     int at, count;
+    const float *key_scales, *value_scales;  // of 8 bits
   };
 
   // Where the keys and values of a chunk lie; zeros for positions that nobody sees.
@@ -188,7 +188,7 @@ class Worker {
     const Task* task = nullptr;
     int chunk = 0;
     const Kept *keys[kChunk], *values[kChunk];
-    ScaleRun runs[kChunk];  // of 8 bits
+    Run runs[kChunk];
     int num_runs = 0;
   };
 
@@ -220,12 +220,13 @@ class Worker {
           located.keys[i + k] = key + k * head_dim_;
           located.values[i + k] = key + k * head_dim_ + to_value;
         }
+        Run& run = located.runs[located.num_runs++] = {i, count, nullptr, nullptr};
         if constexpr (kScaled) {
-          const auto* scales =
+          run.key_scales =
               reinterpret_cast<const float*>(block + call_.places.to_scales(head_dim_)) + at;
-          located.runs[located.num_runs++] = {scales, scales + to_value / head_dim_, i, count};
-          _mm_prefetch((const char*)scales, _MM_HINT_T0);
-          _mm_prefetch((const char*)(scales + to_value / head_dim_), _MM_HINT_T0);
+          run.value_scales = run.key_scales + to_value / head_dim_;
+          _mm_prefetch((const char*)run.key_scales, _MM_HINT_T0);
+          _mm_prefetch((const char*)run.value_scales, _MM_HINT_T0);
         }
       }
       for (int k = count; k < in_block; k++) located.keys[i + k] = located.values[i + k] = zeros;
@@ -273,21 +274,38 @@ class Worker {
     if constexpr (kScaled) {
       std::fill(space_.key_scale, space_.key_scale + kChunk, 0.f);
       std::fill(space_.value_scale, space_.value_scale + kChunk, 0.f);
-      for (const ScaleRun* run = here.runs; run < here.runs + here.num_runs; run++) {
-        std::copy(run->keys, run->keys + run->count, space_.key_scale + run->at);
-        std::copy(run->values, run->values + run->count, space_.value_scale + run->at);
+      for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
+        std::copy_n(run->key_scales, run->count, space_.key_scale + run->at);
+        std::copy_n(run->value_scales, run->count, space_.value_scale + run->at);
       }
     }
     multiply<T>(space_.query, depth_, space_.keys, kChunk, depth_, space_.scores, kChunk, rows,
                 padded, false);
     for (int r = 0; r < rows; r++) weigh(r, first, padded / kLanes, running);
+    read_values(here, next, padded, rows, running.read);
+  }
+
+  // Adds the weighted values of a chunk.
+  void read_values(const Located& here, const Located& next, int padded, int rows, float* read) {
+    if constexpr (std::is_same_v<Kept, float>) {
+      if (width_ == head_dim_) {
+        // Rows of floats are what they would be packed to.
+        for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
+          for (int k = run->at; k < run->at + run->count; k++)
+            for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(next.keys[k], d));
+          multiply<T>(space_.weights + run->at, kChunk, lanes(here.values[run->at], 0), head_dim_,
+                      run->count, read, width_, rows, width_, true);
+        }
+        return;
+      }
+    }
     for (int i = 0; i < padded; i += L::kValues) {
       L::pack_values(here.values + i, head_dim_, space_.values + i / L::kValues * width_);
       for (int k = i; k < i + L::kValues; k++)
         for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(next.keys[k], d));
     }
     multiply<T>(space_.weights, kChunk / L::kValues, space_.values, width_, padded / L::kValues,
-                running.read, width_, rows, width_, true);
+                read, width_, rows, width_, true);
   }
 
   // Scores of a row to weights, and its running softmax moved on.
