@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,8 +112,12 @@ class GroupMetadata:
     @cached_property
     def slot_mapping(self) -> Tensor:
         """`[tokens]`, the cache slot of each new token."""
-        slots = [slot for row in self._rows for slot in row.slots(self._block_size)]
-        return torch.tensor(slots, dtype=torch.int64, device=self._device)
+        size = self._block_size
+        slots = array("q")
+        for table, num_computed, num_new in self._rows:
+            for position in range(num_computed, num_computed + num_new):
+                slots.append(table[position // size] * size + position % size)
+        return torch.frombuffer(slots, dtype=torch.int64).to(self._device)
 
     @cached_property
     def batches(self) -> tuple[QueryBatch, ...]:
@@ -218,8 +223,7 @@ class AttentionMetadata:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     """One sequence of a step, in one group."""
 
     block_table: Sequence[int]
@@ -229,12 +233,6 @@ class _Row:
     @property
     def length(self) -> int:
         return self.num_computed + self.num_new
-
-    def slots(self, block_size: int) -> list[int]:
-        return [
-            self.block_table[position // block_size] * block_size + position % block_size
-            for position in range(self.num_computed, self.length)
-        ]
 
     def live(self, block_size: int) -> list[int]:
         """Indices of the blocks that hold something."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,8 +70,7 @@ class SamplingRow:
         return bool(self.top_k or self.top_p < 1.0 or self.min_p)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):  # made for every token, in half the time of a frozen dataclass
     """A chosen token, and what was asked about its probability.
 
     Attributes:

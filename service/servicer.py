@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -232,7 +231,7 @@ class HeadroomServicer:
                     reason = output.finish.reason if output.finish else None
                     if reason is FinishReason.ERROR:
                         if output.token_ids:
-                            yield dataclasses.replace(output, finish=None)
+                            yield output._replace(finish=None)
                         raise RequestFailedError
                     if reason is FinishReason.DEADLINE and num_tokens == 0:
                         raise DeadlinePassedError

@@ -18,11 +18,12 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress, TaskID
 
+from loadtests.batches import Load
 from loadtests.peers.checkpoints import VOCAB_SIZE, random_checkpoint, shape_of
 from loadtests.peers.environments import OURS, PEERS, Peer, PeerError, prepare
 from loadtests.peers.process import Answer, Runner, running
 from loadtests.peers.report import RESULTS, write_report
-from loadtests.peers.samples import Key, Load, Sample, SampleFile
+from loadtests.peers.samples import Key, Sample, SampleFile
 from service.bench import BenchShape
 from service.console import err, fail
 

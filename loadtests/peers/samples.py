@@ -1,31 +1,11 @@
 """What was measured, one line each, so that an interrupted run loses nothing."""
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Sequences that start together."""
-
-    sequences: int
-    prompt: int
-    output: int
-
-    @classmethod
-    def parse(cls, text: str) -> "Load":
-        """Raises ValueError: it is not SEQUENCES x PROMPT + OUTPUT."""
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", text.strip())
-        if match is None:
-            raise ValueError(f"loads has {text!r}; allowed: as 8x128+128")
-        return cls(*map(int, match.groups()))
-
-    @property
-    def text(self) -> str:
-        return f"{self.sequences}x{self.prompt}+{self.output}"
+from loadtests.batches import Load
 
 
 class Key(NamedTuple):

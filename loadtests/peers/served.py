@@ -28,11 +28,11 @@ import typer
 from rich.progress import Progress
 
 from loadtests import asyncio_client
+from loadtests.batches import Load
 from loadtests.load import LoadSpec
 from loadtests.peers.checkpoints import random_checkpoint, shape_of
 from loadtests.peers.environments import PEERS, Peer, PeerError, prepare, python_of
 from loadtests.peers.report import RESULTS
-from loadtests.peers.samples import Load
 from loadtests.servers import Runtime, running_server
 from loadtests.workload import Lengths, Workload
 from service.bench import machine

@@ -45,6 +45,11 @@ class BlockManager:
         self._cached_pages: set[int] = set()
         self._owner: list[int | None] = [None] * num_pages
         self._pools = [GroupPool(group, num_pages) for group in groups]
+        self._windows = [
+            (index, group.window, group.sink_tokens)
+            for index, group in enumerate(groups)
+            if group.window is not None
+        ]
 
     @property
     def num_free_pages(self) -> int:
@@ -128,9 +133,10 @@ class BlockManager:
             False if there are not enough blocks; then the tables are as long as before.
         """
         self._release(seq)
-        missing = [self._blocks_for(num_tokens) - len(table) for table in seq.block_tables]
-        if max(missing) <= 0:  # most decodes
+        num_blocks = self._blocks_for(num_tokens)
+        if min(map(len, seq.block_tables)) >= num_blocks:  # most decodes
             return True
+        missing = [num_blocks - len(table) for table in seq.block_tables]
         if not self._has_room(missing, [[] for _ in missing], [0] * len(missing)):
             return False
         self._extend(seq, missing)
@@ -304,12 +310,10 @@ class BlockManager:
 
     def _release(self, seq: Sequence) -> None:
         """Give back the blocks that have left the window of their group."""
-        for index, group in enumerate(self.groups):
-            if group.window is None:
-                continue
+        for index, window, sink_tokens in self._windows:
             table = seq.block_tables[index]
-            first_needed = max(seq.num_computed_tokens - group.window + 1, 0) // self.block_size
-            for at in reversed(range(self._blocks_for(group.sink_tokens), first_needed)):
+            first_needed = max(seq.num_computed_tokens - window + 1, 0) // self.block_size
+            for at in reversed(range(self._blocks_for(sink_tokens), first_needed)):
                 if table[at] == RELEASED:
                     break
                 self._dereference(index, table[at])

@@ -1,12 +1,15 @@
 """What one step is to do, and what the model said: between scheduler and model runner."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from service.engine.sequence import Sequence, SequenceOutput, TokenLogprobs
 
+# What is made for every sequence of every step is a tuple: made in half the time of a frozen
+# dataclass.
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+
+class ScheduledSequence(NamedTuple):
     """The next uncomputed tokens of a sequence are part of the step.
 
     Attributes:
@@ -48,8 +51,7 @@ class StepPlan:
         return sum(item.num_tokens for item in self.scheduled)
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What the model said about one scheduled sequence.
 
     Attributes:

@@ -133,10 +133,12 @@ class Scheduler:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue
+            start = seq.num_computed_tokens
             num_tokens = min(seq.num_uncomputed_tokens, budget)
-            num_preempted += self._make_room(seq, seq.num_computed_tokens + num_tokens)
+            if not self.block_manager.grow(seq, start + num_tokens):
+                num_preempted += self._make_room(seq, start + num_tokens)
             if seq.status is SequenceStatus.RUNNING:
-                scheduled.append(ScheduledSequence(seq, num_tokens, seq.num_computed_tokens))
+                scheduled.append(ScheduledSequence(seq, num_tokens, start))
                 budget -= num_tokens
         # A chunk of a prompt may need blocks too, and take them from a decode planned before it.
         scheduled = [item for item in scheduled if item.seq.status is SequenceStatus.RUNNING]
@@ -205,19 +207,18 @@ class Scheduler:
         ]
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> int:
-        """Grow a running sequence, preempting from the end of the order, itself at the last.
+        """Preempt from the end of the order until a running sequence has grown, itself at the last.
 
         Returns:
             How many sequences were preempted.
         """
         num_preempted = 0
-        while not self.block_manager.grow(seq, num_tokens):
+        while True:
             victim = self.running[-1]
             self._preempt(victim)
             num_preempted += 1
-            if victim is seq:
-                break
-        return num_preempted
+            if victim is seq or self.block_manager.grow(seq, num_tokens):
+                return num_preempted
 
     def _preempt(self, seq: Sequence) -> None:
         """Take all blocks; the tokens stay and are computed again after the next admission."""

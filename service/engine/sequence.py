@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from service.engine.sampling_params import SamplingParams
 
@@ -85,8 +86,7 @@ class Finish:
     request_id: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceOutput:
+class SequenceOutput(NamedTuple):  # made for every token: see plan.py
     """What one step (or several, merged) produced for one sequence.
 
     Attributes:

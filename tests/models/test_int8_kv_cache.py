@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-import pytest
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st

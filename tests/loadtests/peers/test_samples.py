@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.peers.samples import Key, Load, Sample, SampleFile
+from loadtests.batches import Load
+from loadtests.peers.samples import Key, Sample, SampleFile
 
 
 def test_a_load_is_written_as_it_is_read() -> None:

@@ -11,9 +11,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from loadtests.batches import Load
 from loadtests.peers import served
 from loadtests.peers.environments import PeerError
-from loadtests.peers.samples import Load
 
 
 @asynccontextmanager
