@@ -7,6 +7,7 @@ import typer
 
 from loadtests.sweep.command import sweep
 from service.commands.bench import bench
+from service.commands.doctor import doctor
 from service.commands.generate import generate
 from service.commands.model import model
 from service.commands.plan import plan
@@ -40,6 +41,7 @@ def main(
 
 
 app.command(epilog="Example: headroom serve --model ./llama-1b --port 9000 --replicas 2")(serve)
+app.command(epilog="Example: headroom doctor --model ./llama-1b --config headroom.yaml")(doctor)
 app.command(epilog='Example: headroom generate --max-tokens 64 "def main("')(generate)
 app.command(epilog="Example: headroom model --target 127.0.0.1:9000 --json")(model)
 app.command(epilog="Example: headroom bench --heads 12 --kv-heads 12,4,1 --clients 32")(bench)
