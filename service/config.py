@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from service.engine.config import EngineConfig
+from service.logs import LogFormat, LogLevel
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "models" / "demo"
 
@@ -51,6 +52,11 @@ class ServiceConfig(BaseSettings):
         attend_max_bytes: inputs, scores and answer of one AttentionService call; more is refused.
         drain_seconds: how long open requests may go on after the server was told to stop.
         stall_seconds: an engine that has work but finishes no step for so long is unhealthy.
+        log_format: of log lines on standard error, for people (`text`) or machines (`json`).
+        log_level: the least important lines that are written.
+        otlp_endpoint: a collector of traces (OTLP over gRPC), as http://HOST:PORT in the clear or
+            https://HOST:PORT; None traces nothing.
+        trace_sample_ratio: share of the traces that begin here, where the caller decided nothing.
         engine: limits of each replica's engine.
     """
 
@@ -71,6 +77,10 @@ class ServiceConfig(BaseSettings):
     attend_max_bytes: int = Field(64 * 1024 * 1024, ge=1024, le=2**40)
     drain_seconds: float = Field(30.0, ge=0, le=3600)
     stall_seconds: float = Field(30.0, gt=0, le=3600)
+    log_format: LogFormat = "text"
+    log_level: LogLevel = "info"
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+$")
+    trace_sample_ratio: float = Field(1.0, ge=0, le=1)
     engine: EngineConfig = EngineConfig()
 
     @property

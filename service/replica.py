@@ -1,5 +1,7 @@
 """One model replica from settings: engine, tokenizer, limits. The same in both runtimes."""
 
+from typing import TYPE_CHECKING
+
 from models.checkpoints.loader import check_checkpoint
 from models.config import ModelConfig
 from models.tokenizer import Tokenizer
@@ -10,6 +12,9 @@ from service.engine.engine import Engine
 from service.engine.memory import check_kv_cache_bytes, load_configured_model, resolve_device
 from service.engine.support import as_served, check_supported, max_model_len
 from service.metrics.engine import EngineMetrics
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 
 def check_model(config: ServiceConfig) -> ModelConfig:
@@ -57,6 +62,20 @@ async def start_engine(
     )
     await engine.start()
     return engine, tokenizer
+
+
+def make_tracing(config: ServiceConfig) -> "Tracing | None":
+    """Where the spans of an application's RPCs go; None if nothing is traced."""
+    if config.otlp_endpoint is None:
+        return None
+    # Only who traces needs OpenTelemetry.
+    from service.tracing import Tracing
+
+    return Tracing(
+        config.otlp_endpoint,
+        sample_ratio=config.trace_sample_ratio,
+        resource={"headroom.application": config.application},
+    )
 
 
 def attention_limits(config: ServiceConfig) -> AttentionLimits:

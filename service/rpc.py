@@ -1,4 +1,5 @@
-"""Counts RPCs and turns what their methods raise into a status: one place for all methods.
+"""What is done for every RPC: it is counted, traced and logged, and what its method raises becomes
+a status. One place for all methods.
 
 Code, details and trailing metadata are set on the context and the method then *returns*: under
 Ray Serve a raised exception would lose the metadata and show its text, and a plain grpc.aio
@@ -6,57 +7,132 @@ server treats the returning method just the same.
 """
 
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing
-from typing import Any, Protocol, TypeVar
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
+import structlog
 
+from service.engine.sequence import Finish
 from service.errors import DETAILS_KEY, refusal_reason, to_status
 from service.metrics.rpc import RpcCall, RpcMetrics
+
+if TYPE_CHECKING:
+    from service.tracing import RpcSpan, Tracing
 
 Req = TypeVar("Req")
 Res = TypeVar("Res")
 
 
-class Measured(Protocol):
-    """A servicer whose RPCs are counted."""
+class Observed(Protocol):
+    """A servicer whose RPCs are counted, logged and, if that is wanted, traced."""
 
     rpc_metrics: RpcMetrics
+    tracing: "Tracing | None"
+    log: structlog.stdlib.BoundLogger
 
 
-S = TypeVar("S", bound=Measured)
+S = TypeVar("S", bound=Observed)
 
 
 class RpcContext(Protocol):
     """What grpc.aio's context and Ray Serve's have in common and we use."""
 
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
     def set_code(self, code: grpc.StatusCode) -> None: ...
     def set_details(self, details: str) -> None: ...
     def set_trailing_metadata(self, trailing_metadata: Sequence[tuple[str, bytes]]) -> None: ...
 
 
+class Rpc:
+    """An open RPC, as its method sees it.
+
+    Attributes:
+        facts: what the log says of it; never a word of prompts or answers.
+    """
+
+    def __init__(self, grpc_context: RpcContext, call: RpcCall, span: "RpcSpan | None") -> None:
+        self.facts: dict[str, str | int] = {}
+        self._grpc_context = grpc_context
+        self._call = call
+        self._span = span
+
+    def concerns(self, request_id: str) -> None:
+        """Say which request it is about."""
+        self.facts["request_id"] = request_id
+        if self._span is not None:
+            self._span.concerns(request_id)
+
+    def finished(self, finish: Finish) -> None:
+        """Say how the engine's part of it ended."""
+        self.facts |= {
+            "finish_reason": finish.reason.name.lower(),
+            "prompt_tokens": finish.usage.prompt_tokens,
+            "completion_tokens": finish.usage.completion_tokens,
+        }
+        if self._span is not None:
+            self._span.finished(finish)
+
+    def sends(self) -> None:
+        """Count a message that is about to go to the client."""
+        self._call.sends()
+
+    def succeed(self) -> None:
+        self._call.code = grpc.StatusCode.OK
+
+    def fail(self, error: Exception) -> None:
+        """Make an error the status of the call."""
+        self._call.code, status = to_status(error)
+        reason = refusal_reason(error)
+        if reason is not None:
+            self._call.refused(reason)
+        self._grpc_context.set_code(self._call.code)
+        self._grpc_context.set_details(status.message)
+        self._grpc_context.set_trailing_metadata([(DETAILS_KEY, status.SerializeToString())])
+
+
+@contextmanager
+def _open(servicer: Observed, name: str, grpc_context: RpcContext) -> Iterator[Rpc]:
+    started = time.monotonic()
+    with servicer.rpc_metrics.call(name) as call:
+        metadata = grpc_context.invocation_metadata() or ()
+        tracing = servicer.tracing
+        span = None if tracing is None else tracing.rpc(call.method, metadata)
+        rpc = Rpc(grpc_context, call, span)
+        try:
+            yield rpc
+        finally:
+            if span is not None:
+                span.end(call.code)
+            # Probes ask every few seconds.
+            log = servicer.log.debug if "health" in call.method else servicer.log.info
+            seconds = round(time.monotonic() - started, 6)
+            log("rpc", method=call.method, code=call.code.name, seconds=seconds, **rpc.facts)
+
+
 def unary(
     response_type: Callable[[], Res],
 ) -> Callable[
-    [Callable[[S, Req, RpcContext], Awaitable[Res]]],
+    [Callable[[S, Req, Rpc], Awaitable[Res]]],
     Callable[[S, Req, RpcContext], Awaitable[Res]],
 ]:
     """Decorate a unary method; after an error an empty response goes with the status."""
 
     def decorate(
-        method: Callable[[S, Req, RpcContext], Awaitable[Res]],
+        method: Callable[[S, Req, Rpc], Awaitable[Res]],
     ) -> Callable[[S, Req, RpcContext], Awaitable[Res]]:
         @functools.wraps(method)
         async def wrapper(self: S, request: Req, grpc_context: RpcContext) -> Res:
-            with self.rpc_metrics.call(method.__name__) as call:
+            with _open(self, method.__name__, grpc_context) as rpc:
                 try:
-                    response = await method(self, request, grpc_context)
+                    response = await method(self, request, rpc)
                 except Exception as error:
-                    _set_status(grpc_context, call, error)
+                    rpc.fail(error)
                     return response_type()
-                call.sends()
-                call.code = grpc.StatusCode.OK
+                rpc.sends()
+                rpc.succeed()
                 return response
 
         return wrapper
@@ -65,31 +141,21 @@ def unary(
 
 
 def server_stream(
-    method: Callable[[S, Req, RpcContext], AsyncIterator[Res]],
+    method: Callable[[S, Req, Rpc], AsyncIterator[Res]],
 ) -> Callable[[S, Req, RpcContext], AsyncIterator[Res]]:
     """Decorate a server-streaming method, which must be an async generator."""
 
     @functools.wraps(method)
     async def wrapper(self: S, request: Req, grpc_context: RpcContext) -> AsyncIterator[Res]:
-        stream: Any = method(self, request, grpc_context)
-        with self.rpc_metrics.call(method.__name__) as call:
+        with _open(self, method.__name__, grpc_context) as rpc:
+            stream: Any = method(self, request, rpc)
             try:
                 async with aclosing(stream):
                     async for response in stream:
-                        call.sends()
+                        rpc.sends()
                         yield response
-                call.code = grpc.StatusCode.OK
+                rpc.succeed()
             except Exception as error:
-                _set_status(grpc_context, call, error)
+                rpc.fail(error)
 
     return wrapper
-
-
-def _set_status(grpc_context: RpcContext, call: RpcCall, error: Exception) -> None:
-    call.code, status = to_status(error)
-    reason = refusal_reason(error)
-    if reason is not None:
-        call.refused(reason)
-    grpc_context.set_code(call.code)
-    grpc_context.set_details(status.message)
-    grpc_context.set_trailing_metadata([(DETAILS_KEY, status.SerializeToString())])

@@ -6,7 +6,9 @@ import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
+import structlog
 from grpc_health.v1 import health_pb2
 
 from models.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -26,7 +28,10 @@ from service.errors import (
     UnknownHealthServiceError,
 )
 from service.metrics.rpc import RpcMetrics
-from service.rpc import RpcContext, server_stream, unary
+from service.rpc import Rpc, server_stream, unary
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 _SERVICES = tuple(
     service
@@ -44,6 +49,7 @@ class HeadroomServicer:
         engine: started.
         tokenizer: the model's.
         attention_limits: bytes that one attention may take.
+        tracing: where spans of RPCs go; None makes none.
         watch_seconds: a health watch ends after so long and the client starts a new one; under
             Ray Serve an endless stream would hold up the shutdown of its replica.
     """
@@ -54,10 +60,14 @@ class HeadroomServicer:
         tokenizer: Tokenizer,
         attention_limits: AttentionLimits,
         *,
+        tracing: "Tracing | None" = None,
         watch_seconds: float = math.inf,
     ) -> None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
         self.rpc_metrics = RpcMetrics([*_SERVICES, health])
+        self.tracing = tracing
+        config = engine.engine.served_config
+        self.log = structlog.get_logger().bind(model=config.name, heads=config.head_label)
         self._engine = engine
         self._tokenizer = tokenizer
         self._watch_seconds = watch_seconds
@@ -70,11 +80,11 @@ class HeadroomServicer:
 
     @server_stream
     async def Generate(
-        self, request: pb.GenerateRequest, grpc_context: RpcContext
+        self, request: pb.GenerateRequest, grpc_context: Rpc
     ) -> AsyncIterator[pb.GenerateResponse]:
         call = self._decoder.generation(request)
         detokenizer = self._detokenizer(call)
-        async with aclosing(self._run(call)) as outputs:
+        async with aclosing(self._run(call, grpc_context)) as outputs:
             async for output in outputs:
                 text = _new_text(detokenizer, output)
                 if output.token_ids or text:
@@ -83,11 +93,9 @@ class HeadroomServicer:
                     yield pb.GenerateResponse(finished=codec.finished(output.finish))
 
     @unary(pb.CompleteResponse)
-    async def Complete(
-        self, request: pb.CompleteRequest, grpc_context: RpcContext
-    ) -> pb.CompleteResponse:
+    async def Complete(self, request: pb.CompleteRequest, grpc_context: Rpc) -> pb.CompleteResponse:
         call = self._decoder.generation(request)
-        output = SequenceOutput.merge([output async for output in self._run(call)])
+        output = SequenceOutput.merge([output async for output in self._run(call, grpc_context)])
         assert output.finish is not None, "a merged generation has ended"
         return pb.CompleteResponse(
             token_ids=output.token_ids,
@@ -97,9 +105,9 @@ class HeadroomServicer:
         )
 
     @unary(pb.ScoreResponse)
-    async def Score(self, request: pb.ScoreRequest, grpc_context: RpcContext) -> pb.ScoreResponse:
+    async def Score(self, request: pb.ScoreRequest, grpc_context: Rpc) -> pb.ScoreResponse:
         call = self._decoder.scoring(request)
-        output = SequenceOutput.merge([output async for output in self._run(call)])
+        output = SequenceOutput.merge([output async for output in self._run(call, grpc_context)])
         token_ids = call.engine_request.prompt_token_ids
         text = request.text or self._tokenizer.decode(token_ids)
         return pb.ScoreResponse(
@@ -110,9 +118,9 @@ class HeadroomServicer:
         )
 
     @unary(pb.EmbedResponse)
-    async def Embed(self, request: pb.EmbedRequest, grpc_context: RpcContext) -> pb.EmbedResponse:
+    async def Embed(self, request: pb.EmbedRequest, grpc_context: Rpc) -> pb.EmbedResponse:
         call = self._decoder.embedding(request)
-        output = SequenceOutput.merge([output async for output in self._run(call)])
+        output = SequenceOutput.merge([output async for output in self._run(call, grpc_context)])
         assert output.finish is not None, "a merged embedding has ended"
         return pb.EmbedResponse(
             embedding=codec.embedding(output, normalize=request.normalize),
@@ -122,16 +130,14 @@ class HeadroomServicer:
 
     @unary(attention_pb2.AttendResponse)
     async def Attend(
-        self, request: attention_pb2.AttendRequest, grpc_context: RpcContext
+        self, request: attention_pb2.AttendRequest, grpc_context: Rpc
     ) -> attention_pb2.AttendResponse:
         call = self._attention_decoder.call(request)
         result = await self._engine.call(lambda engine: attend(call, engine.model_runner.model))
         return codec.attend_response(result)
 
     @unary(pb.TokenizeResponse)
-    async def Tokenize(
-        self, request: pb.TokenizeRequest, grpc_context: RpcContext
-    ) -> pb.TokenizeResponse:
+    async def Tokenize(self, request: pb.TokenizeRequest, grpc_context: Rpc) -> pb.TokenizeResponse:
         special = request.add_special_tokens if request.HasField("add_special_tokens") else True
         text = self._decoder.text(request.text)
         token_ids = self._tokenizer.encode(text, add_special_tokens=special)
@@ -140,7 +146,7 @@ class HeadroomServicer:
 
     @unary(pb.DetokenizeResponse)
     async def Detokenize(
-        self, request: pb.DetokenizeRequest, grpc_context: RpcContext
+        self, request: pb.DetokenizeRequest, grpc_context: Rpc
     ) -> pb.DetokenizeResponse:
         skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         token_ids = self._decoder.token_ids(request.token_ids)
@@ -150,19 +156,19 @@ class HeadroomServicer:
 
     @unary(models_pb2.GetModelResponse)
     async def GetModel(
-        self, request: models_pb2.GetModelRequest, grpc_context: RpcContext
+        self, request: models_pb2.GetModelRequest, grpc_context: Rpc
     ) -> models_pb2.GetModelResponse:
         return codec.model_description(self._engine.engine)
 
     @unary(models_pb2.GetLoadResponse)
     async def GetLoad(
-        self, request: models_pb2.GetLoadRequest, grpc_context: RpcContext
+        self, request: models_pb2.GetLoadRequest, grpc_context: Rpc
     ) -> models_pb2.GetLoadResponse:
         return codec.load_description(self._engine.load)
 
     @unary(models_pb2.PlanCapacityResponse)
     async def PlanCapacity(
-        self, request: models_pb2.PlanCapacityRequest, grpc_context: RpcContext
+        self, request: models_pb2.PlanCapacityRequest, grpc_context: Rpc
     ) -> models_pb2.PlanCapacityResponse:
         engine = self._engine.engine
         call = codec.planning_call(
@@ -180,7 +186,7 @@ class HeadroomServicer:
 
     @unary(health_pb2.HealthCheckResponse)
     async def Check(
-        self, request: health_pb2.HealthCheckRequest, grpc_context: RpcContext
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Rpc
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in HEALTH_SERVICES:
             raise UnknownHealthServiceError(request.service, list(HEALTH_SERVICES))
@@ -188,14 +194,14 @@ class HeadroomServicer:
 
     @unary(health_pb2.HealthListResponse)
     async def List(
-        self, request: health_pb2.HealthListRequest, grpc_context: RpcContext
+        self, request: health_pb2.HealthListRequest, grpc_context: Rpc
     ) -> health_pb2.HealthListResponse:
         status = health_pb2.HealthCheckResponse(status=self._health())
         return health_pb2.HealthListResponse(statuses=dict.fromkeys(HEALTH_SERVICES, status))
 
     @server_stream
     async def Watch(
-        self, request: health_pb2.HealthCheckRequest, grpc_context: RpcContext
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Rpc
     ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
         known = request.service in HEALTH_SERVICES
         unknown = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -221,13 +227,16 @@ class HeadroomServicer:
             return health_pb2.HealthCheckResponse.NOT_SERVING
         return health_pb2.HealthCheckResponse.SERVING
 
-    async def _run(self, call: codec.Call) -> AsyncGenerator[SequenceOutput, None]:
+    async def _run(self, call: codec.Call, rpc: Rpc) -> AsyncGenerator[SequenceOutput, None]:
         """Results of a request; an ending without a result becomes an error."""
+        rpc.concerns(call.request_id)
         with self._open(call.request_id):
             num_tokens = 0
             async with aclosing(self._engine.run(call.engine_request)) as outputs:
                 async for output in outputs:
                     num_tokens += len(output.token_ids)
+                    if output.finish is not None:
+                        rpc.finished(output.finish)
                     reason = output.finish.reason if output.finish else None
                     if reason is FinishReason.ERROR:
                         if output.token_ids:

@@ -1,5 +1,6 @@
 """A real server on a real port inside the test's event loop, and ways to wait for its state."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from service.engine import EngineConfig
 from service.engine.async_engine import AsyncEngine
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
-from service.replica import attention_limits, start_engine
+from service.replica import attention_limits, make_tracing, start_engine
 from service.runtimes.ray_environment import free_ports
 from service.runtimes.standalone import create_server
 from service.servicer import HeadroomServicer
@@ -57,7 +58,11 @@ class RunningServer:
 
 @asynccontextmanager
 async def running_server(
-    model: Path, *, attend_max_bytes: int = 64 * 2**20, **engine: Any
+    model: Path,
+    *,
+    attend_max_bytes: int = 64 * 2**20,
+    otlp_endpoint: str | None = None,
+    **engine: Any,
 ) -> AsyncIterator[RunningServer]:
     config = ServiceConfig(
         model=str(model),
@@ -65,10 +70,12 @@ async def running_server(
         engine=EngineConfig(num_threads=1, **engine),
         max_message_bytes=2**20,
         attend_max_bytes=attend_max_bytes,
+        otlp_endpoint=otlp_endpoint,
     )
     engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
     async_engine, tokenizer = await start_engine(config, engine_metrics)
-    servicer = HeadroomServicer(async_engine, tokenizer, attention_limits(config))
+    tracing = make_tracing(config)
+    servicer = HeadroomServicer(async_engine, tokenizer, attention_limits(config), tracing=tracing)
     server, port = create_server(config, servicer)
     await server.start()
     target = f"127.0.0.1:{port}"
@@ -86,3 +93,5 @@ async def running_server(
     finally:
         await server.stop(0)
         await async_engine.shutdown()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.shutdown)

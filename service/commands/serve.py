@@ -45,6 +45,7 @@ def serve(
     """
     started = time.monotonic()
     from service.config import SettingsError, load_config
+    from service.logs import configure_logs
 
     try:
         settings = load_config(
@@ -60,6 +61,7 @@ def serve(
         )
     except SettingsError as error:
         fail(str(error), code=2)
+    configure_logs(settings.log_format, settings.log_level)
     if settings.runtime == "standalone" and settings.replicas > 1:
         fail("replicas is more than 1; allowed: 1 with the standalone runtime", code=2)
     from service.client import HeadroomError

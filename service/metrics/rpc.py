@@ -32,10 +32,12 @@ class RpcCall:
     """One RPC while it is open.
 
     Attributes:
+        method: full name, `headroom.v1.GenerationService/Generate`.
         code: with which it ends; a call that is torn down has been cancelled.
     """
 
     def __init__(self, method: _Method, refused: dict[str, int]) -> None:
+        self.method = "/".join(method.key[1:])
         self.code = grpc.StatusCode.CANCELLED
         self._method = method
         self._refused = refused

@@ -5,6 +5,7 @@ replica, so a token crosses no process on its way out. Import this module only a
 of `ray_environment` are set.
 """
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -26,10 +27,11 @@ from ray.serve.schema import LoggingConfig
 
 from service.config import ServiceConfig
 from service.engine.memory import resolve_device
+from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
 from service.metrics.server import MetricsServer
-from service.replica import attention_limits, start_engine
+from service.replica import attention_limits, make_tracing, start_engine
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from service.servicer import HeadroomServicer
 
@@ -56,9 +58,16 @@ class HeadroomReplica(HeadroomServicer):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         # Serve awaits it.
         config = ServiceConfig(**settings)
+        configure_logs(config.log_format, config.log_level)
         engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
         engine, tokenizer = await start_engine(config, engine_metrics)
-        super().__init__(engine, tokenizer, attention_limits(config), watch_seconds=_WATCH_SECONDS)
+        super().__init__(
+            engine,
+            tokenizer,
+            attention_limits(config),
+            tracing=make_tracing(config),
+            watch_seconds=_WATCH_SECONDS,
+        )
         registry = replica_registry(engine, engine_metrics, self.rpc_metrics)
         self._metrics = MetricsServer(registry, config.host, lambda: _metrics_port(config))
         self._metrics.start()
@@ -71,6 +80,8 @@ class HeadroomReplica(HeadroomServicer):
         if hasattr(self, "_metrics"):  # it started
             await self._engine.shutdown()
             self._metrics.close()
+            if self.tracing is not None:
+                await asyncio.to_thread(self.tracing.shutdown)
 
 
 def _metrics_port(config: ServiceConfig) -> int | None:

@@ -9,10 +9,11 @@ from grpc_health.v1 import health_pb2_grpc
 
 from protos.headroom.v1 import attention_pb2_grpc, generation_pb2_grpc, models_pb2_grpc
 from service.config import ServiceConfig
+from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
 from service.metrics.server import MetricsServer
-from service.replica import attention_limits, start_engine
+from service.replica import attention_limits, make_tracing, start_engine
 from service.servicer import HeadroomServicer
 
 # After the drain every stream has its last message; this lets it reach the client.
@@ -47,10 +48,12 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
         ModelError, ValueError: see `start_engine`.
         OSError: the port cannot be bound.
     """
+    configure_logs(config.log_format, config.log_level)
     engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
     engine, tokenizer = await start_engine(config, engine_metrics)
+    tracing = make_tracing(config)
     try:
-        servicer = HeadroomServicer(engine, tokenizer, attention_limits(config))
+        servicer = HeadroomServicer(engine, tokenizer, attention_limits(config), tracing=tracing)
         server, _ = create_server(config, servicer)
         await server.start()
         registry = replica_registry(engine, engine_metrics, servicer.rpc_metrics)
@@ -64,6 +67,8 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
             await server.stop(_FLUSH_SECONDS)
     finally:
         await engine.shutdown()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.shutdown)
 
 
 def _server_options(config: ServiceConfig) -> list[tuple[str, int]]:

@@ -21,6 +21,7 @@ from service.engine import Engine, EngineConfig, SamplingParams
 from service.runtimes.ray_environment import free_ports
 from tests.bad_requests import BAD_REQUESTS
 from tests.checkpoints import VOCAB_SIZE
+from tests.collector import Collector, running_collector
 from tests.integration.processes import Process
 from tests.serving import running_server
 
@@ -32,6 +33,7 @@ NUM_REPLICAS = 2
 class RayServer:
     host: Process
     target: str
+    collector: Collector
 
     def replicas(self) -> list[psutil.Process]:
         return [process for process in self.host.family() if _is_replica(process)]
@@ -56,10 +58,17 @@ def server(model_path: Path) -> Iterator[RayServer]:
         "engine": {"num_threads": 1},
         "max_message_bytes": 2**20,
     }
-    with Process("-m", "tests.integration.ray_host", json.dumps(settings)) as host:
+    with (
+        running_collector() as collector,
+        Process(
+            "-m",
+            "tests.integration.ray_host",
+            json.dumps(settings | {"otlp_endpoint": collector.endpoint}),
+        ) as host,
+    ):
         host.wait_for(lambda line: line == "ready")
         family = host.family()
-        yield RayServer(host, f"127.0.0.1:{port}")
+        yield RayServer(host, f"127.0.0.1:{port}", collector)
         host.end_of_input()
         host.wait_for(lambda line: line == "stopped")
         assert host.wait() == 0, host.output
@@ -270,6 +279,23 @@ async def test_a_killed_replica_ends_only_its_own_streams(
         await client.complete([1], max_tokens=1)
     assert victim.pid not in {process.pid for process in server.replicas()}
     await _until_idle(client)
+
+
+async def test_a_trace_goes_on_behind_the_ingress(server: RayServer) -> None:
+    trace_id, method = 0x0AF7651916CD43DD8448EB211C80319C, "headroom.v1.GenerationService/Generate"
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5, 6, 7]), sampling=pb.SamplingParams(max_tokens=5)
+    )
+    async with grpc.aio.insecure_channel(server.target) as channel:
+        metadata = [("traceparent", f"00-{trace_id:032x}-b7ad6b7169203331-01")]
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        assert [1 async for _ in stub.Generate(request, metadata=metadata)]
+    # Replicas send what they have every few seconds.
+    names = {method, "queue", "prefill", "decode"}
+    spans = await asyncio.to_thread(server.collector.wait_for, names, trace_id=trace_id)
+    (root,) = (span for span in spans if span.name == method)
+    assert root.parent_span_id.hex() == "b7ad6b7169203331"
+    assert {span.parent_span_id for span in spans if span is not root} == {root.span_id}
 
 
 def test_the_ingress_listens_on_the_loopback_only(server: RayServer) -> None:

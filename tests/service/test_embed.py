@@ -95,12 +95,13 @@ async def test_defaults_tokens_and_usage(server: RunningServer) -> None:
 async def test_chunks_batches_and_one_shot_agree(model_path: Path, pooling: str) -> None:
     prompts = _prompts(1, 3, 17, 64, 128)
     answers: list[list[list[float]]] = []
-    for limits in (
+    several: tuple[dict[str, Any], ...] = (
         {"max_num_batched_tokens": 512},
         {"max_num_batched_tokens": 5, "max_num_seqs": 3},
         {"max_num_batched_tokens": 1, "max_num_seqs": 1},
         {"max_num_batched_tokens": 64, "enable_prefix_caching": True},
-    ):
+    )
+    for limits in several:
         async with running_server(model_path, **limits) as server:
             for _ in range(2):  # the second time a prefix cache would have something
                 calls = [server.generation.Embed(_request(p, pooling=pooling)) for p in prompts]

@@ -36,7 +36,7 @@ def broken_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def server(broken_model: Path) -> AsyncIterator[RunningServer]:
-    limits = {"max_model_len": 512, "num_blocks": 64}
+    limits: dict[str, Any] = {"max_model_len": 512, "num_blocks": 64}
     async with running_server(broken_model, enable_prefix_caching=True, **limits) as running:
         yield running
 
@@ -99,7 +99,7 @@ async def test_every_series_is_there_from_the_start(server: RunningServer) -> No
 
 
 async def test_refusals_are_counted_once_and_by_reason(broken_model: Path) -> None:
-    one_at_a_time = {"max_num_seqs": 1, "max_waiting_requests": 1, "num_blocks": 8}
+    one_at_a_time: dict[str, Any] = {"max_num_seqs": 1, "max_waiting_requests": 1, "num_blocks": 8}
     async with running_server(broken_model, max_model_len=256, **one_at_a_time) as server:
         registry = server.registry
 

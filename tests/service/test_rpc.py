@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import grpc
 import pytest
+import structlog
 from google.rpc import status_pb2
 from grpc import StatusCode as Code
 from grpc_health.v1 import health_pb2
@@ -14,7 +15,8 @@ from prometheus_client import CollectorRegistry
 from service.engine.errors import QueueFullError
 from service.errors import DETAILS_KEY
 from service.metrics.rpc import RpcMetrics
-from service.rpc import RpcContext, server_stream, unary
+from service.rpc import Rpc, server_stream, unary
+from service.tracing import Tracing
 
 
 class _Context:
@@ -22,6 +24,9 @@ class _Context:
         self.code: grpc.StatusCode | None = None
         self.details = ""
         self.metadata: dict[str, bytes] = {}
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
+        return None
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
@@ -38,15 +43,17 @@ class _Methods:
 
     def __init__(self) -> None:
         self.rpc_metrics = RpcMetrics([health_pb2.DESCRIPTOR.services_by_name["Health"]])
+        self.tracing: Tracing | None = None
+        self.log = structlog.get_logger()
 
     @unary(HealthCheckResponse)
-    async def Check(self, request: Exception | None, context: RpcContext) -> HealthCheckResponse:  # noqa: N802
+    async def Check(self, request: Exception | None, rpc: Rpc) -> HealthCheckResponse:  # noqa: N802
         if request is not None:
             raise request
         return HealthCheckResponse(status=1)
 
     @server_stream
-    async def Watch(self, request: BaseException, context: RpcContext) -> AsyncIterator[int]:  # noqa: N802
+    async def Watch(self, request: BaseException, rpc: Rpc) -> AsyncIterator[int]:  # noqa: N802
         try:
             yield 1
             raise request

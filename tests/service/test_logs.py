@@ -1,0 +1,102 @@
+"""Log lines: one for each RPC, readable by machines, and without a word of prompts or answers."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from protos.headroom.v1 import generation_pb2 as pb
+from protos.headroom.v1 import models_pb2
+from service.engine.errors import InvalidRequestError, Violation
+from service.errors import to_status
+from service.logs import LogFormat, configure_logs
+from tests.serving import running_server
+
+SECRET = "correct horse battery staple"
+
+
+@pytest.fixture(autouse=True)
+def _restored() -> Iterator[None]:
+    yield
+    structlog.reset_defaults()
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return [json.loads(line) for line in captured.err.splitlines()]
+
+
+async def test_every_rpc_is_a_line(model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("json", "info")
+    async with running_server(model_path) as server:
+        sampling = pb.SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+        request = pb.CompleteRequest(text=SECRET, sampling=sampling, request_id="r1")
+        answer = await server.generation.Complete(request)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await server.generation.Complete(pb.CompleteRequest(text=SECRET * 10_000))
+        await server.models.GetModel(models_pb2.GetModelRequest())
+        await health_pb2_grpc.HealthStub(server.channel).Check(health_pb2.HealthCheckRequest())
+    written = lines(capsys)
+    assert all(line["event"] == "rpc" and line["level"] == "info" for line in written)
+    assert all(line["heads"] == "h4kv2d16" and line["seconds"] > 0 for line in written)
+    first, second, third = ({k: v for k, v in line.items() if k in FACTS} for line in written)
+    assert first == {
+        "method": "headroom.v1.GenerationService/Complete",
+        "code": "OK",
+        "request_id": "r1",
+        "finish_reason": "length",
+        "prompt_tokens": answer.finished.usage.prompt_tokens,
+        "completion_tokens": 4,
+    }
+    assert second == {
+        "method": "headroom.v1.GenerationService/Complete",
+        "code": "INVALID_ARGUMENT",
+    }
+    assert third == {"method": "headroom.v1.ModelService/GetModel", "code": "OK"}
+    assert not any(word in str(written) for word in SECRET.split())
+
+
+FACTS = {
+    *("method", "code", "request_id", "finish_reason"),
+    *("prompt_tokens", "completion_tokens"),
+}
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_traceback_has_no_local_variables(
+    form: LogFormat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logs(form, "info")
+
+    def fail(prompt: str) -> None:
+        raise KeyError(len(prompt))
+
+    try:
+        fail(SECRET)
+    except KeyError as error:
+        to_status(error)
+    written = capsys.readouterr().err
+    assert "fail" in written
+    assert "KeyError" in written
+    assert "battery" not in written
+
+
+def test_lines_below_the_level_are_not_written(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("json", "warning")
+    log = structlog.get_logger()
+    log.info("small")
+    log.warning("large", size=3)
+    (line,) = lines(capsys)
+    assert (line["event"], line["size"], line["level"]) == ("large", 3, "warning")
+
+
+def test_a_callers_mistake_is_no_error_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("json", "debug")
+    to_status(InvalidRequestError([Violation("text", "too long", "at most 5")]))
+    assert lines(capsys) == []
