@@ -12,6 +12,7 @@ from service.commands.generate import generate
 from service.commands.model import model
 from service.commands.plan import plan
 from service.commands.serve import serve
+from service.commands.token import token
 from service.commands.train_demo import train_demo
 from service.console import out
 
@@ -49,6 +50,7 @@ app.command(
     epilog="Example: headroom plan --heads 12 --kv-heads 4 --memory 8GiB --prompt 512 --output 128"
 )(plan)
 app.command(epilog="Example: headroom sweep --heads 12 --kv-heads 12,4,1 --clients 1,8,32")(sweep)
+app.command(epilog="Example: headroom token alice --scope generate --days 90 >> tokens.yaml")(token)
 app.command("train-demo", epilog="Example: headroom train-demo --minutes 25 --output models/demo")(
     train_demo
 )

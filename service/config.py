@@ -18,9 +18,12 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from service.auth.tokens import TokenEntry
 from service.engine.config import EngineConfig
 from service.logs import LogFormat, LogLevel
 
+# Variables of commands that call a server, which may be set in the same shell.
+_OF_CLIENTS = ("TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY")
 DEMO_DIRECTORY = Path(__file__).parent.parent / "models" / "demo"
 
 
@@ -54,6 +57,8 @@ class ServiceConfig(BaseSettings):
         stall_seconds: an engine that has work but finishes no step for so long is unhealthy.
         log_format: of log lines on standard error, for people (`text`) or machines (`json`).
         log_level: the least important lines that are written.
+        tokens: a file of bearer tokens (see `service.auth.tokens`); with it, every RPC needs one.
+        own_token: the entry of one more token, which `headroom serve` makes for its own questions.
         otlp_endpoint: a collector of traces (OTLP over gRPC), as http://HOST:PORT in the clear or
             https://HOST:PORT; None traces nothing.
         trace_sample_ratio: share of the traces that begin here, where the caller decided nothing.
@@ -79,6 +84,8 @@ class ServiceConfig(BaseSettings):
     stall_seconds: float = Field(30.0, gt=0, le=3600)
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
+    tokens: Path | None = None
+    own_token: TokenEntry | None = None
     otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+$")
     trace_sample_ratio: float = Field(1.0, ge=0, le=1)
     engine: EngineConfig = EngineConfig()
@@ -200,7 +207,8 @@ def _reachable(host: str) -> str:
 def _check_environment() -> None:
     """A misspelt variable must not go unnoticed."""
     engine = [f"ENGINE__{field.name.upper()}" for field in dataclasses.fields(EngineConfig)]
-    known = {f"HEADROOM_{name}" for name in (*map(str.upper, ServiceConfig.model_fields), *engine)}
+    names = (*map(str.upper, ServiceConfig.model_fields), *engine, *_OF_CLIENTS)
+    known = {f"HEADROOM_{name}" for name in names}
     unknown = sorted(
         name
         for name in map(str.upper, os.environ)

@@ -95,11 +95,13 @@ def models_by_application(values: Sequence[str]) -> str | dict[str, str] | None:
     return {name: directory for name, _, directory in named}
 
 
-def print_ready(config: "ServiceConfig", started: float, logs: Path | None = None) -> None:
+def print_ready(
+    config: "ServiceConfig", started: float, logs: Path | None = None, *, token: str
+) -> None:
     """Ask the server about itself, through its own front, and say that it is ready."""
     target = f"{config.host}:{config.port}"
     for application in config.applications:
-        with Client(target, application=application.application) as client:
+        with Client(target, application=application.application, token=token) as client:
             lines = describe(client.get_model())
         if len(config.applications) > 1:
             out.print(f"app     {application.application}")

@@ -7,12 +7,20 @@ ServiceError
 ├── RequestFailedError           the model computed no usable number for this request
 ├── AttentionTooLargeError       an attention would take or answer more bytes than allowed
 ├── UnknownHealthServiceError    a health check names a service that does not exist
+├── TokenError
+│   ├── TokenMissingError        no bearer token, or more than one
+│   ├── TokenUnknownError        a token that is not in the token file
+│   ├── TokenExpiredError        a token whose time has passed
+│   ├── ScopeMissingError        a token that does not allow the method
+│   ├── TokenBusyError           too many open RPCs of one token
+│   └── TokenRateError           too many prompt and answer tokens in a minute
 └── (errors of `service.engine.errors`, by the table below)
 
 Everything else is a bug of ours: INTERNAL, with a reference id that the log explains and without
 the error's own text. Details travel as google.rpc messages in `grpc-status-details-bin`.
 """
 
+import math
 import uuid
 from dataclasses import dataclass
 
@@ -82,6 +90,63 @@ class UnknownHealthServiceError(ServiceError):
         super().__init__(f"service is {service[:64]!r}; allowed: {', '.join(map(repr, known))}")
 
 
+class TokenError(ServiceError):
+    """A call was refused because of its bearer token.
+
+    Attributes:
+        token: the name of its owner; None if it is not known.
+    """
+
+    def __init__(self, message: str, token: str | None = None) -> None:
+        self.token = token
+        super().__init__(message)
+
+
+class TokenMissingError(TokenError):
+    def __init__(self) -> None:
+        super().__init__("metadata has no bearer token; allowed: one authorization: Bearer TOKEN")
+
+
+class TokenUnknownError(TokenError):
+    def __init__(self) -> None:
+        super().__init__("the bearer token is not known here")
+
+
+class TokenExpiredError(TokenError):
+    def __init__(self, token: str) -> None:
+        super().__init__(f"the bearer token of {token!r} has expired", token)
+
+
+class ScopeMissingError(TokenError):
+    def __init__(self, token: str, method: str, scopes: list[str]) -> None:
+        super().__init__(
+            f"the token of {token!r} does not allow {method}; allowed: a token with one of the "
+            f"scopes {', '.join(scopes)}",
+            token,
+        )
+
+
+class TokenBusyError(TokenError):
+    def __init__(self, token: str, limit: int) -> None:
+        super().__init__(
+            f"{limit} calls of {token!r} are open; allowed: at most {limit} at once", token
+        )
+
+
+class TokenRateError(TokenError):
+    """Attributes:
+    retry_after: seconds until something is left of the allowance.
+    """
+
+    def __init__(self, token: str, limit: int, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(
+            f"{token!r} has used its allowance of {limit} tokens per minute; try again in "
+            f"{retry_after:.1f} s",
+            token,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorKind:
     """How one class of error looks on the wire.
@@ -112,6 +177,14 @@ CATALOGUE: dict[type[Exception], ErrorKind] = {
     RequestFailedError: ErrorKind(Code.INTERNAL, "NONFINITE_LOGITS"),
     AttentionTooLargeError: ErrorKind(Code.RESOURCE_EXHAUSTED, "ATTENTION_TOO_LARGE", refuses=True),
     UnknownHealthServiceError: ErrorKind(Code.NOT_FOUND, "UNKNOWN_SERVICE"),
+    TokenMissingError: ErrorKind(Code.UNAUTHENTICATED, "TOKEN_MISSING", refuses=True),
+    TokenUnknownError: ErrorKind(Code.UNAUTHENTICATED, "TOKEN_UNKNOWN", refuses=True),
+    TokenExpiredError: ErrorKind(Code.UNAUTHENTICATED, "TOKEN_EXPIRED", refuses=True),
+    ScopeMissingError: ErrorKind(Code.PERMISSION_DENIED, "SCOPE_MISSING", refuses=True),
+    TokenBusyError: ErrorKind(Code.RESOURCE_EXHAUSTED, "TOKEN_BUSY", refuses=True, retry_after=1.0),
+    TokenRateError: ErrorKind(
+        Code.RESOURCE_EXHAUSTED, "TOKEN_RATE", refuses=True, retry_after=60.0
+    ),
 }
 # Values of the label of a metric.
 REFUSAL_REASONS = tuple(
@@ -120,10 +193,14 @@ REFUSAL_REASONS = tuple(
 _BUG = ErrorKind(Code.INTERNAL, "INTERNAL")
 
 
+def reason_of(error: Exception) -> str:
+    """The stable name of an error, in small letters."""
+    return CATALOGUE.get(type(error), _BUG).reason.lower()
+
+
 def refusal_reason(error: Exception) -> str | None:
     """Why a call was refused before anything of it was computed; None if it was not."""
-    kind = CATALOGUE.get(type(error), _BUG)
-    return kind.reason.lower() if kind.refuses else None
+    return reason_of(error) if CATALOGUE.get(type(error), _BUG).refuses else None
 
 
 def to_status(error: Exception) -> tuple[Code, status_pb2.Status]:
@@ -140,9 +217,10 @@ def to_status(error: Exception) -> tuple[Code, status_pb2.Status]:
     packed = [_pack(info)]
     if isinstance(error, InvalidRequestError):
         packed.append(_pack(_bad_request(error)))
-    if kind.retry_after is not None:
+    retry_after = error.retry_after if isinstance(error, TokenRateError) else kind.retry_after
+    if retry_after is not None:
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(int(kind.retry_after * 1000))
+        delay.FromMilliseconds(math.ceil(retry_after * 1000))
         packed.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
     code_number: int = kind.code.value[0]
     return kind.code, status_pb2.Status(code=code_number, message=message, details=packed)

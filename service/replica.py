@@ -6,6 +6,8 @@ from models.checkpoints.loader import check_checkpoint
 from models.config import ModelConfig
 from models.tokenizer import Tokenizer
 from service.attention.limits import AttentionLimits
+from service.auth.gate import Gate
+from service.auth.tokens import TokenStore
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine
@@ -62,6 +64,18 @@ async def start_engine(
     )
     await engine.start()
     return engine, tokenizer
+
+
+def make_gate(config: ServiceConfig) -> Gate | None:
+    """Who admits the callers of an application; None if nobody asks.
+
+    Raises:
+        TokenFileError: the token file cannot be used.
+    """
+    if config.tokens is None:
+        return None
+    own = () if config.own_token is None else (config.own_token,)
+    return Gate(TokenStore(config.tokens, own))
 
 
 def make_tracing(config: ServiceConfig) -> "Tracing | None":

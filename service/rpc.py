@@ -1,5 +1,5 @@
-"""What is done for every RPC: it is counted, traced and logged, and what its method raises becomes
-a status. One place for all methods.
+"""What is done for every RPC: its caller is admitted, it is counted, traced and logged, and what
+its method raises becomes a status. One place for all methods.
 
 Code, details and trailing metadata are set on the context and the method then *returns*: under
 Ray Serve a raised exception would lose the metadata and show its text, and a plain grpc.aio
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import grpc
 import structlog
 
+from service.auth.gate import Caller, Gate
 from service.engine.sequence import Finish
-from service.errors import DETAILS_KEY, refusal_reason, to_status
+from service.errors import DETAILS_KEY, TokenError, reason_of, refusal_reason, to_status
 from service.metrics.rpc import RpcCall, RpcMetrics
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ Res = TypeVar("Res")
 
 
 class Observed(Protocol):
-    """A servicer whose RPCs are counted, logged and, if that is wanted, traced."""
+    """A servicer whose RPCs are counted, logged and, if that is wanted, guarded and traced."""
 
     rpc_metrics: RpcMetrics
+    gate: Gate | None
     tracing: "Tracing | None"
     log: structlog.stdlib.BoundLogger
 
@@ -53,11 +55,33 @@ class Rpc:
         facts: what the log says of it; never a word of prompts or answers.
     """
 
-    def __init__(self, grpc_context: RpcContext, call: RpcCall, span: "RpcSpan | None") -> None:
+    def __init__(
+        self,
+        grpc_context: RpcContext,
+        metadata: Sequence[tuple[str, str | bytes]],
+        call: RpcCall,
+        span: "RpcSpan | None",
+    ) -> None:
         self.facts: dict[str, str | int] = {}
         self._grpc_context = grpc_context
+        self._metadata = metadata
         self._call = call
         self._span = span
+        self._caller: Caller | None = None
+
+    @contextmanager
+    def admitted(self, gate: Gate | None) -> Iterator[None]:
+        """While the method runs.
+
+        Raises:
+            TokenError: its caller may not call it, or not now.
+        """
+        if gate is None:
+            yield
+            return
+        with gate.admit(self._call.method, self._metadata) as self._caller:
+            self.facts["token"] = self._caller.name
+            yield
 
     def concerns(self, request_id: str) -> None:
         """Say which request it is about."""
@@ -74,6 +98,8 @@ class Rpc:
         }
         if self._span is not None:
             self._span.finished(finish)
+        if self._caller is not None:
+            self._caller.computed(finish.usage.prompt_tokens + finish.usage.completion_tokens)
 
     def sends(self) -> None:
         """Count a message that is about to go to the client."""
@@ -85,6 +111,9 @@ class Rpc:
     def fail(self, error: Exception) -> None:
         """Make an error the status of the call."""
         self._call.code, status = to_status(error)
+        self.facts["reason"] = reason_of(error)
+        if isinstance(error, TokenError) and error.token is not None:
+            self.facts["token"] = error.token
         reason = refusal_reason(error)
         if reason is not None:
             self._call.refused(reason)
@@ -100,7 +129,7 @@ def _open(servicer: Observed, name: str, grpc_context: RpcContext) -> Iterator[R
         metadata = grpc_context.invocation_metadata() or ()
         tracing = servicer.tracing
         span = None if tracing is None else tracing.rpc(call.method, metadata)
-        rpc = Rpc(grpc_context, call, span)
+        rpc = Rpc(grpc_context, metadata, call, span)
         try:
             yield rpc
         finally:
@@ -127,7 +156,8 @@ def unary(
         async def wrapper(self: S, request: Req, grpc_context: RpcContext) -> Res:
             with _open(self, method.__name__, grpc_context) as rpc:
                 try:
-                    response = await method(self, request, rpc)
+                    with rpc.admitted(self.gate):
+                        response = await method(self, request, rpc)
                 except Exception as error:
                     rpc.fail(error)
                     return response_type()
@@ -150,10 +180,11 @@ def server_stream(
         with _open(self, method.__name__, grpc_context) as rpc:
             stream: Any = method(self, request, rpc)
             try:
-                async with aclosing(stream):
-                    async for response in stream:
-                        rpc.sends()
-                        yield response
+                with rpc.admitted(self.gate):
+                    async with aclosing(stream):
+                        async for response in stream:
+                            rpc.sends()
+                            yield response
                 rpc.succeed()
             except Exception as error:
                 rpc.fail(error)

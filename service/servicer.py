@@ -17,6 +17,7 @@ from protos.headroom.v1 import generation_pb2 as pb
 from service import codec
 from service.attention.compute import attend
 from service.attention.limits import AttentionLimits
+from service.auth.gate import Gate
 from service.engine.async_engine import AsyncEngine
 from service.engine.errors import EngineDrainingError, EngineError, QueueFullError
 from service.engine.sequence import FinishReason, SequenceOutput
@@ -49,6 +50,7 @@ class HeadroomServicer:
         engine: started.
         tokenizer: the model's.
         attention_limits: bytes that one attention may take.
+        gate: admits the caller of each RPC; None admits all.
         tracing: where spans of RPCs go; None makes none.
         watch_seconds: a health watch ends after so long and the client starts a new one; under
             Ray Serve an endless stream would hold up the shutdown of its replica.
@@ -60,11 +62,13 @@ class HeadroomServicer:
         tokenizer: Tokenizer,
         attention_limits: AttentionLimits,
         *,
+        gate: Gate | None = None,
         tracing: "Tracing | None" = None,
         watch_seconds: float = math.inf,
     ) -> None:
         health = health_pb2.DESCRIPTOR.services_by_name["Health"]
         self.rpc_metrics = RpcMetrics([*_SERVICES, health])
+        self.gate = gate
         self.tracing = tracing
         config = engine.engine.served_config
         self.log = structlog.get_logger().bind(model=config.name, heads=config.head_label)

@@ -21,7 +21,7 @@ from service.engine import EngineConfig
 from service.engine.async_engine import AsyncEngine
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
-from service.replica import attention_limits, make_tracing, start_engine
+from service.replica import attention_limits, make_gate, make_tracing, start_engine
 from service.runtimes.ray_environment import free_ports
 from service.runtimes.standalone import create_server
 from service.servicer import HeadroomServicer
@@ -62,6 +62,7 @@ async def running_server(
     *,
     attend_max_bytes: int = 64 * 2**20,
     otlp_endpoint: str | None = None,
+    tokens: Path | None = None,
     **engine: Any,
 ) -> AsyncIterator[RunningServer]:
     config = ServiceConfig(
@@ -71,11 +72,14 @@ async def running_server(
         max_message_bytes=2**20,
         attend_max_bytes=attend_max_bytes,
         otlp_endpoint=otlp_endpoint,
+        tokens=tokens,
     )
     engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
     async_engine, tokenizer = await start_engine(config, engine_metrics)
     tracing = make_tracing(config)
-    servicer = HeadroomServicer(async_engine, tokenizer, attention_limits(config), tracing=tracing)
+    servicer = HeadroomServicer(
+        async_engine, tokenizer, attention_limits(config), gate=make_gate(config), tracing=tracing
+    )
     server, port = create_server(config, servicer)
     await server.start()
     target = f"127.0.0.1:{port}"

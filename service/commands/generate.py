@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 from google.protobuf.json_format import MessageToDict
 
-from service.commands.options import ApplicationName, Json, Target
+from service.commands.connection import (
+    ApplicationName,
+    Target,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    connect,
+)
+from service.commands.options import Json
 from service.console import fail
 
 
@@ -14,6 +23,10 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     target: Target = "127.0.0.1:9000",
     application: ApplicationName = "headroom",
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = 0,
@@ -24,7 +37,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Stream the continuation of a prompt from a server."""
-    from service.client import Client, HeadroomError, RequestOptions, Sampling
+    from service.client import HeadroomError, RequestOptions, Sampling
 
     sampling: Sampling = {
         "max_tokens": max_tokens,
@@ -36,7 +49,7 @@ def generate(
     if seed is not None:
         sampling["seed"] = seed
     pieces: list[str] = []
-    with Client(target, application=application) as client:
+    with connect(target, application, token_file, tls_ca, tls_cert, tls_key) as client:
         try:
             stream = client.generate(prompt, options=RequestOptions(timeout=timeout), **sampling)
             for text in stream:

@@ -5,19 +5,32 @@ import json
 from google.protobuf.json_format import MessageToDict
 from rich.table import Table
 
-from service.commands.options import ApplicationName, Json, Target
+from service.commands.connection import (
+    ApplicationName,
+    Target,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    connect,
+)
+from service.commands.options import Json
 from service.console import describe, fail, out
 
 
 def model(
     target: Target = "127.0.0.1:9000",
     application: ApplicationName = "headroom",
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     as_json: Json = False,
 ) -> None:
     """Show the served model, its heads, its KV cache, and what it is busy with."""
-    from service.client import Client, HeadroomError
+    from service.client import HeadroomError
 
-    with Client(target, application=application) as client:
+    with connect(target, application, token_file, tls_ca, tls_cert, tls_key) as client:
         try:
             description, load = client.get_model(), client.get_load()
         except HeadroomError as error:

@@ -10,6 +10,14 @@ from rich.progress import Progress
 
 from service.client import Client, HeadroomError
 from service.client.planning import Planning, Shape, plan_request
+from service.commands.connection import (
+    ApplicationName,
+    TlsCa,
+    TlsCert,
+    TlsKey,
+    TokenFile,
+    connect,
+)
 from service.commands.plan_flags import read_num_bytes, read_shapes
 from service.commands.plan_text import plan_text
 from service.console import err, fail, out
@@ -38,9 +46,11 @@ def plan(
     target: Annotated[
         str | None, typer.Option(help="Ask a server about its own model, as HOST:PORT.")
     ] = None,
-    application: Annotated[
-        str, typer.Option(help="Application, if the server has several.")
-    ] = "headroom",
+    application: ApplicationName = "headroom",
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     layers: Annotated[
         int | None, typer.Option(min=1, max=_MAX_LAYERS, help="[default: 12]")
     ] = None,
@@ -164,7 +174,8 @@ def plan(
     shapes: list[Shape] = [(prompt, output)] if mix is None else read_shapes(mix)
     if target is not None:
         planning |= cast(Planning, own_heads)
-        answer = _ask(target, application, shapes, planning)
+        with connect(target, application, token_file, tls_ca, tls_cert, tls_key) as client:
+            answer = _ask(client, shapes, planning)
     elif model is not None:
         planning |= cast(Planning, own_heads)
         answer = _answer(_read_model(model), own_limits, shapes, planning, measure)
@@ -180,12 +191,9 @@ def plan(
         out.print(plan_text(answer))
 
 
-def _ask(
-    target: str, application: str, shapes: list[Shape], planning: Planning
-) -> "PlanCapacityResponse":
+def _ask(client: Client, shapes: list[Shape], planning: Planning) -> "PlanCapacityResponse":
     try:
-        with Client(target, application=application) as client:
-            return client.plan_capacity(shapes, **planning)
+        return client.plan_capacity(shapes, **planning)
     except HeadroomError as error:
         if error.violations:
             fail("\n".join(error.violations.values()), code=2)

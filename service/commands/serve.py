@@ -38,12 +38,17 @@ def serve(
         Literal["ray", "standalone"] | None, typer.Option(help="What hosts it. [default: ray]")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Ray replicas. [default: 1]")] = None,
+    tokens: Annotated[
+        Path | None,
+        typer.Option(help="File of bearer tokens (`headroom token`); every RPC then needs one."),
+    ] = None,
 ) -> None:
     """Serve a model, or several side by side, over gRPC until Ctrl-C.
 
     Settings come from flags, then HEADROOM_* variables, then --config, then defaults.
     """
     started = time.monotonic()
+    from service.auth.tokens import TokenEntry, digest_of, new_token, read_tokens
     from service.config import SettingsError, load_config
     from service.logs import configure_logs
 
@@ -58,6 +63,7 @@ def serve(
             metrics_targets=metrics_targets,
             runtime=runtime,
             replicas=replicas,
+            tokens=tokens,
         )
     except SettingsError as error:
         fail(str(error), code=2)
@@ -69,6 +75,8 @@ def serve(
     from service.replica import check_model
 
     try:
+        if settings.tokens is not None:
+            read_tokens(settings.tokens)
         for application in settings.applications:
             check_model(application)
         require_free_port(settings.host, settings.port, "--port")
@@ -81,8 +89,13 @@ def serve(
     except (ValueError, OSError) as error:
         fail(str(error))
 
+    # The server is asked about itself before it is called ready.
+    own_token = new_token()
+    entry = TokenEntry(name="headroom-serve", sha256=digest_of(own_token), scopes=())
+    settings = settings.model_copy(update={"own_token": entry})
+
     def announce(logs: Path | None = None) -> None:
-        print_ready(settings, started, logs)
+        print_ready(settings, started, logs, token=own_token)
 
     try:
         if settings.runtime == "standalone":

@@ -31,7 +31,7 @@ from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
 from service.metrics.server import MetricsServer
-from service.replica import attention_limits, make_tracing, start_engine
+from service.replica import attention_limits, make_gate, make_tracing, start_engine
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from service.servicer import HeadroomServicer
 
@@ -65,6 +65,7 @@ class HeadroomReplica(HeadroomServicer):
             engine,
             tokenizer,
             attention_limits(config),
+            gate=make_gate(config),
             tracing=make_tracing(config),
             watch_seconds=_WATCH_SECONDS,
         )

@@ -13,7 +13,7 @@ from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
 from service.metrics.server import MetricsServer
-from service.replica import attention_limits, make_tracing, start_engine
+from service.replica import attention_limits, make_gate, make_tracing, start_engine
 from service.servicer import HeadroomServicer
 
 # After the drain every stream has its last message; this lets it reach the client.
@@ -53,7 +53,9 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
     engine, tokenizer = await start_engine(config, engine_metrics)
     tracing = make_tracing(config)
     try:
-        servicer = HeadroomServicer(engine, tokenizer, attention_limits(config), tracing=tracing)
+        servicer = HeadroomServicer(
+            engine, tokenizer, attention_limits(config), gate=make_gate(config), tracing=tracing
+        )
         server, _ = create_server(config, servicer)
         await server.start()
         registry = replica_registry(engine, engine_metrics, servicer.rpc_metrics)

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health_pb2 import HealthCheckResponse
 from prometheus_client import CollectorRegistry
 
+from service.auth.gate import Gate
 from service.engine.errors import QueueFullError
 from service.errors import DETAILS_KEY
 from service.metrics.rpc import RpcMetrics
@@ -43,6 +44,7 @@ class _Methods:
 
     def __init__(self) -> None:
         self.rpc_metrics = RpcMetrics([health_pb2.DESCRIPTOR.services_by_name["Health"]])
+        self.gate: Gate | None = None
         self.tracing: Tracing | None = None
         self.log = structlog.get_logger()
 
