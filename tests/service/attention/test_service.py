@@ -51,7 +51,8 @@ async def test_streams_go_on_beside_attention_and_get_the_same_tokens(
         finished.set()
         await asyncio.gather(*callers)
     assert together == alone
-    assert num_answers >= 60, "about one call for each step"
+    # One call fits between two steps, if the client has asked by then.
+    assert num_answers >= 30, "calls go on beside streams"
     await server.until_idle()
 
 
