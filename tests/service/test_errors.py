@@ -30,7 +30,12 @@ T = TypeVar("T")
 
 
 def _subclasses(kind: type[Exception]) -> set[type[Exception]]:
-    return {sub for direct in kind.__subclasses__() for sub in {direct, *_subclasses(direct)}}
+    """Those that are raised; what only stands above others is not."""
+    return {
+        sub
+        for direct in kind.__subclasses__()
+        for sub in (_subclasses(direct) if direct.__subclasses__() else {direct})
+    }
 
 
 def _detail(status: status_pb2.Status, kind: type[T]) -> T:
