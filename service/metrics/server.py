@@ -1,8 +1,8 @@
-"""The HTTP server of one replica's metrics."""
+"""The HTTP server of one replica's metrics, which also tells probes how the replica is."""
 
 import threading
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self, TypeAlias
 
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
@@ -11,9 +11,13 @@ _RETRY_SECONDS = 0.5
 
 log = structlog.get_logger()
 
+WsgiApp: TypeAlias = Callable[[dict[str, Any], Any], Iterable[bytes]]
+# What probes ask by path: whether it is so.
+States: TypeAlias = Mapping[str, Callable[[], bool]]
+
 
 class MetricsServer:
-    """Serves `/metrics`, on a port that may change and that somebody else may still hold.
+    """Serves `/metrics` and states, on a port that may change and that somebody may still hold.
 
     A replica that takes another one's place gets its port when that one has gone; until then it
     counts and nobody scrapes it.
@@ -22,12 +26,18 @@ class MetricsServer:
         registry: what is served.
         host: the address to bind.
         port: asked again and again; None is not now.
+        states: for each path, whether the answer is 200 or 503.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, host: str, port: Callable[[], int | None]
+        self,
+        registry: CollectorRegistry,
+        host: str,
+        port: Callable[[], int | None],
+        states: States | None = None,
     ) -> None:
         self._registry = registry
+        self._states = states or {}
         self._host = host
         self._port = port
         self._bound: int | None = None
@@ -69,6 +79,9 @@ class MetricsServer:
         except OSError as error:
             log.debug("metrics port is taken", port=port, error=str(error))
             return
+        app = server.get_app()
+        assert app is not None, "it serves metrics"
+        server.set_app(_with_states(app, self._states))
 
         def close() -> None:
             server.shutdown()
@@ -76,3 +89,17 @@ class MetricsServer:
             thread.join()
 
         self._bound, self._close_server = port, close
+
+
+def _with_states(app: WsgiApp, states: States) -> WsgiApp:
+    def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        state = states.get(environ["PATH_INFO"])
+        if state is None:
+            return app(environ, start_response)
+        holds = state()
+        start_response(
+            "200 OK" if holds else "503 Service Unavailable", [("Content-Type", "text/plain")]
+        )
+        return [b"yes\n" if holds else b"no\n"]
+
+    return answer

@@ -31,7 +31,7 @@ from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
 from service.metrics.server import MetricsServer
-from service.replica import attention_limits, make_gate, make_tracing, start_engine
+from service.replica import attention_limits, make_gate, make_tracing, start_engine, states
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from service.servicer import HeadroomServicer
 
@@ -70,7 +70,9 @@ class HeadroomReplica(HeadroomServicer):
             watch_seconds=_WATCH_SECONDS,
         )
         registry = replica_registry(engine, engine_metrics, self.rpc_metrics)
-        self._metrics = MetricsServer(registry, config.host, lambda: _metrics_port(config))
+        self._metrics = MetricsServer(
+            registry, config.host, lambda: _metrics_port(config), states(engine)
+        )
         self._metrics.start()
 
     async def check_health(self) -> None:

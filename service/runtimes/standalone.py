@@ -13,7 +13,7 @@ from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
 from service.metrics.server import MetricsServer
-from service.replica import attention_limits, make_gate, make_tracing, start_engine
+from service.replica import attention_limits, make_gate, make_tracing, start_engine, states
 from service.servicer import HeadroomServicer
 
 # After the drain every stream has its last message; this lets it reach the client.
@@ -59,7 +59,9 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
         server, _ = create_server(config, servicer)
         await server.start()
         registry = replica_registry(engine, engine_metrics, servicer.rpc_metrics)
-        with MetricsServer(registry, config.host, lambda: config.metrics_port or None):
+        with MetricsServer(
+            registry, config.host, lambda: config.metrics_port or None, states(engine)
+        ):
             stop = asyncio.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)

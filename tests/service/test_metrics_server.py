@@ -14,7 +14,9 @@ from prometheus_client import CollectorRegistry, Counter
 from service.config import ServiceConfig
 from service.metrics.server import MetricsServer
 from service.metrics.targets import write_targets
+from service.replica import states
 from service.runtimes.ray_environment import free_ports
+from tests.serving import running_server
 
 
 @pytest.fixture
@@ -55,6 +57,36 @@ def test_openmetrics_is_an_answer_to_those_who_ask(registry: CollectorRegistry) 
         assert 'headroom_test_total 3.0 # {request_id="a"}' in answer
         assert answer.endswith("# EOF\n")
     socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_probes_are_told_how_the_replica_is(registry: CollectorRegistry) -> None:
+    (port,) = free_ports(1)
+    is_ready = False
+
+    def ask(path: str) -> tuple[int, bytes]:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    states = {"/-/healthz": lambda: True, "/-/ready": lambda: is_ready}
+    with MetricsServer(registry, "127.0.0.1", lambda: port, states):
+        assert ask("/-/healthz") == (200, b"yes\n")
+        assert ask("/-/ready") == (503, b"no\n")
+        is_ready = True
+        assert ask("/-/ready") == (200, b"yes\n")
+        assert ask("/metrics")[0] == 200
+
+
+async def test_a_replica_that_drains_is_healthy_and_not_ready(model_path: Path) -> None:
+    async with running_server(model_path) as server:
+        healthy, ready = states(server.engine).values()
+        assert (healthy(), ready()) == (True, True)
+        await server.engine.drain(0)
+        assert (healthy(), ready()) == (True, False)
+        await server.engine.shutdown()
+        assert (healthy(), ready()) == (False, False)
 
 
 def test_a_taken_port_is_waited_for(registry: CollectorRegistry) -> None:
