@@ -5,10 +5,25 @@ builds in isolation from it unless told `--no-build-isolation`) the package inst
 and uses torch's own operations.
 """
 
+import copy
 import importlib.util
 import platform
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildSideBySide(build_ext):
+    """Extensions of the same sources at the same time, each with a folder for its own objects."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = True
+
+    def build_extension(self, ext: Extension) -> None:
+        own = copy.copy(self)
+        own.build_temp = f"{self.build_temp}/{ext.name}"
+        build_ext.build_extension(own, ext)
 
 
 def extensions() -> list[Extension]:
@@ -31,7 +46,7 @@ def extensions() -> list[Extension]:
             library_dirs=library_paths(),
             libraries=["c10", "torch_cpu"],
             extra_compile_args=[
-                *("-std=c++20", "-O3", "-fopenmp"),
+                *("-std=c++20", "-O3", "-g0", "-fopenmp"),
                 # GCC 12 says so of its own intrinsics.
                 *("-Wno-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
                 *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"),
@@ -44,4 +59,4 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions())
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildSideBySide})
