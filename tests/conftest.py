@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from service.logs import configure_logs
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
@@ -23,3 +25,9 @@ settings.load_profile("headroom")
 def _deterministic() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _logs() -> None:
+    """To standard error, as a server writes them."""
+    configure_logs("text", "warning")

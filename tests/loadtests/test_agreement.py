@@ -11,6 +11,8 @@ from loadtests.summary import summarize
 from tests.loadtests.conftest import RealServer
 from tests.loadtests.test_summary import SAMPLES
 
+pytestmark = pytest.mark.alone
+
 SERVED = [sample for sample in SAMPLES if sample.code == "OK"]
 
 

@@ -10,6 +10,8 @@ from loadtests import operations
 from models.cpu.library import has_feature
 from tests.models.kernels import needs_library
 
+pytestmark = pytest.mark.alone
+
 without_amx = pytest.mark.skipif(has_feature("amx_bf16"), reason="torch multiplies by AMX")
 
 

@@ -20,6 +20,8 @@ from service.runtimes.ray_environment import free_ports
 from tests.loadtests.conftest import PACED_MAX_OPEN, RealServer
 from tests.loadtests.paced_server import FIRST_TOKEN, GAP
 
+pytestmark = pytest.mark.alone
+
 EIGHT_TOKENS = Workload(Lengths.parse("fixed:4"), Lengths.parse("fixed:8"))
 _E2E = FIRST_TOKEN + 7 * GAP
 _AGREEMENT = 0.05

@@ -14,6 +14,8 @@ from loadtests.summary import summarize, summarize_stage
 from tests.loadtests.conftest import MAX_WAITING, RealServer
 from tests.loadtests.test_summary import SAMPLES
 
+pytestmark = pytest.mark.alone
+
 
 def test_beyond_saturation_the_service_refuses_goes_on_and_recovers(
     real_server: RealServer, tmp_path: Path

@@ -91,6 +91,6 @@ def test_a_bug_shows_a_reference_and_not_its_text(capsys: pytest.CaptureFixture[
     reference = _detail(status, error_details_pb2.ErrorInfo).metadata["reference"]
     assert status.message == f"internal error, reference {reference}"
     assert "secret" not in str(status)
-    logged = capsys.readouterr().out
+    logged = capsys.readouterr().err
     assert reference in logged
     assert "secret path" in logged

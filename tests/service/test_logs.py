@@ -1,7 +1,6 @@
 """Log lines: one for each RPC, readable by machines, and without a word of prompts or answers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,6 @@ from service.logs import LogFormat, configure_logs
 from tests.serving import running_server
 
 SECRET = "correct horse battery staple"
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:

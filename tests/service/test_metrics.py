@@ -99,14 +99,14 @@ async def test_every_series_is_there_from_the_start(server: RunningServer) -> No
 
 
 async def test_refusals_are_counted_once_and_by_reason(broken_model: Path) -> None:
-    one_at_a_time: dict[str, Any] = {"max_num_seqs": 1, "max_waiting_requests": 1, "num_blocks": 8}
+    one_at_a_time: dict[str, Any] = {"max_num_seqs": 1, "max_waiting_requests": 1, "num_blocks": 15}
     async with running_server(broken_model, max_model_len=256, **one_at_a_time) as server:
         registry = server.registry
 
         def total(reason: str) -> float:
             return _total(registry, "headroom_requests_rejected_total", reason=reason)
 
-        running = greedy([1], max_tokens=100)
+        running = greedy([1], max_tokens=230)
         running.request_id = "mine"
         open_calls = [server.generation.Generate(running)]
         await open_calls[0].read()
@@ -115,7 +115,7 @@ async def test_refusals_are_counted_once_and_by_reason(broken_model: Path) -> No
         for request, reason in (
             (greedy([1], max_tokens=1), "queue_full"),
             (running, "duplicate_request_id"),
-            (greedy([1], max_tokens=200), "never_fits"),
+            (greedy([1], max_tokens=250), "never_fits"),
             (greedy([1], top_p=7.0), "invalid_request"),
         ):
             assert total(reason) == 0

@@ -15,6 +15,8 @@ from service.engine.kv_reads import KVReads
 from service.engine.stats import Progress, StepStats
 from service.metrics.engine import EngineMetrics
 
+pytestmark = pytest.mark.alone
+
 P = ParamSpec("P")
 T = TypeVar("T")
 _ROUNDS = 5

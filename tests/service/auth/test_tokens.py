@@ -126,7 +126,7 @@ def test_a_changed_file_is_read_again(
     change(path, "- {broken")
     clock.now += 1
     assert store.find("two") is not None, "what cannot be used changes nothing"
-    assert "token file not used" in capsys.readouterr().out
+    assert "token file not used" in capsys.readouterr().err
     path.unlink()
     clock.now += 1
     assert store.find("two") is not None
