@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig, QKNorm
 from models.cpu import fused
-from models.kernels import KernelName, check_kernel, get_kernel, resolve_kernel
+from models.kernels import KernelName, check_kernel, get_kernel, paged_triton, resolve_kernel
 from models.kernels.dense import attend
 from models.kv_cache import CachePart
 from models.kv_layout import query_heads
@@ -161,20 +161,24 @@ class Attention(nn.Module):
         """The rotated queries, perhaps where the others were; rotated keys and values go to the
         cache."""
         if fused.can_fuse(query, key, value, *(rotation or ())):
-            rope = self.heads.rope
-            fused.rotate_and_store(
-                query,
-                key,
-                value,
-                None if rope is None else rotation,
-                cache.pool,
-                slots,
-                cache.places,
-                interleaved=rope is not None and rope.interleaved,
-            )
+            rotate_and_store = fused.rotate_and_store
+        elif self.kernel_name == "paged_triton" and not query.requires_grad:
+            rotate_and_store = paged_triton.rotate_and_store
+        else:
+            query, key = self._rotate(query, key, rotation)
+            cache.write(key, value, slots)
             return query
-        query, key = self._rotate(query, key, rotation)
-        cache.write(key, value, slots)
+        rope = self.heads.rope
+        rotate_and_store(
+            query,
+            key,
+            value,
+            None if rope is None else rotation,
+            cache.pool,
+            slots,
+            cache.places,
+            interleaved=rope is not None and rope.interleaved,
+        )
         return query
 
     def forward(

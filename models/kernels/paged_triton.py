@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -117,3 +118,50 @@ def paged_attention(
         has_sinks=scoring.sinks is not None,
     )
     return output
+
+
+def rotate_and_store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+    pool: Tensor,
+    slots: Tensor,
+    places: Sequence[int],
+    *,
+    interleaved: bool,
+) -> None:
+    """`models.cpu.fused.rotate_and_store` on a GPU: one launch for all of it."""
+    from triton import next_power_of_2
+
+    from models.gpu.rotation import rotate_and_store as kernel
+
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    cos, sin = rotation or (query, query)  # not read
+    half = 0 if rotation is None else cos.shape[-1]
+    offset, page_elements, block_elements, blocks_per_page, _, block_size = places
+    kernel[num_tokens, num_heads + 2 * num_kv_heads](
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        pool,
+        slots,
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        offset,
+        page_elements,
+        block_elements,
+        blocks_per_page,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        half=half,
+        block_size=block_size,
+        wide_half=max(1, next_power_of_2(half)),
+        wide_dim=next_power_of_2(head_dim),
+        interleaved=interleaved,
+    )
