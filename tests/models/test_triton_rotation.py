@@ -1,4 +1,4 @@
-"""Rotation and the write to the cache in Triton, by its interpreter, are what torch does in steps."""
+"""Rotation and the write to the cache in Triton, by its interpreter: what torch does in steps."""
 
 import importlib.util
 import itertools
