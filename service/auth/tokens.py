@@ -3,7 +3,6 @@
 import enum
 import hashlib
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ from typing import Annotated
 import structlog
 import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from service.files import version_of
 
 
 class Scope(enum.StrEnum):
@@ -127,7 +128,7 @@ class TokenStore:
         self._own = tuple(own)
         self._clock = clock
         self._looked = clock()
-        self._seen = _version(path)
+        self._seen = version_of([path])
         self._entries = (*self._own, *read_tokens(path))
 
     def find(self, token: str) -> TokenEntry | None:
@@ -142,7 +143,7 @@ class TokenStore:
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        version = _version(self._path)
+        version = version_of([self._path])
         if version == self._seen:
             return
         self._seen = version
@@ -153,12 +154,3 @@ class TokenStore:
             return
         self._entries = (*self._own, *entries)
         log.info("token file read", tokens=len(entries))
-
-
-def _version(path: Path) -> tuple[int, int, int] | None:
-    """Changes when the file does, or is replaced by another."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -50,6 +50,11 @@ class Addresses:
     port: int
     http_port: int
 
+    @property
+    def target(self) -> str:
+        """Of gRPC."""
+        return f"{self.host}:{self.port}"
+
 
 class Edge:
     """HAProxy, as a context: it serves within.

@@ -52,13 +52,13 @@ async def guarded(model_path: Path, tmp_path: Path) -> AsyncIterator[RunningServ
 
 
 async def outcome(
-    server: RunningServer, method: MethodDescriptor, metadata: list[tuple[str, str]]
+    channel: grpc.aio.Channel, method: MethodDescriptor, metadata: list[tuple[str, str]]
 ) -> tuple[grpc.StatusCode, str]:
     """Code and reason of an empty request, of which the first message is waited for."""
     service: Any = method.containing_service
     path = f"/{service.full_name}/{method.name}"
     request = GetMessageClass(method.input_type)()
-    kind = server.channel.unary_stream if method.server_streaming else server.channel.unary_unary
+    kind = channel.unary_stream if method.server_streaming else channel.unary_unary
     call: Any = kind(
         path,
         request_serializer=lambda message: message.SerializeToString(),
@@ -96,10 +96,10 @@ async def test_no_method_of_any_service_answers_without_a_token(guarded: Running
     for method in METHODS:
         for reason, several in wrong.items():
             for metadata in several:
-                code, said = await outcome(guarded, method, metadata)
+                code, said = await outcome(guarded.channel, method, metadata)
                 assert (code, said) == (grpc.StatusCode.UNAUTHENTICATED, reason), method.full_name
         for token in ("t-everything", "t-admin"):
-            code, said = await outcome(guarded, method, bearer(token))
+            code, said = await outcome(guarded.channel, method, bearer(token))
             assert code not in (
                 grpc.StatusCode.UNAUTHENTICATED,
                 grpc.StatusCode.PERMISSION_DENIED,
@@ -116,7 +116,7 @@ async def test_a_scope_allows_its_service_and_no_other(guarded: RunningServer) -
             "Health": {"generate", "inspect", "nothing"},
         }[service.name]
         for name in ("generate", "inspect", "nothing"):
-            code, reason = await outcome(guarded, method, bearer(f"t-{name}"))
+            code, reason = await outcome(guarded.channel, method, bearer(f"t-{name}"))
             denied = (code, reason) == (grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING")
             assert denied == (name not in allowed), f"{method.full_name} for {name}"
 
