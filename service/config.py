@@ -23,7 +23,7 @@ from service.engine.config import EngineConfig
 from service.logs import LogFormat, LogLevel
 
 # Variables of commands that call a server, which may be set in the same shell.
-_OF_CLIENTS = ("TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY")
+_OF_CLIENTS = ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY")
 DEMO_DIRECTORY = Path(__file__).parent.parent / "models" / "demo"
 
 

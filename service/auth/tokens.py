@@ -130,6 +130,13 @@ class TokenStore:
         self._looked = clock()
         self._seen = version_of([path])
         self._entries = (*self._own, *read_tokens(path))
+        self._is_current = True
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the tokens in use are those of the file as it is."""
+        self._follow()
+        return self._is_current
 
     def find(self, token: str) -> TokenEntry | None:
         """The entry of a token, in a time that says nothing about it; None if there is none."""
@@ -150,7 +157,9 @@ class TokenStore:
         try:
             entries = read_tokens(self._path)
         except TokenFileError as error:
+            self._is_current = False
             log.error("token file not used", error=str(error))
             return
         self._entries = (*self._own, *entries)
+        self._is_current = True
         log.info("token file read", tokens=len(entries))

@@ -77,7 +77,7 @@ class HeadroomReplica(HeadroomServicer):
             tracing=make_tracing(config),
             watch_seconds=_WATCH_SECONDS,
         )
-        registry = replica_registry(engine, engine_metrics, self.rpc_metrics)
+        registry = replica_registry(engine, engine_metrics, self.rpc_metrics, self.gate)
         self._metrics = MetricsServer(registry, config.host, lambda: _metrics_port(config))
         self._metrics.start()
 

@@ -69,7 +69,7 @@ async def serve(config: ServiceConfig, on_ready: Callable[[str], None]) -> None:
             engine, tokenizer, attention_limits(config), gate=make_gate(config), tracing=tracing
         )
         server, _ = create_server(config, servicer)
-        registry = replica_registry(engine, engine_metrics, servicer.rpc_metrics)
+        registry = replica_registry(engine, engine_metrics, servicer.rpc_metrics, servicer.gate)
         with (
             tempfile.TemporaryDirectory(prefix="headroom-") as directory,
             MetricsServer(registry, config.host, lambda: config.metrics_port or None),

@@ -31,7 +31,7 @@ from tests.service.auth.test_gate import METHODS, bearer, outcome
 
 _CLI = ("-c", "from service.cli import app; app()")
 _NUM_STREAMS = 32
-_STREAM_TOKENS = 3000
+_STREAM_TOKENS = 2000
 _ENTRIES: list[dict[str, Any]] = [
     {"name": "admin", "sha256": digest_of("t-admin"), "scopes": ["admin"]},
     {"name": "generate", "sha256": digest_of("t-generate"), "scopes": ["generate"]},
