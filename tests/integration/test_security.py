@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
+import re
 import signal
 import socket
 import ssl
@@ -20,6 +22,9 @@ import psutil
 import pytest
 import yaml
 
+from loadtests import asyncio_client, run
+from loadtests.load import LoadSpec
+from loadtests.workload import Workload
 from service.auth.tokens import digest_of
 from service.certificates import CertificateFiles
 from service.client import AsyncClient, Client, HeadroomError
@@ -75,16 +80,16 @@ class Secured:
         unfinished.replace(self.directory / "tokens.yaml")
 
 
-@pytest.fixture(scope="module", params=["standalone", pytest.param("ray", marks=pytest.mark.ray)])
-def server(
-    request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Secured]:
-    directory = tmp_path_factory.mktemp("secured")
-    authority = Authority("first")
+RUNTIMES = ["standalone", pytest.param("ray", marks=pytest.mark.ray)]
+
+
+@contextlib.contextmanager
+def _serving(runtime: str, model: Path, directory: Path, *flags: str) -> Iterator[Secured]:
+    """`headroom serve` with certificate and tokens in a directory; at its end nothing is left."""
     port, http_port = free_ports(2)
     arguments = {
-        "--model": model_path,
-        "--runtime": request.param,
+        "--model": model,
+        "--runtime": runtime,
         "--port": port,
         "--http-port": http_port,
         "--metrics-port": 0,
@@ -92,10 +97,10 @@ def server(
         "--tls-cert": directory / "tls.crt",
         "--tls-key": directory / "tls.key",
     }
-    flags = [str(part) for pair in arguments.items() for part in pair]
-    process = Process(*_CLI, "serve", *flags)
-    secured = Secured(request.param, process, f"127.0.0.1:{port}", directory, authority)
-    secured.rotate(authority.issue("server"))
+    given = [str(part) for pair in arguments.items() for part in pair]
+    process = Process(*_CLI, "serve", *given, *flags)
+    secured = Secured(runtime, process, f"127.0.0.1:{port}", directory, Authority("first"))
+    secured.rotate(secured.authority.issue("server"))
     secured.write_tokens(_ENTRIES)
     with process:
         ready = process.wait_for(lambda line: line.startswith("ready"))
@@ -109,6 +114,22 @@ def server(
             socket.create_server(("127.0.0.1", number)).close()
 
 
+@pytest.fixture(scope="module", params=RUNTIMES)
+def server(
+    request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Secured]:
+    with _serving(request.param, model_path, tmp_path_factory.mktemp("secured")) as secured:
+        yield secured
+
+
+def _trusted(server: Secured, token: str) -> tuple[Path, Path]:
+    """Files for a client: whom it trusts, and its token."""
+    ca, file = server.directory / "ca.crt", server.directory / "token"
+    ca.write_bytes(server.authority.pem)
+    file.write_text(f"{token}\n")
+    return ca, file
+
+
 def _refused(client: Client) -> HeadroomError:
     with client, pytest.raises(HeadroomError) as caught:
         client.complete([1], max_tokens=1)
@@ -118,9 +139,8 @@ def _refused(client: Client) -> HeadroomError:
 def test_who_trusts_and_has_a_token_is_answered(server: Secured) -> None:
     with server.client("t-generate") as client:
         assert len(client.complete([1], max_tokens=3, ignore_eos=True).token_ids) == 3
-    (server.directory / "ca.crt").write_bytes(server.authority.pem)
-    (server.directory / "token").write_text("t-admin\n")
-    files = ["--tls-ca", server.directory / "ca.crt", "--token-file", server.directory / "token"]
+    ca, file = _trusted(server, "t-admin")
+    files = ["--tls-ca", ca, "--token-file", file]
     answer = subprocess.run(
         [sys.executable, *_CLI, "model", "--json", "--target", server.target, *map(str, files)],
         capture_output=True,
@@ -129,6 +149,23 @@ def test_who_trusts_and_has_a_token_is_answered(server: Secured) -> None:
         check=True,
     )
     assert json.loads(answer.stdout)["model"]["layers"][0]["num_kv_heads"] == 2
+
+
+async def test_load_clients_are_answered(server: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
+    ca, file = _trusted(server, "t-generate")
+    spec = LoadSpec(
+        server.target,
+        Workload.parse("fixed:4", "fixed:4"),
+        users=2,
+        num_requests=4,
+        token_file=str(file),
+        tls_ca=str(ca),
+    )
+    locust = await asyncio.to_thread(run.run_load, spec)
+    monkeypatch.setenv("HEADROOM_TOKEN", "t-generate")
+    other = await asyncio_client.run_load(dataclasses.replace(spec, token_file=None))
+    for summary in (locust, other):
+        assert (summary.requests, summary.failures) == (4, {}), summary.failure_messages
 
 
 @pytest.mark.parametrize(
@@ -199,7 +236,11 @@ def test_a_client_that_does_not_trust_is_not_connected(server: Secured) -> None:
 
 @pytest.mark.parametrize(
     ("version", "accepted"),
-    [(ssl.TLSVersion.TLSv1_1, False), (ssl.TLSVersion.TLSv1_2, True), (ssl.TLSVersion.TLSv1_3, True)],
+    [
+        (ssl.TLSVersion.TLSv1_1, False),
+        (ssl.TLSVersion.TLSv1_2, True),
+        (ssl.TLSVersion.TLSv1_3, True),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*TLSv1_1 is deprecated:DeprecationWarning")
 def test_tls_from_1_2_on(server: Secured, version: ssl.TLSVersion, accepted: bool) -> None:
@@ -208,7 +249,7 @@ def test_tls_from_1_2_on(server: Secured, version: ssl.TLSVersion, accepted: boo
     context.set_alpn_protocols(["h2"])
     context.minimum_version = context.maximum_version = version
     host, port = server.target.split(":")
-    refused = pytest.raises(ssl.SSLError, match="ALERT_PROTOCOL_VERSION|EOF")  # of the server
+    refused = pytest.raises(ssl.SSLError, match=r"ALERT_PROTOCOL_VERSION|EOF")  # of the server
     with (
         socket.create_connection((host, int(port)), timeout=10) as plain,
         contextlib.nullcontext() if accepted else refused,
@@ -247,7 +288,7 @@ async def _answered(server: Secured, token: str, authority: Authority) -> Headro
 async def _until(server: Secured, token: str, authority: Authority, *, answered: bool) -> None:
     async with asyncio.timeout(30):
         while (await _answered(server, token, authority) is None) != answered:
-            await asyncio.sleep(0.1)
+            pass
 
 
 async def test_rotation_drops_no_stream(server: Secured) -> None:
@@ -300,3 +341,51 @@ async def test_an_expired_certificate_is_not_trusted(server: Secured) -> None:
     assert error.code is grpc.StatusCode.UNAVAILABLE
     server.rotate(server.authority.issue("server"))
     await _until(server, "t-admin", server.authority, answered=True)
+
+
+@contextlib.contextmanager
+def _mutual(server: Secured, model: Path, directory: Path, clients: Authority) -> Iterator[str]:
+    """The target of a server that asks clients for certificates: of Ray, a second edge is one."""
+    (directory / "ca.crt").write_bytes(clients.pem)
+    if server.runtime == "standalone":
+        ca = ["--client-ca", str(directory / "ca.crt")]
+        with _serving(server.runtime, model, directory, *ca) as mutual:
+            (directory / "server-ca.crt").write_bytes(mutual.authority.pem)
+            yield mutual.target
+        return
+    crt, key = directory / "tls.crt", directory / "tls.key"
+    server.authority.issue("server").write(crt, key)
+    (directory / "server-ca.crt").write_bytes(server.authority.pem)
+    outside = Addresses("127.0.0.1", *free_ports(2))
+    behind = Addresses("127.0.0.1", *_behind_the_edge(server.process))
+    files = CertificateFiles(crt, key, directory / "ca.crt")
+    with Edge(outside, behind, files, directory):
+        yield outside.target
+
+
+def _behind_the_edge(process: Process) -> list[int]:
+    """Where Ray Serve's own HAProxy listens, by what the edge of a server was told."""
+    arguments = [argument for one in process.family() for argument in one.cmdline()]
+    (settings,) = {argument for argument in arguments if argument.endswith("/edge.cfg")}
+    found = re.findall(r"server serve 127\.0\.0\.1:(\d+)", Path(settings).read_text())
+    return [int(port) for port in found]
+
+
+def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
+    """Who has no certificate of the authority of clients is refused, whatever the token."""
+    clients = Authority("clients")
+    expired = clients.issue("me", expires=timedelta(days=-1))
+    with _mutual(server, model_path, tmp_path, clients) as target:
+        trusted = (tmp_path / "server-ca.crt").read_bytes()
+
+        def client(pair: Pair | None, token: str | None) -> Client:
+            key, certificate = (pair.key, pair.certificate) if pair is not None else (None, None)
+            tls = grpc.ssl_channel_credentials(trusted, key, certificate)
+            return Client(target, token=token, tls=tls)
+
+        with client(clients.issue("me"), "t-generate") as known:
+            assert len(known.complete([1], max_tokens=3, ignore_eos=True).token_ids) == 3
+        for pair in (None, Authority("another").issue("me"), expired):
+            assert _refused(client(pair, "t-admin")).code is grpc.StatusCode.UNAVAILABLE
+        error = _refused(client(clients.issue("me"), None))
+        assert error.code is grpc.StatusCode.UNAUTHENTICATED, "a certificate is no token"

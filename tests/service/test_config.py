@@ -11,7 +11,9 @@ from service.config import DEMO_DIRECTORY, ServiceConfig, SettingsError, load_co
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "settings.yaml"
-    path.write_text("port: 1\nhost: file\nallow_insecure: true\nengine:\n  max_num_seqs: 1\n  block_size: 8\n")
+    path.write_text(
+        "port: 1\nhost: file\nallow_insecure: true\nengine:\n  max_num_seqs: 1\n  block_size: 8\n"
+    )
     return path
 
 

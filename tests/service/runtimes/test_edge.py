@@ -1,6 +1,7 @@
 """The TLS edge before a gRPC server that says what has reached it."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -68,6 +69,14 @@ async def _ask(
     return json.loads(answer)  # type: ignore[no-any-return]
 
 
+async def _until_answered(outside: Addresses, credentials: grpc.ChannelCredentials) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await _ask(outside, credentials)
+                return
+
+
 @pytest.mark.parametrize("mutual", [False, True])
 async def test_no_header_says_who_a_client_is(tmp_path: Path, mutual: bool) -> None:
     authority = Authority("a")
@@ -93,13 +102,7 @@ async def test_open_streams_survive_new_certificates_of_server_and_clients(tmp_p
                 assert await call.read() == b"before"
                 second.issue("server").write(tmp_path / "tls.crt", tmp_path / "tls.key")
                 (tmp_path / "ca.crt").write_bytes(second.pem)
-                async with asyncio.timeout(20):
-                    while True:
-                        try:
-                            await _ask(outside, new)
-                            break
-                        except grpc.aio.AioRpcError:
-                            await asyncio.sleep(0.05)
+                await _until_answered(outside, new)
                 with pytest.raises(grpc.aio.AioRpcError):
                     await _ask(outside, _credentials(second, first.issue("me")))
                 await call.write(b"after")
@@ -115,13 +118,7 @@ async def test_a_killed_haproxy_is_started_again(tmp_path: Path) -> None:
             await _ask(outside, credentials)
             (haproxy,) = [one for one in psutil.Process().children() if one.name() == "haproxy"]
             haproxy.kill()
-            async with asyncio.timeout(20):
-                while True:
-                    try:
-                        await _ask(outside, credentials)
-                        break
-                    except grpc.aio.AioRpcError:
-                        await asyncio.sleep(0.05)
+            await _until_answered(outside, credentials)
         assert not [one for one in psutil.Process().children() if one.name() == "haproxy"]
 
 
