@@ -7,24 +7,20 @@ loop, no shapes.
 """
 
 import asyncio
+import functools
 import itertools
 import time
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 
 from loadtests.client_cpu import CpuMeter, WaitMeter
+from loadtests.connection import USERS_PER_CHANNEL, metadata, open_async_channel
 from loadtests.feed import Feed, Turn
 from loadtests.load import LoadSpec, LoadSummary
-from loadtests.recording import (
-    APPLICATION_KEY,
-    CHANNEL_OPTIONS,
-    EPOCH,
-    USERS_PER_CHANNEL,
-    Recording,
-    message,
-)
+from loadtests.recording import EPOCH, Recording, message
 from loadtests.samples import Sample
 from loadtests.summary import summarize
 from protos.headroom.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
@@ -45,14 +41,11 @@ async def run_load(spec: LoadSpec) -> LoadSummary:
         raise ValueError("allowed: one process, and a steady closed loop or an open one")
     async with AsyncExitStack() as stack:
         channels = [
-            await stack.enter_async_context(
-                grpc.aio.insecure_channel(spec.target, options=CHANNEL_OPTIONS)
-            )
+            await stack.enter_async_context(open_async_channel(spec))
             for _ in range(0, spec.users, USERS_PER_CHANNEL)
         ]
-        metadata = ((APPLICATION_KEY, spec.application),)
         models: Any = models_pb2_grpc.ModelServiceStub(channels[0])
-        model = await models.GetModel(models_pb2.GetModelRequest(), metadata=metadata)
+        model = await models.GetModel(models_pb2.GetModelRequest(), metadata=metadata(spec))
         feed, cpu, waits = Feed(spec, model.vocab_size), CpuMeter(), WaitMeter()
         began = time.perf_counter()
         metering = asyncio.create_task(_update(cpu, waits))
@@ -83,22 +76,21 @@ async def _user(
     number: int, channel: grpc.aio.Channel, spec: LoadSpec, feed: Feed, began: float
 ) -> list[Sample]:
     stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+    generate = functools.partial(stub.Generate, metadata=metadata(spec), timeout=spec.timeout)
     samples: list[Sample] = []
     while (turn := feed.next_turn(time.perf_counter() - began)) is not None:
-        samples.append(await _send(stub, spec, turn, number, began))
+        samples.append(await _send(generate, turn, number, began))
     return samples
 
 
-async def _send(stub: Any, spec: LoadSpec, turn: Turn, user: int, began: float) -> Sample:
+async def _send(generate: Callable[..., Any], turn: Turn, user: int, began: float) -> Sample:
     due = None
     if turn.due is not None:
         due = began + turn.due
         await asyncio.sleep(due - time.perf_counter())
     request = message(turn.request)
     recording = Recording(turn.request, user, due)
-    call = stub.Generate(
-        request, metadata=((APPLICATION_KEY, spec.application),), timeout=spec.timeout
-    )
+    call = generate(request)
     try:
         async for response in call:
             if recording.add(response):

@@ -38,6 +38,13 @@ def _command(
     shape: Annotated[Shape, typer.Option(help="Of the load over --seconds.")] = "steady",
     processes: Annotated[int, typer.Option(help="Of the load generator.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds until a client gives up.")] = 600.0,
+    token_file: Annotated[
+        str | None,
+        typer.Option(help="Holds the bearer token. [default: the variable HEADROOM_TOKEN]"),
+    ] = None,
+    tls_ca: Annotated[
+        str | None, typer.Option(help="Certificates of who vouches for the server, for TLS.")
+    ] = None,
     samples: Annotated[
         Path | None, typer.Option(help="File for one line per request, gzip JSON lines.")
     ] = None,
@@ -64,6 +71,8 @@ def _command(
             shape=shape,
             processes=processes,
             timeout=timeout,
+            token_file=token_file,
+            tls_ca=tls_ca,
         )
         if not web and requests is None and seconds is None:
             raise ValueError("requests and seconds are missing; allowed: at least one of them")

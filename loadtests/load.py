@@ -1,6 +1,7 @@
 """What a load test is asked to do, and what it answers."""
 
 import math
+import os
 from dataclasses import dataclass
 
 from loadtests.stages import SHAPES, Shape, Stage, stages
@@ -27,6 +28,8 @@ class LoadSpec:
         shape: how users or rate rise and fall in `seconds`; they are the peak.
         processes: of the load generator; they share users and rate.
         timeout: seconds after which the client gives a request up.
+        token_file: holds the bearer token; without it, the variable HEADROOM_TOKEN may.
+        tls_ca: certificates (PEM) of who vouches for the server, whose connections are then TLS.
     """
 
     target: str
@@ -39,6 +42,8 @@ class LoadSpec:
     shape: Shape = "steady"
     processes: int = 1
     timeout: float = 600.0
+    token_file: str | None = None
+    tls_ca: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError, with one line for each field that is wrong."""
@@ -54,6 +59,9 @@ class LoadSpec:
                  self.num_requests is None or 1 <= self.num_requests <= _MAX_REQUESTS),
                 ("seconds", self.seconds, "a number above 0", _is_positive(self.seconds)),
                 ("timeout", self.timeout, "a number above 0", _is_positive(self.timeout)),
+                ("token_file", self.token_file, "a file that can be read",
+                 _is_readable(self.token_file)),
+                ("tls_ca", self.tls_ca, "a file that can be read", _is_readable(self.tls_ca)),
                 ("shape", repr(self.shape), ", ".join(SHAPES), self.shape in SHAPES),
                 ("shape", repr(self.shape), "steady, unless seconds are given",
                  self.shape == "steady" or self.seconds is not None),
@@ -67,6 +75,10 @@ class LoadSpec:
     def stages(self) -> list[Stage]:
         """The load over time."""
         return stages(self.shape, self.rate or self.users, self.seconds or math.inf)
+
+
+def _is_readable(path: str | None) -> bool:
+    return path is None or os.access(path, os.R_OK)
 
 
 def _is_positive(value: float | None) -> bool:

@@ -5,12 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import grpc
-
 from loadtests.client_cpu import CpuMeter, WaitMeter
+from loadtests.connection import USERS_PER_CHANNEL, metadata, open_channel
 from loadtests.feed import Feed, Turn
 from loadtests.load import LoadSpec
-from loadtests.recording import APPLICATION_KEY, CHANNEL_OPTIONS, EPOCH, USERS_PER_CHANNEL
+from loadtests.recording import EPOCH
 from loadtests.samples import Sample
 from protos.headroom.v1 import generation_pb2_grpc, models_pb2, models_pb2_grpc
 
@@ -29,12 +28,12 @@ class Node:
 
     def __init__(self, spec: LoadSpec, process: int, processes: int) -> None:
         self.spec = spec
-        self.metadata = ((APPLICATION_KEY, spec.application),)
+        self.metadata = metadata(spec)
         self.samples: list[Sample] = []
         self._process, self._processes = process, processes
         self._num_users = 0
         self._num_open = 0
-        self._channels = [grpc.insecure_channel(spec.target, options=CHANNEL_OPTIONS)]
+        self._channels = [open_channel(spec)]
         models: Any = models_pb2_grpc.ModelServiceStub(self._channels[0])
         model = models.GetModel(
             models_pb2.GetModelRequest(), metadata=self.metadata, timeout=_CONNECT_SECONDS
@@ -48,7 +47,7 @@ class Node:
         number = self._num_users
         self._num_users += 1
         if number >= USERS_PER_CHANNEL * len(self._channels):
-            self._channels.append(grpc.insecure_channel(self.spec.target, options=CHANNEL_OPTIONS))
+            self._channels.append(open_channel(self.spec))
         stub = generation_pb2_grpc.GenerationServiceStub(
             self._channels[number // USERS_PER_CHANNEL]
         )

@@ -33,6 +33,11 @@ def add_options(parser: ArgumentParser) -> None:
         "--shape", default="steady", choices=SHAPES, help="Of the load over the seconds.",
         include_in_web_ui=False,
     )  # fmt: skip
+    for name, text in (
+        ("--token-file", "File that holds the bearer token; else the variable HEADROOM_TOKEN."),
+        ("--tls-ca", "Certificates (PEM) of who vouches for the server; it is TLS then."),
+    ):
+        add(name, default="", help=text, include_in_web_ui=False)
     add("--timeout", type=float, default=600.0, help="Seconds until a client gives up.")
     add(
         "--samples", default="", help="File for one line per request, gzip JSON lines.",
@@ -58,6 +63,8 @@ def to_options(spec: LoadSpec) -> list[str]:
         "seconds": spec.seconds or _OFF,
         "shape": spec.shape,
         "timeout": spec.timeout,
+        "token-file": spec.token_file or "",
+        "tls-ca": spec.tls_ca or "",
     }
     processes = [f"--processes={spec.processes}"] if spec.processes > 1 else []
     return [f"--{name}={value}" for name, value in values.items()] + processes
@@ -82,4 +89,6 @@ def from_options(options: Namespace, *, target: str) -> LoadSpec:
         shape=options.shape,
         processes=options.processes or 1,
         timeout=options.timeout,
+        token_file=options.token_file or None,
+        tls_ca=options.tls_ca or None,
     )

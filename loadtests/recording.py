@@ -11,10 +11,6 @@ from loadtests.samples import Sample
 from loadtests.workload import Request
 from protos.headroom.v1 import generation_pb2 as pb
 
-APPLICATION_KEY = "application"
-# Several connections, because a proxy or server allows only so many streams on one.
-CHANNEL_OPTIONS = (("grpc.use_local_subchannel_pool", 1),)
-USERS_PER_CHANNEL = 32
 _DETAILS_KEY = "grpc-status-details-bin"
 # From `time.perf_counter` to seconds since 1970; fixed, so that differences stay exact.
 EPOCH = time.time() - time.perf_counter()

@@ -23,7 +23,7 @@ from service.engine.config import EngineConfig
 from service.logs import LogFormat, LogLevel
 
 # Variables of commands that call a server, which may be set in the same shell.
-_OF_CLIENTS = ("TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY")
+_OF_CLIENTS = ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY")
 DEMO_DIRECTORY = Path(__file__).parent.parent / "models" / "demo"
 
 
@@ -58,6 +58,10 @@ class ServiceConfig(BaseSettings):
         log_format: of log lines on standard error, for people (`text`) or machines (`json`).
         log_level: the least important lines that are written.
         tokens: a file of bearer tokens (see `service.auth.tokens`); with it, every RPC needs one.
+        tls_cert, tls_key: the server's certificate, followed by those between it and its authority,
+            and its key (PEM); with them gRPC is served over TLS. Read again when they change.
+        client_ca: certificates (PEM) of whoever vouches for clients; with it, a client needs one.
+        allow_insecure: whether others than this machine may be served without tokens or TLS.
         own_token: the entry of one more token, which `headroom serve` makes for its own questions.
         otlp_endpoint: a collector of traces (OTLP over gRPC), as http://HOST:PORT in the clear or
             https://HOST:PORT; None traces nothing.
@@ -85,6 +89,10 @@ class ServiceConfig(BaseSettings):
     log_format: LogFormat = "text"
     log_level: LogLevel = "info"
     tokens: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    client_ca: Path | None = None
+    allow_insecure: bool = False
     own_token: TokenEntry | None = None
     otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^/\s]+$")
     trace_sample_ratio: float = Field(1.0, ge=0, le=1)
@@ -161,6 +169,30 @@ class ServiceConfig(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _whole_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key belong together; allowed: both or none")
+        if self.client_ca is not None and self.tls_cert is None:
+            raise ValueError("client_ca is set; allowed: only with tls_cert and tls_key")
+        return self
+
+    @model_validator(mode="after")
+    def _safe_from_others(self) -> Self:
+        if _is_loopback(self.host) or self.allow_insecure:
+            return self
+        missing = [
+            setting
+            for setting, value in (("tokens", self.tokens), ("tls_cert", self.tls_cert))
+            if value is None
+        ]
+        if missing:
+            raise ValueError(
+                f"host is {self.host!r}, where others reach it, without {' and '.join(missing)}; "
+                "allowed: tokens, tls_cert and tls_key, or a loopback address, or allow_insecure"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _metrics_have_ports(self) -> Self:
         if self.metrics_targets is not None and not self.metrics_port:
             raise ValueError("metrics_targets is set; allowed: only with a metrics_port, not 0")
@@ -191,6 +223,13 @@ class ServiceConfig(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _reachable(host: str) -> str:

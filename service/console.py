@@ -96,12 +96,15 @@ def models_by_application(values: Sequence[str]) -> str | dict[str, str] | None:
 
 
 def print_ready(
-    config: "ServiceConfig", started: float, logs: Path | None = None, *, token: str
+    config: "ServiceConfig", started: float, logs: Path | None = None, *, door: str, token: str
 ) -> None:
-    """Ask the server about itself, through its own front, and say that it is ready."""
-    target = f"{config.host}:{config.port}"
+    """Ask the server about itself, and say that it is ready.
+
+    Args:
+        door: where it answers this machine in the clear.
+    """
     for application in config.applications:
-        with Client(target, application=application.application, token=token) as client:
+        with Client(door, application=application.application, token=token) as client:
             lines = describe(client.get_model())
         if len(config.applications) > 1:
             out.print(f"app     {application.application}")
@@ -114,7 +117,9 @@ def print_ready(
     if logs is not None:
         out.print(f"logs    {logs}")
     seconds = time.monotonic() - started
-    out.print(f"ready   grpc://{target} after {seconds:.1f} s; Ctrl-C drains and stops")
+    scheme = "grpc" if config.tls_cert is None else "grpcs"
+    target = f"{scheme}://{config.host}:{config.port}"
+    out.print(f"ready   {target} after {seconds:.1f} s; Ctrl-C drains and stops")
 
 
 def require_free_port(host: str, port: int, name: str) -> None:

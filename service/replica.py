@@ -8,6 +8,7 @@ from models.tokenizer import Tokenizer
 from service.attention.limits import AttentionLimits
 from service.auth.gate import Gate
 from service.auth.tokens import TokenStore
+from service.certificates import CertificateFiles
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine
@@ -83,6 +84,17 @@ def states(engine: AsyncEngine) -> States:
         "/-/healthz": is_healthy,
         "/-/ready": lambda: is_healthy() and not engine.is_draining,
     }
+
+
+def certificate_files(config: ServiceConfig) -> CertificateFiles | None:
+    """The server's certificate; None if it serves in the clear.
+
+    Raises:
+        CertificateError: the files make no TLS server.
+    """
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return CertificateFiles(config.tls_cert, config.tls_key, config.client_ca)
 
 
 def make_gate(config: ServiceConfig) -> Gate | None:

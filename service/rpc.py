@@ -68,6 +68,12 @@ class Rpc:
         self._call = call
         self._span = span
         self._caller: Caller | None = None
+        self._num_tokens = 0
+
+    @property
+    def caller(self) -> str:
+        """The owner of the token; empty where no tokens are needed."""
+        return "" if self._caller is None else self._caller.name
 
     @contextmanager
     def admitted(self, gate: Gate | None) -> Iterator[None]:
@@ -80,7 +86,7 @@ class Rpc:
             yield
             return
         with gate.admit(self._call.method, self._metadata) as self._caller:
-            self.facts["token"] = self._caller.name
+            self.facts["token"] = self.caller
             yield
 
     def concerns(self, request_id: str) -> None:
@@ -98,8 +104,12 @@ class Rpc:
         }
         if self._span is not None:
             self._span.finished(finish)
+
+    def computed(self, num_tokens: int) -> None:
+        """Charge its caller for tokens of prompts and answers."""
+        self._num_tokens += num_tokens
         if self._caller is not None:
-            self._caller.computed(finish.usage.prompt_tokens + finish.usage.completion_tokens)
+            self._caller.computed(num_tokens)
 
     def sends(self) -> None:
         """Count a message that is about to go to the client."""
@@ -117,6 +127,7 @@ class Rpc:
         reason = refusal_reason(error)
         if reason is not None:
             self._call.refused(reason)
+            self.computed(-self._num_tokens)
         self._grpc_context.set_code(self._call.code)
         self._grpc_context.set_details(status.message)
         self._grpc_context.set_trailing_metadata([(DETAILS_KEY, status.SerializeToString())])

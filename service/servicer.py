@@ -79,7 +79,7 @@ class HeadroomServicer:
         self._attention_decoder = codec.AttentionDecoder(
             engine.engine.served_config, engine.engine.max_model_len, attention_limits
         )
-        self._open_requests: set[str] = set()
+        self._open_requests: set[tuple[str, str]] = set()
         self._planning: asyncio.Future[models_pb2.PlanCapacityResponse] | None = None
 
     @server_stream
@@ -234,11 +234,14 @@ class HeadroomServicer:
     async def _run(self, call: codec.Call, rpc: Rpc) -> AsyncGenerator[SequenceOutput, None]:
         """Results of a request; an ending without a result becomes an error."""
         rpc.concerns(call.request_id)
-        with self._open(call.request_id):
+        with self._open(rpc.caller, call.request_id):
+            # At once, as the answer's later: whoever hangs up has had them all the same.
+            rpc.computed(len(call.engine_request.prompt_token_ids))
             num_tokens = 0
             async with aclosing(self._engine.run(call.engine_request)) as outputs:
                 async for output in outputs:
                     num_tokens += len(output.token_ids)
+                    rpc.computed(len(output.token_ids))
                     if output.finish is not None:
                         rpc.finished(output.finish)
                     reason = output.finish.reason if output.finish else None
@@ -253,14 +256,16 @@ class HeadroomServicer:
                     yield output
 
     @contextlib.contextmanager
-    def _open(self, request_id: str) -> Iterator[None]:
-        if request_id in self._open_requests:
+    def _open(self, caller: str, request_id: str) -> Iterator[None]:
+        """Each caller names requests without regard to others, and learns nothing of theirs."""
+        request = (caller, request_id)
+        if request in self._open_requests:
             raise DuplicateRequestError(request_id)
-        self._open_requests.add(request_id)
+        self._open_requests.add(request)
         try:
             yield
         finally:
-            self._open_requests.remove(request_id)
+            self._open_requests.remove(request)
 
     def _detokenizer(self, call: codec.Call) -> IncrementalDetokenizer:
         params = call.engine_request.params

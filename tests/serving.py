@@ -92,7 +92,7 @@ async def running_server(
                 attention_pb2_grpc.AttentionServiceStub(channel),
                 models_pb2_grpc.ModelServiceStub(channel),
                 channel,
-                replica_registry(async_engine, engine_metrics, servicer.rpc_metrics),
+                replica_registry(async_engine, engine_metrics, servicer.rpc_metrics, servicer.gate),
             )
     finally:
         await server.stop(0)

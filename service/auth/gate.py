@@ -15,19 +15,32 @@ from service.errors import (
     TokenUnknownError,
 )
 
-# Who may call the methods of a service: a token with one of these scopes, or any token at all.
-# A service that is not here is closed to all.
+# Who may call a method: a token with one of these scopes, or any token at all. A method that is not
+# here is closed to all.
 _ANY_TOKEN: frozenset[Scope] = frozenset()
+_GENERATE = frozenset({Scope.GENERATE, Scope.ADMIN})
+_INSPECT = frozenset({Scope.INSPECT, Scope.ADMIN})
 _SCOPES: Mapping[str, frozenset[Scope]] = {
-    "headroom.v1.GenerationService": frozenset({Scope.GENERATE, Scope.ADMIN}),
-    "headroom.v1.AttentionService": frozenset({Scope.INSPECT, Scope.ADMIN}),
-    "headroom.v1.ModelService": _ANY_TOKEN,
-    "grpc.health.v1.Health": _ANY_TOKEN,
+    "headroom.v1.GenerationService/Generate": _GENERATE,
+    "headroom.v1.GenerationService/Complete": _GENERATE,
+    "headroom.v1.GenerationService/Score": _GENERATE,
+    "headroom.v1.GenerationService/Embed": _GENERATE,
+    "headroom.v1.GenerationService/Tokenize": _GENERATE,
+    "headroom.v1.GenerationService/Detokenize": _GENERATE,
+    "headroom.v1.AttentionService/Attend": _INSPECT,
+    "headroom.v1.ModelService/GetModel": _ANY_TOKEN,
+    "headroom.v1.ModelService/GetLoad": _ANY_TOKEN,
+    "headroom.v1.ModelService/PlanCapacity": _ANY_TOKEN,
+    "grpc.health.v1.Health/Check": _ANY_TOKEN,
+    "grpc.health.v1.Health/List": _ANY_TOKEN,
+    "grpc.health.v1.Health/Watch": _ANY_TOKEN,
 }
 _SCHEME = "bearer "
 
 
 class Tokens(Protocol):
+    @property
+    def is_current(self) -> bool: ...
     def find(self, token: str) -> TokenEntry | None: ...
 
 
@@ -39,7 +52,7 @@ class Caller:
         self._use = use
 
     def computed(self, num_tokens: int) -> None:
-        """Charge tokens of prompts and answers."""
+        """Charge tokens of prompts and answers; less than none gives them back."""
         self._use.charge(num_tokens)
 
 
@@ -56,6 +69,11 @@ class Gate:
         self._clock = clock
         self._uses: dict[str, _Use] = {}
 
+    @property
+    def has_current_tokens(self) -> bool:
+        """Whether the tokens in use are those of the file: not if that cannot be used."""
+        return self._tokens.is_current
+
     @contextmanager
     def admit(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Iterator[Caller]:
         """Admit an RPC for as long as it is open.
@@ -70,8 +88,7 @@ class Gate:
             TokenBusyError, TokenRateError: the token's owner has reached a limit.
         """
         entry = self._entry(metadata)
-        service = method.split("/")[0]
-        scopes = _SCOPES.get(service)
+        scopes = _SCOPES.get(method)
         if scopes is None or (scopes and not scopes.intersection(entry.scopes)):
             raise ScopeMissingError(entry.name, method, sorted(scopes or {"none"}))
         # Limits are the entry's of now; what has been used stays counted when it is replaced.

@@ -3,7 +3,6 @@
 import enum
 import hashlib
 import hmac
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +13,8 @@ from typing import Annotated
 import structlog
 import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from service.files import version_of
 
 
 class Scope(enum.StrEnum):
@@ -127,8 +128,15 @@ class TokenStore:
         self._own = tuple(own)
         self._clock = clock
         self._looked = clock()
-        self._seen = _version(path)
+        self._seen = version_of([path])
         self._entries = (*self._own, *read_tokens(path))
+        self._is_current = True
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the tokens in use are those of the file as it is."""
+        self._follow()
+        return self._is_current
 
     def find(self, token: str) -> TokenEntry | None:
         """The entry of a token, in a time that says nothing about it; None if there is none."""
@@ -142,23 +150,16 @@ class TokenStore:
         if now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        version = _version(self._path)
+        version = version_of([self._path])
         if version == self._seen:
             return
         self._seen = version
         try:
             entries = read_tokens(self._path)
         except TokenFileError as error:
+            self._is_current = False
             log.error("token file not used", error=str(error))
             return
         self._entries = (*self._own, *entries)
+        self._is_current = True
         log.info("token file read", tokens=len(entries))
-
-
-def _version(path: Path) -> tuple[int, int, int] | None:
-    """Changes when the file does, or is replaced by another."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns, status.st_size

@@ -1,5 +1,6 @@
 """How commands reach a server: its address, who calls, and whom to trust."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +15,10 @@ Target = Annotated[str, typer.Option(help="Where the server listens, as HOST:POR
 ApplicationName = Annotated[str, typer.Option(help="Application, if the server has several.")]
 TokenFile = Annotated[
     Path | None,
-    typer.Option(envvar="HEADROOM_TOKEN_FILE", help="File that holds the bearer token."),
+    typer.Option(
+        envvar="HEADROOM_TOKEN_FILE",
+        help="File that holds the bearer token. [default: the variable HEADROOM_TOKEN]",
+    ),
 ]
 TlsCa = Annotated[
     Path | None,
@@ -59,7 +63,10 @@ def connect(
             None if tls_key is None else _read(tls_key, "--tls-key"),
             None if tls_cert is None else _read(tls_cert, "--tls-cert"),
         )
-    token = None if token_file is None else _read(token_file, "--token-file").decode().strip()
+    # A token on a command line would be in the list of processes and in the shell's history.
+    token = os.environ.get("HEADROOM_TOKEN")
+    if token_file is not None:
+        token = _read(token_file, "--token-file").decode().strip()
     return Client(target, application=application, token=token, tls=tls)
 
 

@@ -42,6 +42,20 @@ def serve(
         Path | None,
         typer.Option(help="File of bearer tokens (`headroom token`); every RPC then needs one."),
     ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="Certificate (PEM); gRPC is then served over TLS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option(help="Certificates (PEM) of who vouches for clients; each then needs one."),
+    ] = None,
+    allow_insecure: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-insecure", help="Serve other machines although tokens or TLS are missing."
+        ),
+    ] = None,
 ) -> None:
     """Serve a model, or several side by side, over gRPC until Ctrl-C.
 
@@ -64,6 +78,10 @@ def serve(
             runtime=runtime,
             replicas=replicas,
             tokens=tokens,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            client_ca=client_ca,
+            allow_insecure=allow_insecure,
         )
     except SettingsError as error:
         fail(str(error), code=2)
@@ -72,11 +90,12 @@ def serve(
         fail("replicas is more than 1; allowed: 1 with the standalone runtime", code=2)
     from service.client import HeadroomError
     from service.metrics.targets import write_targets
-    from service.replica import check_model
+    from service.replica import certificate_files, check_model
 
     try:
         if settings.tokens is not None:
             read_tokens(settings.tokens)
+        certificate_files(settings)
         for application in settings.applications:
             check_model(application)
         require_free_port(settings.host, settings.port, "--port")
@@ -94,8 +113,8 @@ def serve(
     entry = TokenEntry(name="headroom-serve", sha256=digest_of(own_token), scopes=())
     settings = settings.model_copy(update={"own_token": entry})
 
-    def announce(logs: Path | None = None) -> None:
-        print_ready(settings, started, logs, token=own_token)
+    def announce(door: str, logs: Path | None = None) -> None:
+        print_ready(settings, started, logs, door=door, token=own_token)
 
     try:
         if settings.runtime == "standalone":

@@ -16,6 +16,7 @@ from prometheus_client import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from service.auth.gate import Gate
 from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine
 from service.metrics.engine import EngineMetrics
@@ -24,11 +25,14 @@ from service.metrics.rpc import RpcMetrics
 
 
 def replica_registry(
-    engine: AsyncEngine, engine_metrics: EngineMetrics, rpc_metrics: RpcMetrics
+    engine: AsyncEngine,
+    engine_metrics: EngineMetrics,
+    rpc_metrics: RpcMetrics,
+    gate: Gate | None,
 ) -> CollectorRegistry:
     """The registry of a replica whose engine has started."""
     registry = CollectorRegistry(auto_describe=True)
-    registry.register(_ReplicaCollector(engine, engine_metrics, rpc_metrics))
+    registry.register(_ReplicaCollector(engine, engine_metrics, rpc_metrics, gate))
     return registry
 
 
@@ -36,9 +40,14 @@ class _ReplicaCollector(Collector):
     """Adds to every series which model it is about, and which heads that has."""
 
     def __init__(
-        self, engine: AsyncEngine, engine_metrics: EngineMetrics, rpc_metrics: RpcMetrics
+        self,
+        engine: AsyncEngine,
+        engine_metrics: EngineMetrics,
+        rpc_metrics: RpcMetrics,
+        gate: Gate | None,
     ) -> None:
         self._engine = engine
+        self._gate = gate
         self._engine_metrics = engine_metrics
         self._rpc_metrics = rpc_metrics
         config = engine.engine.served_config
@@ -53,6 +62,7 @@ class _ReplicaCollector(Collector):
             _load(self._engine),
             self._engine_metrics.collect(),
             self._rpc_metrics.collect(),
+            _tokens(self._gate),
             _facts(self._engine.engine),
             self._process.collect(),
         ):
@@ -93,6 +103,15 @@ def _load(engine: AsyncEngine) -> Iterator[Metric]:
         "How long the engine has worked on its current step; 0 if on none.",
         {(): engine.step_age},
     )
+
+
+def _tokens(gate: Gate | None) -> Iterator[Metric]:
+    if gate is not None:
+        yield gauge(
+            "headroom_token_file_current",
+            "Whether the tokens in use are those of the token file; 0 if that cannot be used.",
+            {(): float(gate.has_current_tokens)},
+        )
 
 
 def _facts(engine: Engine) -> Iterator[Metric]:

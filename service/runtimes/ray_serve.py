@@ -13,7 +13,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,16 @@ from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
 from service.metrics.server import MetricsServer
-from service.replica import attention_limits, make_gate, make_tracing, start_engine, states
-from service.runtimes.ray_environment import DEREGISTER_SECONDS
+from service.replica import (
+    attention_limits,
+    certificate_files,
+    make_gate,
+    make_tracing,
+    start_engine,
+    states,
+)
+from service.runtimes.edge import Addresses, Edge
+from service.runtimes.ray_environment import DEREGISTER_SECONDS, free_ports
 from service.servicer import HeadroomServicer
 
 log = structlog.get_logger()
@@ -69,7 +78,7 @@ class HeadroomReplica(HeadroomServicer):
             tracing=make_tracing(config),
             watch_seconds=_WATCH_SECONDS,
         )
-        registry = replica_registry(engine, engine_metrics, self.rpc_metrics)
+        registry = replica_registry(engine, engine_metrics, self.rpc_metrics, self.gate)
         self._metrics = MetricsServer(
             registry, config.host, lambda: _metrics_port(config), states(engine)
         )
@@ -99,8 +108,9 @@ def build_app(config: ServiceConfig) -> Application:
     on_gpu = _device(config) == "cuda"
     max_open = config.engine.max_num_seqs + config.engine.max_waiting_requests + _OTHER_CALLS
     settings = config.model_dump()
-    # A replica finds its model from wherever it runs.
+    # A replica finds its files from wherever it runs.
     settings["model"] = str(config.model_path.resolve())
+    settings["tokens"] = config.tokens and config.tokens.resolve()
     settings["engine"]["device"] = _device(config)
     return (
         serve.deployment(HeadroomReplica)
@@ -118,8 +128,11 @@ def build_app(config: ServiceConfig) -> Application:
     )
 
 
-def start(config: ServiceConfig) -> Path:
+def start(config: ServiceConfig, addresses: Addresses) -> Path:
     """Start a local cluster and deploy; returns when all replicas are ready.
+
+    Args:
+        addresses: where Serve's own HAProxy listens.
 
     Returns:
         The folder of the cluster's log files.
@@ -139,8 +152,13 @@ def start(config: ServiceConfig) -> Path:
         namespace="headroom",
     )
     serve.start(
-        http_options=HTTPOptions(host=config.host, port=config.http_port),
-        grpc_options=gRPCOptions(port=config.port, grpc_servicer_functions=SERVICER_FUNCTIONS),
+        http_options=HTTPOptions(host=addresses.host, port=addresses.http_port),
+        grpc_options=gRPCOptions(
+            port=addresses.port,
+            grpc_servicer_functions=SERVICER_FUNCTIONS,
+            # Its answers would not pass the servicer, which asks for tokens.
+            enable_reflection=config.tokens is None,
+        ),
         logging_config=_LOGGING,
     )
     deploy(config)
@@ -181,25 +199,42 @@ def stop(config: ServiceConfig) -> None:
 
 
 def serve_until_stopped(
-    config: ServiceConfig, directory: Path, on_ready: Callable[[Path], None]
+    config: ServiceConfig, directory: Path, on_ready: Callable[[str, Path], None]
 ) -> None:
     """Serve until SIGINT or SIGTERM, then drain.
 
     Args:
         directory: HAProxy's, removed at the end.
-        on_ready: called with the folder of log files once the application is deployed.
+        on_ready: called once the application is deployed, with the address where it answers in
+            the clear and the folder of log files.
     """
     stopped = threading.Event()
     check_devices(config)
     try:
-        logs = start(config)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stopped.set())
-        on_ready(logs)
-        stopped.wait()
+        with _front(config, directory) as addresses:
+            try:
+                logs = start(config, addresses)
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, lambda *_: stopped.set())
+                on_ready(addresses.target, logs)
+                stopped.wait()
+            finally:
+                stop(config)
     finally:
-        stop(config)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _front(config: ServiceConfig, directory: Path) -> Iterator[Addresses]:
+    """Where Serve is to listen: where clients find it, or on loopback behind the TLS edge."""
+    outside = Addresses(config.host, config.port, config.http_port)
+    files = certificate_files(config)
+    if files is None:
+        yield outside
+        return
+    behind = Addresses("127.0.0.1", *free_ports(2))
+    with Edge(outside, behind, files, directory):
+        yield behind
 
 
 def check_devices(config: ServiceConfig) -> None:

@@ -18,9 +18,10 @@ def main() -> None:
     config = ServiceConfig(**settings)
     set_ray_environment(config)
     from service.runtimes import ray_serve
+    from service.runtimes.edge import Addresses
 
     try:
-        ray_serve.start(config)
+        ray_serve.start(config, Addresses(config.host, config.port, config.http_port))
         print("ready", flush=True)
         for line in sys.stdin:
             ray_serve.deploy(ServiceConfig(**{**settings, **json.loads(line)}))

@@ -33,6 +33,8 @@ class Parser(ArgumentParser):
         ({"num_requests": 0}, "num_requests is 0"),
         ({"seconds": math.inf}, "seconds is inf"),
         ({"timeout": 0}, "timeout is 0"),
+        ({"token_file": "/no/file"}, "token_file is /no/file; allowed: a file that can be read"),
+        ({"tls_ca": "/no/file"}, "tls_ca is /no/file"),
         ({"shape": "wave"}, "shape is 'wave'"),
         ({"shape": "ramp", "num_requests": 5}, "shape is 'ramp'; allowed: steady, unless seconds"),
     ],
@@ -73,6 +75,8 @@ def test_all_wrong_fields_are_named_at_once() -> None:
             shape="spike",
             processes=2,
             timeout=30.0,
+            token_file=__file__,
+            tls_ca=__file__,
         ),
     ],
 )

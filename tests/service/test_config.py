@@ -11,7 +11,9 @@ from service.config import DEMO_DIRECTORY, ServiceConfig, SettingsError, load_co
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "settings.yaml"
-    path.write_text("port: 1\nhost: file\nengine:\n  max_num_seqs: 1\n  block_size: 8\n")
+    path.write_text(
+        "port: 1\nhost: file\nallow_insecure: true\nengine:\n  max_num_seqs: 1\n  block_size: 8\n"
+    )
     return path
 
 
@@ -43,6 +45,12 @@ def test_flags_win_over_environment_over_file_over_defaults(
         ("model: {}", "allowed: a directory, or one for each application"),
         ("model: {'a b': x}", "should match pattern"),
         ("runtime: standalone\nmodel: {a: x, b: y}", "model names 2 applications; allowed: 1"),
+        ("tls_cert: x", "tls_cert and tls_key belong together; allowed: both or none"),
+        ("tls_key: x", "tls_cert and tls_key belong together"),
+        ("client_ca: x", "client_ca is set; allowed: only with tls_cert and tls_key"),
+        ("host: 0.0.0.0", "host is '0.0.0.0', where others reach it, without tokens and tls_cert"),
+        ("host: '::'\ntokens: x", "host is '::', where others reach it, without tls_cert; allowed"),
+        ("host: gpu-7\ntls_cert: x\ntls_key: x", "host is 'gpu-7', .* without tokens; allowed"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, text: str, named: str) -> None:
@@ -50,6 +58,22 @@ def test_a_wrong_setting_is_named(tmp_path: Path, text: str, named: str) -> None
     file.write_text(text)
     with pytest.raises(SettingsError, match=named.replace("(", r"\(")):
         load_config(file)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "host: 127.0.0.2",
+        "host: '::1'",
+        "host: localhost",
+        "host: 0.0.0.0\ntokens: x\ntls_cert: x\ntls_key: x",
+        "host: 0.0.0.0\nallow_insecure: true",
+    ],
+)
+def test_what_is_safe_or_wanted_is_served(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    load_config(file)
 
 
 def test_settings_survive_the_way_to_a_replica(file: Path) -> None:
@@ -80,7 +104,7 @@ def test_applications_share_all_but_their_model(tmp_path: Path) -> None:
     ],
 )
 def test_metrics_are_announced_where_others_reach_them(host: str, reached: str) -> None:
-    config = load_config(host=host, metrics_port=9500, replicas=2)
+    config = load_config(host=host, metrics_port=9500, replicas=2, allow_insecure=True)
     assert config.metrics_addresses == {"headroom": [f"{reached}:9500", f"{reached}:9501"]}
 
 

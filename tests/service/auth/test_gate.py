@@ -1,5 +1,6 @@
 """No RPC of any service without a token that allows it; limits by token."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,13 @@ async def guarded(model_path: Path, tmp_path: Path) -> AsyncIterator[RunningServ
 
 
 async def outcome(
-    server: RunningServer, method: MethodDescriptor, metadata: list[tuple[str, str]]
+    channel: grpc.aio.Channel, method: MethodDescriptor, metadata: list[tuple[str, str]]
 ) -> tuple[grpc.StatusCode, str]:
     """Code and reason of an empty request, of which the first message is waited for."""
     service: Any = method.containing_service
     path = f"/{service.full_name}/{method.name}"
     request = GetMessageClass(method.input_type)()
-    kind = server.channel.unary_stream if method.server_streaming else server.channel.unary_unary
+    kind = channel.unary_stream if method.server_streaming else channel.unary_unary
     call: Any = kind(
         path,
         request_serializer=lambda message: message.SerializeToString(),
@@ -96,10 +97,10 @@ async def test_no_method_of_any_service_answers_without_a_token(guarded: Running
     for method in METHODS:
         for reason, several in wrong.items():
             for metadata in several:
-                code, said = await outcome(guarded, method, metadata)
+                code, said = await outcome(guarded.channel, method, metadata)
                 assert (code, said) == (grpc.StatusCode.UNAUTHENTICATED, reason), method.full_name
         for token in ("t-everything", "t-admin"):
-            code, said = await outcome(guarded, method, bearer(token))
+            code, said = await outcome(guarded.channel, method, bearer(token))
             assert code not in (
                 grpc.StatusCode.UNAUTHENTICATED,
                 grpc.StatusCode.PERMISSION_DENIED,
@@ -116,12 +117,14 @@ async def test_a_scope_allows_its_service_and_no_other(guarded: RunningServer) -
             "Health": {"generate", "inspect", "nothing"},
         }[service.name]
         for name in ("generate", "inspect", "nothing"):
-            code, reason = await outcome(guarded, method, bearer(f"t-{name}"))
+            code, reason = await outcome(guarded.channel, method, bearer(f"t-{name}"))
             denied = (code, reason) == (grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING")
             assert denied == (name not in allowed), f"{method.full_name} for {name}"
 
 
 class Tokens:
+    is_current = True
+
     def __init__(self, **limits: int) -> None:
         self.entry = TokenEntry(name="a", sha256="0" * 64, scopes=("generate",), **limits)
 
@@ -139,11 +142,14 @@ class Clock:
 GENERATE = "headroom.v1.GenerationService/Generate"
 
 
-def test_a_service_that_nobody_thought_of_is_closed() -> None:
+@pytest.mark.parametrize(
+    "method", ["headroom.v2.NewService/Do", "headroom.v1.ModelService/Replace", "GetModel", ""]
+)
+def test_a_method_that_nobody_thought_of_is_closed(method: str) -> None:
     gate = Gate(Tokens())
     with (
         pytest.raises(ScopeMissingError, match="one of the scopes none"),
-        gate.admit("headroom.v2.NewService/Do", bearer("x")),
+        gate.admit(method, bearer("x")),
     ):
         pytest.fail("admitted")
 
@@ -211,3 +217,72 @@ async def test_limits_reach_the_caller_with_a_time_to_try_again(
     assert any(one.Unpack(retry) for one in status.details)
     # Ten of six were used, and one has to be left: five, at one every ten seconds.
     assert 45 < retry.retry_delay.ToMilliseconds() / 1000 <= 50
+
+
+async def test_who_hangs_up_has_had_its_tokens(model_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    limited = {"name": "a", "sha256": digest_of("t"), "scopes": ["generate"]}
+    path.write_text(yaml.safe_dump([limited | {"tokens_per_minute": 30}]))
+    request = generation_pb2.GenerateRequest(
+        token_ids=generation_pb2.TokenIds(ids=[5] * 30),
+        sampling=generation_pb2.SamplingParams(max_tokens=90, ignore_eos=True),
+    )
+    async with running_server(model_path, tokens=path) as server:
+        call = server.generation.Generate(request, metadata=bearer("t"))
+        await anext(aiter(call))
+        call.cancel()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await anext(aiter(server.generation.Generate(request, metadata=bearer("t"))))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_what_was_refused_costs_nothing(model_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.yaml"
+    limited = {"name": "a", "sha256": digest_of("t"), "scopes": ["generate"]}
+    path.write_text(yaml.safe_dump([limited | {"tokens_per_minute": 120}]))
+    sampling = generation_pb2.SamplingParams(max_tokens=1)
+    request = generation_pb2.CompleteRequest(
+        token_ids=generation_pb2.TokenIds(ids=[5] * 100), sampling=sampling
+    )
+    async with running_server(model_path, tokens=path) as server:
+        await server.engine.drain(0)
+        for _ in range(3):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await server.generation.Complete(request, metadata=bearer("t"))
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_callers_name_their_requests_without_regard_to_others(
+    guarded: RunningServer,
+) -> None:
+    request = generation_pb2.GenerateRequest(
+        request_id="mine",
+        token_ids=generation_pb2.TokenIds(ids=[5]),
+        sampling=generation_pb2.SamplingParams(max_tokens=90, ignore_eos=True),
+    )
+    calls = [
+        guarded.generation.Generate(request, metadata=bearer(token))
+        for token in ("t-generate", "t-admin")
+    ]
+    for call in calls:
+        await call.read()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await anext(aiter(guarded.generation.Generate(request, metadata=bearer("t-admin"))))
+    assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
+    for call in calls:
+        call.cancel()
+
+
+async def test_metrics_tell_of_a_token_file_that_cannot_be_used(
+    guarded: RunningServer, tmp_path: Path
+) -> None:
+    def is_current() -> float | None:
+        labels = {"model": "tiny-gqa", "head_config": "h4kv2d16"}
+        return guarded.registry.get_sample_value("headroom_token_file_current", labels)
+
+    assert is_current() == 1
+    (tmp_path / "tokens.yaml").write_text("- {broken")
+    async with asyncio.timeout(10):
+        while is_current() == 1:
+            answer = await outcome(guarded.channel, METHODS[0], bearer("t-admin"))
+            assert answer[1] == "INVALID_REQUEST"

@@ -126,6 +126,7 @@ def test_a_changed_file_is_read_again(
     change(path, "- {broken")
     clock.now += 1
     assert store.find("two") is not None, "what cannot be used changes nothing"
+    assert not store.is_current
     assert "token file not used" in capsys.readouterr().err
     path.unlink()
     clock.now += 1
@@ -134,6 +135,7 @@ def test_a_changed_file_is_read_again(
     clock.now += 1
     assert store.find("two") is None
     assert store.find("four") is not None
+    assert store.is_current
 
 
 def test_the_command_makes_an_entry_that_admits_its_token(tmp_path: Path) -> None:
