@@ -126,7 +126,7 @@ class Tokens:
     is_current = True
 
     def __init__(self, **limits: int) -> None:
-        self.entry = TokenEntry(name="a", sha256="0" * 64, scopes=("generate",), **limits)  # type: ignore[arg-type]
+        self.entry = TokenEntry(name="a", sha256="0" * 64, scopes=("generate",), **limits)
 
     def find(self, token: str) -> TokenEntry:
         return self.entry
@@ -212,7 +212,7 @@ async def test_limits_reach_the_caller_with_a_time_to_try_again(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await server.generation.Complete(request, metadata=bearer("t"))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    status = rpc_status.from_call(caught.value)
+    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
     retry = error_details_pb2.RetryInfo()
     assert any(one.Unpack(retry) for one in status.details)
     # Ten of six were used, and one has to be left: five, at one every ten seconds.
