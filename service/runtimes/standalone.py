@@ -106,7 +106,7 @@ def _credentials(files: CertificateFiles) -> grpc.ServerCredentials:
 
     return grpc.dynamic_ssl_server_credentials(
         configuration(files.current),
-        fetch,
+        fetch,  # type: ignore[arg-type]
         require_client_authentication=files.current.client_ca is not None,
     )
 

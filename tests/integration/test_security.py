@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -136,6 +137,15 @@ def _refused(client: Client) -> HeadroomError:
     return caught.value
 
 
+def _is_answered(client: Client) -> bool:
+    with client:
+        try:
+            client.get_model()
+        except HeadroomError:
+            return False
+    return True
+
+
 def test_who_trusts_and_has_a_token_is_answered(server: Secured) -> None:
     with server.client("t-generate") as client:
         assert len(client.complete([1], max_tokens=3, ignore_eos=True).token_ids) == 3
@@ -218,12 +228,12 @@ async def test_no_method_of_any_service_answers_without_a_token(server: Secured)
             "/headroom.v1.GenerationService/Nothing",
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary(path)(b"")
+                await channel.unary_unary(path, bytes, bytes)(b"")
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, path
         for version in ("v1", "v1alpha"):
             path = f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo"
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.stream_unary(path)(iter([b""]))
+                await channel.stream_unary(path, bytes, bytes)(iter([b""]))
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, path
 
 
@@ -389,3 +399,10 @@ def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
             assert _refused(client(pair, "t-admin")).code is grpc.StatusCode.UNAVAILABLE
         error = _refused(client(clients.issue("me"), None))
         assert error.code is grpc.StatusCode.UNAUTHENTICATED, "a certificate is no token"
+
+        others = Authority("others")
+        (tmp_path / "ca.crt").write_bytes(others.pem)
+        deadline = time.monotonic() + 30
+        while not _is_answered(client(others.issue("me"), "t-admin")):
+            assert time.monotonic() < deadline, "the new authority of clients is not known"
+        assert _refused(client(clients.issue("me"), "t-admin")).code is grpc.StatusCode.UNAVAILABLE

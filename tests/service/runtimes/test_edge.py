@@ -18,7 +18,7 @@ from service.runtimes.ray_environment import free_ports
 from tests.certificates import Authority, Pair
 
 
-class _Echo(grpc.GenericRpcHandler):
+class _Echo(grpc.GenericRpcHandler):  # type: ignore[type-arg]
     """Answers every unary call with its metadata, and every other with what it is sent."""
 
     def service(self, details: grpc.HandlerCallDetails) -> "grpc.RpcMethodHandler[Any, Any]":
@@ -65,7 +65,8 @@ async def _ask(
     outside: Addresses, credentials: grpc.ChannelCredentials, *metadata: tuple[str, str]
 ) -> dict[str, str]:
     async with grpc.aio.secure_channel(outside.target, credentials) as channel:
-        answer: bytes = await channel.unary_unary("/echo/Unary")(b"", metadata=metadata)
+        ask: Any = channel.unary_unary("/echo/Unary", bytes, bytes)
+        answer: bytes = await ask(b"", metadata=metadata)
     return json.loads(answer)  # type: ignore[no-any-return]
 
 
@@ -97,7 +98,8 @@ async def test_open_streams_survive_new_certificates_of_server_and_clients(tmp_p
         files = _files(tmp_path, first)
         with Edge(outside, behind, files, tmp_path):
             async with grpc.aio.secure_channel(outside.target, old) as channel:
-                call = channel.stream_stream("/echo/Stream")()
+                stream: Any = channel.stream_stream("/echo/Stream", bytes, bytes)
+                call = stream()
                 await call.write(b"before")
                 assert await call.read() == b"before"
                 second.issue("server").write(tmp_path / "tls.crt", tmp_path / "tls.key")
