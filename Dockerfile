@@ -1,4 +1,5 @@
-# Targets: cpu (what `docker build .` makes), cuda, loadtests. docs/deploy.md says how to build them.
+# Targets: cpu (what `docker build .` makes), loadtests, cuda. docs/deploy.md says how to build them.
+# Older builders build everything that stands before a target, so the small one comes first.
 FROM debian:bookworm-slim AS python
 # Debian's Python 3.11. openssl makes the certificates of a Ray cluster's nodes.
 RUN apt-get update \
@@ -24,18 +25,6 @@ RUN pip install --requirement /build/cpu.lock
 COPY . /build
 RUN /build/deploy/docker/install.sh
 
-FROM build AS build-loadtests
-COPY deploy/docker/loadtests.lock /build/
-RUN pip install --requirement /build/loadtests.lock
-COPY . /build
-RUN /build/deploy/docker/install.sh
-
-FROM build AS build-cuda
-COPY deploy/docker/cuda.lock /build/
-RUN pip install --requirement /build/cuda.lock
-COPY . /build
-RUN /build/deploy/docker/install.sh
-
 FROM python AS runtime
 ARG VERSION=0.1.0
 ARG REVISION=unknown
@@ -56,8 +45,14 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["hea
 ENTRYPOINT ["headroom"]
 CMD ["serve"]
 
-FROM runtime AS cuda
-COPY --from=build-cuda /opt/headroom /opt/headroom
+FROM runtime AS cpu
+COPY --from=build-cpu /opt/headroom /opt/headroom
+
+FROM build AS build-loadtests
+COPY deploy/docker/loadtests.lock /build/
+RUN pip install --requirement /build/loadtests.lock
+COPY . /build
+RUN /build/deploy/docker/install.sh
 
 FROM runtime AS loadtests
 COPY --from=build-loadtests /opt/headroom /opt/headroom
@@ -65,5 +60,13 @@ HEALTHCHECK NONE
 ENTRYPOINT []
 CMD ["locust", "-f", "/opt/headroom/lib/python3.11/site-packages/loadtests/locustfile.py", "--host", "127.0.0.1:9000"]
 
-FROM runtime AS cpu
-COPY --from=build-cpu /opt/headroom /opt/headroom
+FROM build AS build-cuda
+COPY deploy/docker/cuda.lock /build/
+RUN pip install --requirement /build/cuda.lock
+COPY . /build
+RUN /build/deploy/docker/install.sh
+
+FROM runtime AS cuda
+COPY --from=build-cuda /opt/headroom /opt/headroom
+
+FROM cpu
