@@ -41,7 +41,8 @@ WORKDIR /tmp
 # gRPC, HTTP health of Ray Serve, metrics
 EXPOSE 9000 8000 9464
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["headroom", "health"]
+# Starting Python for it takes a second of a core.
+HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 CMD ["headroom", "health"]
 ENTRYPOINT ["headroom"]
 CMD ["serve"]
 

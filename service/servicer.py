@@ -212,15 +212,18 @@ class HeadroomServicer:
                 return
             await asyncio.sleep(_HEALTH_POLL_SECONDS)
 
-    def _health(self) -> health_pb2.HealthCheckResponse.ServingStatus:
-        """SERVING only while the engine takes requests and makes progress."""
+    @property
+    def is_serving(self) -> bool:
+        """True only while the engine takes requests and makes progress."""
         try:
-            if self._engine.is_draining:
-                raise EngineDrainingError
             self._engine.check_health()
         except EngineError:
-            return health_pb2.HealthCheckResponse.NOT_SERVING
-        return health_pb2.HealthCheckResponse.SERVING
+            return False
+        return not self._engine.is_draining
+
+    def _health(self) -> health_pb2.HealthCheckResponse.ServingStatus:
+        status = health_pb2.HealthCheckResponse
+        return status.SERVING if self.is_serving else status.NOT_SERVING
 
     async def _run(self, call: codec.Call) -> AsyncGenerator[SequenceOutput, None]:
         """Results of a request; an ending without a result becomes an error."""

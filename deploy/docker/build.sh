@@ -16,7 +16,12 @@ if ! buildah inspect --type image "$base" > /dev/null 2>&1 && ! buildah pull -q 
     echo "no registry answers: making $base from Debian's packages"
     sources=(/etc/apt/sources.list /etc/apt/sources.list.d/debian.sources)
     for file in "${sources[@]}"; do [ -s "$file" ] && break; done
-    mmdebstrap --quiet --variant=minbase --include=ca-certificates bookworm "$images/base.tar" "$file"
+    # As in the published one, without manuals and translations.
+    mmdebstrap --quiet --variant=minbase --include=ca-certificates \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+        --customize-hook='rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*' \
+        bookworm "$images/base.tar" "$file"
     container=$(buildah from scratch)
     buildah add -q "$container" "$images/base.tar" / > /dev/null
     buildah config --cmd bash --env PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin "$container"

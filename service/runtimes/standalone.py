@@ -54,7 +54,12 @@ async def serve(config: ServiceConfig, on_ready: Callable[[], None]) -> None:
         server, _ = create_server(config, servicer)
         await server.start()
         registry = replica_registry(engine, engine_metrics, servicer.rpc_metrics)
-        with MetricsServer(registry, config.host, lambda: config.metrics_port or None):
+        with MetricsServer(
+            registry,
+            config.host,
+            lambda: config.metrics_port or None,
+            lambda: servicer.is_serving,
+        ):
             stop = asyncio.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -1,4 +1,4 @@
-"""The port of a replica's metrics: taken, freed, changed, closed; and the file that names it."""
+"""The port of a replica's metrics and health: taken, freed, changed, closed; its target file."""
 
 import json
 import socket
@@ -49,7 +49,7 @@ def _until_answers(port: int) -> None:
 
 def test_openmetrics_is_an_answer_to_those_who_ask(registry: CollectorRegistry) -> None:
     (port,) = free_ports(1)
-    with MetricsServer(registry, "127.0.0.1", lambda: port):
+    with MetricsServer(registry, "127.0.0.1", lambda: port, lambda: True):
         assert "request_id" not in _get(port)
         answer = _get(port, "application/openmetrics-text; version=1.0.0")
         assert 'headroom_test_total 3.0 # {request_id="a"}' in answer
@@ -57,13 +57,28 @@ def test_openmetrics_is_an_answer_to_those_who_ask(registry: CollectorRegistry) 
     socket.create_server(("127.0.0.1", port)).close()
 
 
+def test_health_is_answered_to_whoever_asks(registry: CollectorRegistry) -> None:
+    (port,) = free_ports(1)
+    serving = True
+    with MetricsServer(registry, "127.0.0.1", lambda: port, lambda: serving):
+        url = f"http://127.0.0.1:{port}/healthz"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert (answer.status, answer.read()) == (200, b"serving\n")
+        serving = False
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(url, timeout=10)
+        assert (caught.value.code, caught.value.read()) == (503, b"not serving\n")
+        caught.value.close()
+        assert "headroom_test_total 3.0" in _get(port)
+
+
 def test_a_taken_port_is_waited_for(registry: CollectorRegistry) -> None:
     (port,) = free_ports(1)
-    first = MetricsServer(registry, "127.0.0.1", lambda: port)
+    first = MetricsServer(registry, "127.0.0.1", lambda: port, lambda: True)
     first.start()
     other = CollectorRegistry()
     Counter("headroom_other", "Another.", registry=other)
-    with MetricsServer(other, "127.0.0.1", lambda: port):
+    with MetricsServer(other, "127.0.0.1", lambda: port, lambda: True):
         assert "headroom_test_total" in _get(port)
         first.close()
         _until(lambda: "headroom_other_total" in _get(port))
@@ -72,7 +87,7 @@ def test_a_taken_port_is_waited_for(registry: CollectorRegistry) -> None:
 def test_a_port_may_change_or_be_none(registry: CollectorRegistry) -> None:
     first, second = free_ports(2)
     wanted: list[int | None] = [None]
-    with MetricsServer(registry, "127.0.0.1", lambda: wanted[0]):
+    with MetricsServer(registry, "127.0.0.1", lambda: wanted[0], lambda: True):
         with pytest.raises(urllib.error.URLError):
             _get(first)
         for port in (first, second):
