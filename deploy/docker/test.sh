@@ -9,6 +9,11 @@ configure
 image=localhost/headroom:cpu
 name=headroom-image-test
 max_megabytes=1500
+# podman asks for more open files than a user without CAP_SYS_RESOURCE may have.
+confined=(
+    --pull never --read-only --tmpfs /tmp:size=1g --cap-drop ALL --security-opt no-new-privileges
+    --ulimit nofile=1024:20000 --ulimit nproc=4096:4096
+)
 
 fail() {
     echo "FAILED: $1" >&2
@@ -25,10 +30,7 @@ try() {
     local runtime=$1 port http_port metrics_port
     port=$(port) http_port=$(port) metrics_port=$(port)
     podman rm --force --time 0 "$name" > /dev/null 2>&1 || true
-    # podman asks for more open files than a user without CAP_SYS_RESOURCE may have.
-    podman run --detach --name "$name" --pull never --network host \
-        --read-only --tmpfs /tmp:size=1g --cap-drop ALL --security-opt no-new-privileges \
-        --memory 4g --ulimit nofile=1024:20000 --ulimit nproc=4096:4096 \
+    podman run --detach --name "$name" "${confined[@]}" --network host --memory 4g --shm-size 256m \
         --health-cmd "headroom health --target 127.0.0.1:$port" \
         "$image" serve --runtime "$runtime" --port "$port" --http-port "$http_port" \
         --metrics-port "$metrics_port" > /dev/null
@@ -37,6 +39,7 @@ try() {
         [ "$(podman inspect "$name" --format '{{.State.Running}}')" = true ] || fail "$runtime ended"
         sleep 1
     done
+    # Without systemd nobody asks by itself.
     podman healthcheck run "$name" > /dev/null || fail "$runtime: not healthy"
     text=$(podman exec "$name" headroom generate --target "127.0.0.1:$port" --max-tokens 16 --json 'def main(') \
         || fail "$runtime: no text"
@@ -61,9 +64,11 @@ podman image inspect "$image" | jq --exit-status '.[0].Healthcheck.Test == ["CMD
     || fail "HEALTHCHECK"
 try standalone
 try ray
-podman run --rm --pull never --network none --entrypoint sh "$image" -c \
-    'test -s /opt/headroom/share/headroom/sbom.cdx.json && test -s /opt/headroom/share/headroom/licences.md' \
-    || fail "no inventory"
+podman run --rm "${confined[@]}" --network none --entrypoint cat "$image" \
+    /opt/headroom/share/headroom/sbom.cdx.json \
+    | jq --exit-status '[.components[].name] | contains(["torch", "ray", "headroom"])' > /dev/null || fail "no inventory"
+podman run --rm "${confined[@]}" --network none --entrypoint grep "$image" -q '^| torch ' \
+    /opt/headroom/share/headroom/licences.md || fail "no licences"
 megabytes=$(($(podman image inspect "$image" --format '{{.Size}}') / 1000000))
 echo "size: $megabytes MB of at most $max_megabytes"
 [ "$megabytes" -le "$max_megabytes" ]

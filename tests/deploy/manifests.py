@@ -56,7 +56,8 @@ def check(manifest: Manifest) -> None:
     """Refuse what the API server would refuse, or drop without a word.
 
     Raises:
-        jsonschema.ValidationError, kubernetes_validate.ValidationError: a field is wrong or unknown.
+        jsonschema.ValidationError, kubernetes_validate.ValidationError: a field is wrong or not
+            known.
         kubernetes_validate.SchemaNotFoundError: nobody has a schema for the kind.
     """
     schema = custom_kinds().get((manifest["apiVersion"], manifest["kind"]))
@@ -75,7 +76,7 @@ def custom_kinds() -> dict[tuple[str, str], Manifest]:
 
 def _kind(schema: Manifest) -> Manifest:
     """Of the whole object; its metadata is the API server's to check."""
-    strict = _strict(schema)
+    strict: Manifest = _strict(schema)
     strict["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     return strict
 

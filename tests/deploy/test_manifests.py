@@ -28,7 +28,7 @@ ALONE = ("dev", "plain")
 
 
 def test_the_overlays_are_those_that_are_documented() -> None:
-    assert OVERLAYS == sorted(ON_RAY + ALONE)
+    assert sorted(ON_RAY + ALONE) == OVERLAYS
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -106,7 +106,8 @@ def _image_user() -> int:
 
 
 def _matches(selector: Manifest, labels: Manifest) -> bool:
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    wanted: Manifest = selector.get("matchLabels", {})
+    return wanted.items() <= labels.items()
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -116,7 +117,10 @@ def test_only_named_ports_are_open_to_others(overlay: str) -> None:
     policies = [each for each in objects if each["kind"] == "NetworkPolicy"]
     closed = find(objects, "NetworkPolicy", "default-deny")["spec"]
     assert closed == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    for labels, expected in ((REPLICA, {9000, 9464}), (HEAD, {8265, 8000} if overlay in ON_RAY else set())):
+    for labels, expected in (
+        (REPLICA, {9000, 9464}),
+        (HEAD, {8265, 8000} if overlay in ON_RAY else set()),
+    ):
         open_ports: set[int] = set()
         for policy in policies:
             spec = policy["spec"]
@@ -133,7 +137,10 @@ def test_only_named_ports_are_open_to_others(overlay: str) -> None:
 def test_every_secret_that_is_mounted_has_an_example(overlay: str) -> None:
     """Names and keys, and in the overlay itself only where it is for trying out."""
     file = DEPLOY / "kubernetes" / "components" / "example-secrets" / "secrets.yaml"
-    examples = {each["metadata"]["name"]: each["stringData"] for each in yaml.safe_load_all(file.read_text())}
+    examples = {
+        each["metadata"]["name"]: each["stringData"]
+        for each in yaml.safe_load_all(file.read_text())
+    }
     for _, template in pod_templates(render(overlay)):
         for volume in template["spec"]["volumes"]:
             if "secret" in volume:
