@@ -9,6 +9,7 @@ from loadtests.sweep.command import sweep
 from service.commands.bench import bench
 from service.commands.doctor import doctor
 from service.commands.generate import generate
+from service.commands.health import health
 from service.commands.model import model
 from service.commands.plan import plan
 from service.commands.serve import serve
@@ -45,6 +46,7 @@ app.command(epilog="Example: headroom serve --model ./llama-1b --port 9000 --rep
 app.command(epilog="Example: headroom doctor --model ./llama-1b --config headroom.yaml")(doctor)
 app.command(epilog='Example: headroom generate --max-tokens 64 "def main("')(generate)
 app.command(epilog="Example: headroom model --target 127.0.0.1:9000 --json")(model)
+app.command(epilog="Example: headroom health --target 127.0.0.1:9000 --timeout 3")(health)
 app.command(epilog="Example: headroom bench --heads 12 --kv-heads 12,4,1 --clients 32")(bench)
 app.command(
     epilog="Example: headroom plan --heads 12 --kv-heads 4 --memory 8GiB --prompt 512 --output 128"

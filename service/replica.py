@@ -12,11 +12,9 @@ from service.certificates import CertificateFiles
 from service.config import ServiceConfig
 from service.engine.async_engine import AsyncEngine
 from service.engine.engine import Engine
-from service.engine.errors import EngineError
 from service.engine.memory import check_kv_cache_bytes, load_configured_model, resolve_device
 from service.engine.support import as_served, check_supported, max_model_len
 from service.metrics.engine import EngineMetrics
-from service.metrics.server import States
 
 if TYPE_CHECKING:
     from service.tracing import Tracing
@@ -67,23 +65,6 @@ async def start_engine(
     )
     await engine.start()
     return engine, tokenizer
-
-
-def states(engine: AsyncEngine) -> States:
-    """What HTTP probes may ask: whether the engine lives and makes progress, and whether it also
-    takes requests."""
-
-    def is_healthy() -> bool:
-        try:
-            engine.check_health()
-        except EngineError:
-            return False
-        return True
-
-    return {
-        "/-/healthz": is_healthy,
-        "/-/ready": lambda: is_healthy() and not engine.is_draining,
-    }
 
 
 def certificate_files(config: ServiceConfig) -> CertificateFiles | None:

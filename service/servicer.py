@@ -19,7 +19,7 @@ from service.attention.compute import attend
 from service.attention.limits import AttentionLimits
 from service.auth.gate import Gate
 from service.engine.async_engine import AsyncEngine
-from service.engine.errors import EngineDrainingError, EngineError, QueueFullError
+from service.engine.errors import EngineError, QueueFullError
 from service.engine.sequence import FinishReason, SequenceOutput
 from service.errors import (
     DeadlinePassedError,
@@ -29,6 +29,7 @@ from service.errors import (
     UnknownHealthServiceError,
 )
 from service.metrics.rpc import RpcMetrics
+from service.metrics.server import States
 from service.rpc import Rpc, server_stream, unary
 
 if TYPE_CHECKING:
@@ -221,15 +222,28 @@ class HeadroomServicer:
                 return
             await asyncio.sleep(_HEALTH_POLL_SECONDS)
 
-    def _health(self) -> health_pb2.HealthCheckResponse.ServingStatus:
-        """SERVING only while the engine takes requests and makes progress."""
+    @property
+    def is_healthy(self) -> bool:
+        """True only while the engine lives and makes progress."""
         try:
-            if self._engine.is_draining:
-                raise EngineDrainingError
             self._engine.check_health()
         except EngineError:
-            return health_pb2.HealthCheckResponse.NOT_SERVING
-        return health_pb2.HealthCheckResponse.SERVING
+            return False
+        return True
+
+    @property
+    def is_serving(self) -> bool:
+        """True only while it also takes requests."""
+        return self.is_healthy and not self._engine.is_draining
+
+    @property
+    def states(self) -> States:
+        """What HTTP probes may ask, who have neither token nor certificate."""
+        return {"/-/healthz": lambda: self.is_healthy, "/-/ready": lambda: self.is_serving}
+
+    def _health(self) -> health_pb2.HealthCheckResponse.ServingStatus:
+        status = health_pb2.HealthCheckResponse
+        return status.SERVING if self.is_serving else status.NOT_SERVING
 
     async def _run(self, call: codec.Call, rpc: Rpc) -> AsyncGenerator[SequenceOutput, None]:
         """Results of a request; an ending without a result becomes an error."""

@@ -21,6 +21,7 @@ from service.engine import EngineConfig
 from service.engine.async_engine import AsyncEngine
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
+from service.metrics.server import States
 from service.replica import attention_limits, make_gate, make_tracing, start_engine
 from service.runtimes.ray_environment import free_ports
 from service.runtimes.standalone import create_server
@@ -36,6 +37,7 @@ class RunningServer:
     models: Any
     channel: grpc.aio.Channel
     registry: CollectorRegistry
+    states: States
 
     async def load(self) -> models_pb2.GetLoadResponse:
         return await self.models.GetLoad(models_pb2.GetLoadRequest())  # type: ignore[no-any-return]
@@ -93,6 +95,7 @@ async def running_server(
                 models_pb2_grpc.ModelServiceStub(channel),
                 channel,
                 replica_registry(async_engine, engine_metrics, servicer.rpc_metrics, servicer.gate),
+                servicer.states,
             )
     finally:
         await server.stop(0)

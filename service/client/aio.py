@@ -1,11 +1,13 @@
 """The asyncio client."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Self, Unpack
 
 import grpc
 import numpy as np
 import numpy.typing as npt
+from grpc_health.v1 import health_pb2
 
 from protos.headroom.v1 import generation_pb2 as pb
 from protos.headroom.v1 import models_pb2
@@ -19,7 +21,7 @@ from service.client.attention import (
     attended,
     hidden_request,
 )
-from service.client.calls import DEFAULT_APPLICATION, Calls, channel_options
+from service.client.calls import DEFAULT_APPLICATION, Calls, channel_options, is_serving
 from service.client.errors import to_error
 from service.client.planning import Planning, Shape, plan_request
 from service.client.requests import (
@@ -126,6 +128,10 @@ class AsyncClient(Calls):
 
     async def get_load(self) -> models_pb2.GetLoadResponse:
         return await self._call(self._models.GetLoad, models_pb2.GetLoadRequest())  # type: ignore[no-any-return]
+
+    async def is_serving(self, *, timeout: float | None = None) -> bool:
+        check = partial(self._health.Check, timeout=timeout)
+        return is_serving(await self._call(check, health_pb2.HealthCheckRequest()))
 
     async def plan_capacity(
         self, mix: Sequence[Shape], **planning: Unpack[Planning]

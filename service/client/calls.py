@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
 from protos.headroom.v1 import attention_pb2_grpc, generation_pb2_grpc, models_pb2_grpc
 
 DEFAULT_APPLICATION = "headroom"
@@ -16,6 +18,7 @@ class Calls:
         self._generation = generation_pb2_grpc.GenerationServiceStub(channel)
         self._attention = attention_pb2_grpc.AttentionServiceStub(channel)
         self._models = models_pb2_grpc.ModelServiceStub(channel)
+        self._health = health_pb2_grpc.HealthStub(channel)
         # Ray Serve routes by this key; a server with several applications needs it.
         self._metadata = [("application", application)]
         if token is not None:
@@ -27,3 +30,7 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     ]
+
+
+def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    return response.status == health_pb2.HealthCheckResponse.SERVING  # type: ignore[no-any-return]

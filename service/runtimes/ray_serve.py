@@ -38,8 +38,8 @@ from service.replica import (
     make_gate,
     make_tracing,
     start_engine,
-    states,
 )
+from service.runtimes import autoscaling
 from service.runtimes.edge import Addresses, Edge
 from service.runtimes.ray_environment import DEREGISTER_SECONDS, free_ports
 from service.servicer import HeadroomServicer
@@ -80,13 +80,21 @@ class HeadroomReplica(HeadroomServicer):
         )
         registry = replica_registry(engine, engine_metrics, self.rpc_metrics, self.gate)
         self._metrics = MetricsServer(
-            registry, config.host, lambda: _metrics_port(config), states(engine)
+            registry, config.host, lambda: _metrics_port(config), self.states
         )
         self._metrics.start()
 
     async def check_health(self) -> None:
         """Serve replaces the replica when this raises several times."""
         self._engine.check_health()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `QueueAndCachePolicy`; asked by Serve where a deployment scales."""
+        load = self._engine.load
+        return {
+            autoscaling.WAITING: load.num_waiting,
+            autoscaling.CACHE_USAGE: load.kv_blocks_used / load.kv_blocks_total,
+        }
 
     async def __del__(self) -> None:
         if hasattr(self, "_metrics"):  # it started
@@ -97,9 +105,9 @@ class HeadroomReplica(HeadroomServicer):
 
 
 def _metrics_port(config: ServiceConfig) -> int | None:
-    """Of this replica. One that takes another's place ranks behind all others until that one has
-    gone; then it gets its rank, and with it the port."""
-    rank: int = serve.get_replica_context().rank.rank
+    """Of this replica, among those of its node. One that takes another's place ranks behind all
+    others until that one has gone; then it gets its rank, and with it the port."""
+    rank: int = serve.get_replica_context().rank.local_rank
     return config.metrics_ports[rank] if rank < len(config.metrics_ports) else None
 
 
@@ -256,7 +264,9 @@ def check_devices(config: ServiceConfig) -> None:
 
 
 def _device(config: ServiceConfig) -> str:
-    return resolve_device(config.engine.device).type
+    """Of the replicas; only `auto` depends on where this is asked, which may be a node without."""
+    device = config.engine.device
+    return resolve_device(device).type if device == "auto" else device
 
 
 def _num_replicas(config: ServiceConfig) -> int:

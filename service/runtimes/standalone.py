@@ -21,7 +21,6 @@ from service.replica import (
     make_gate,
     make_tracing,
     start_engine,
-    states,
 )
 from service.servicer import HeadroomServicer
 
@@ -74,7 +73,7 @@ async def serve(config: ServiceConfig, on_ready: Callable[[str], None]) -> None:
         with (
             tempfile.TemporaryDirectory(prefix="headroom-") as directory,
             MetricsServer(
-                registry, config.host, lambda: config.metrics_port or None, states(engine)
+                registry, config.host, lambda: config.metrics_port or None, servicer.states
             ),
         ):
             door = f"unix:{directory}/own.sock"

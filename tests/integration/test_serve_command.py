@@ -49,6 +49,8 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
         described = json.loads(_run("model", "--target", target, "--json").stdout)
         assert described["model"]["layers"][0]["num_kv_heads"] == 2
         assert described["load"]["kv_blocks_used"] == 0
+        health = _run("health", "--target", target)
+        assert (health.returncode, health.stdout) == (0, "serving\n")
         refused = _run("generate", "--target", target, "--temperature", "200", "x")
         assert refused.returncode == 1
         assert "sampling.temperature is 200; allowed: 0 to 100" in refused.stderr
@@ -60,6 +62,9 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
         assert psutil.wait_procs(family, timeout=20)[1] == []
         for number in (port, http_port, metrics_port):
             socket.create_server(("127.0.0.1", number)).close()
+        gone = _run("health", "--target", target, "--timeout", "0.2")
+        assert gone.returncode == 1
+        assert gone.stderr.startswith("error: UNAVAILABLE: ")
 
 
 @pytest.mark.parametrize("runtime", ["standalone", pytest.param("ray", marks=pytest.mark.ray)])
@@ -200,7 +205,7 @@ def test_limits_that_the_model_cannot_keep_are_refused(model_path: Path, tmp_pat
 
 
 def test_every_command_explains_itself_with_an_example() -> None:
-    for command in ("serve", "generate", "model", "bench", "train-demo"):
+    for command in ("serve", "generate", "model", "health", "bench", "train-demo"):
         answer = _run(command, "--help")
         assert answer.returncode == 0
         assert f"Example: headroom {command}" in answer.stdout

@@ -46,6 +46,7 @@ async def test_both_clients_answer_alike(server: RunningServer) -> None:
         ids = await client.tokenize("hello")
         back = await client.detokenize(ids)
         model, load = await client.get_model(), await client.get_load()
+        assert await client.is_serving(timeout=10)
     assert stream.finished is not None
     assert stream.finished.usage.completion_tokens == len(stream.token_ids) == 8
     assert len(stream.logprobs) == 8
@@ -65,8 +66,16 @@ async def test_both_clients_answer_alike(server: RunningServer) -> None:
         assert blocking.detokenize(ids) == "hello"
         assert blocking.get_model() == model
         assert blocking.get_load().kv_blocks_total == load.kv_blocks_total
+        assert blocking.is_serving(timeout=10)
 
     await _blocking(server, use)
+
+
+async def test_a_server_whose_engine_has_ended_is_not_serving(server: RunningServer) -> None:
+    await server.engine.shutdown()
+    assert not await _blocking(server, lambda client: client.is_serving(timeout=10))
+    async with AsyncClient(server.target) as client:
+        assert not await client.is_serving(timeout=10)
 
 
 async def test_errors_carry_reason_and_fields(server: RunningServer) -> None:

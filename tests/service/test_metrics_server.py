@@ -1,4 +1,4 @@
-"""The port of a replica's metrics: taken, freed, changed, closed; and the file that names it."""
+"""The port of a replica's metrics and health: taken, freed, changed, closed; its target file."""
 
 import json
 import socket
@@ -14,7 +14,6 @@ from prometheus_client import CollectorRegistry, Counter
 from service.config import ServiceConfig
 from service.metrics.server import MetricsServer
 from service.metrics.targets import write_targets
-from service.replica import states
 from service.runtimes.ray_environment import free_ports
 from tests.serving import running_server
 
@@ -51,7 +50,7 @@ def _until_answers(port: int) -> None:
 
 def test_openmetrics_is_an_answer_to_those_who_ask(registry: CollectorRegistry) -> None:
     (port,) = free_ports(1)
-    with MetricsServer(registry, "127.0.0.1", lambda: port):
+    with MetricsServer(registry, "127.0.0.1", lambda: port, lambda: True):
         assert "request_id" not in _get(port)
         answer = _get(port, "application/openmetrics-text; version=1.0.0")
         assert 'headroom_test_total 3.0 # {request_id="a"}' in answer
@@ -81,7 +80,7 @@ def test_probes_are_told_how_the_replica_is(registry: CollectorRegistry) -> None
 
 async def test_a_replica_that_drains_is_healthy_and_not_ready(model_path: Path) -> None:
     async with running_server(model_path) as server:
-        healthy, ready = states(server.engine).values()
+        healthy, ready = server.states.values()
         assert (healthy(), ready()) == (True, True)
         await server.engine.drain(0)
         assert (healthy(), ready()) == (True, False)
@@ -91,11 +90,11 @@ async def test_a_replica_that_drains_is_healthy_and_not_ready(model_path: Path) 
 
 def test_a_taken_port_is_waited_for(registry: CollectorRegistry) -> None:
     (port,) = free_ports(1)
-    first = MetricsServer(registry, "127.0.0.1", lambda: port)
+    first = MetricsServer(registry, "127.0.0.1", lambda: port, lambda: True)
     first.start()
     other = CollectorRegistry()
     Counter("headroom_other", "Another.", registry=other)
-    with MetricsServer(other, "127.0.0.1", lambda: port):
+    with MetricsServer(other, "127.0.0.1", lambda: port, lambda: True):
         assert "headroom_test_total" in _get(port)
         first.close()
         _until(lambda: "headroom_other_total" in _get(port))
@@ -104,7 +103,7 @@ def test_a_taken_port_is_waited_for(registry: CollectorRegistry) -> None:
 def test_a_port_may_change_or_be_none(registry: CollectorRegistry) -> None:
     first, second = free_ports(2)
     wanted: list[int | None] = [None]
-    with MetricsServer(registry, "127.0.0.1", lambda: wanted[0]):
+    with MetricsServer(registry, "127.0.0.1", lambda: wanted[0], lambda: True):
         with pytest.raises(urllib.error.URLError):
             _get(first)
         for port in (first, second):

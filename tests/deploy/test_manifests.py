@@ -1,0 +1,165 @@
+"""Every overlay renders, is valid to the last field, and is closed where it should be."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from tests.deploy.manifests import (
+    DEPLOY,
+    OVERLAYS,
+    Manifest,
+    check,
+    find,
+    pod_templates,
+    render,
+)
+
+APP = "app.kubernetes.io/name"
+COMPONENT = "app.kubernetes.io/component"
+REPLICA = {APP: "headroom", COMPONENT: "replica"}
+HEAD = {APP: "headroom", COMPONENT: "head"}
+ON_RAY = ("cpu", "gpu")
+ALONE = ("dev", "plain")
+
+
+def test_the_overlays_are_those_that_are_documented() -> None:
+    assert sorted(ON_RAY + ALONE) == OVERLAYS
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_object_is_valid(overlay: str) -> None:
+    objects = render(overlay)
+    for manifest in objects:
+        check(manifest)
+    names = [(each["kind"], each["metadata"]["name"]) for each in objects]
+    assert len(names) == len(set(names))
+    for each in objects:
+        if each["kind"] != "Namespace":
+            assert each["metadata"]["namespace"] == "headroom", each["metadata"]["name"]
+
+
+def _head_container(ray_service: Manifest) -> Manifest:
+    template = ray_service["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]
+    container: Manifest = template["spec"]["containers"][0]
+    return container
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda service: service["spec"].update(serveConfig=""),
+        lambda service: service["spec"]["rayClusterConfig"].update(rayVersion=2.6),
+        lambda service: _head_container(service).update(readynessProbe={}),
+        lambda service: _head_container(service)["securityContext"].update(runAsUser="root"),
+    ],
+)
+def test_a_mistake_in_a_ray_service_is_found(mistake: Callable[[Manifest], None]) -> None:
+    service = copy.deepcopy(find(render("cpu"), "RayService"))
+    mistake(service)
+    with pytest.raises(jsonschema.ValidationError):
+        check(service)
+
+
+def test_a_mistake_in_a_deployment_and_an_unknown_kind_are_found() -> None:
+    deployment = copy.deepcopy(find(render("dev"), "Deployment"))
+    deployment["spec"]["template"]["spec"]["enableServiceLink"] = False
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check(deployment)
+    with pytest.raises(kubernetes_validate.SchemaNotFoundError):
+        check({"apiVersion": "example.com/v1", "kind": "Nothing", "metadata": {"name": "x"}})
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_pod_is_confined(overlay: str) -> None:
+    found = list(pod_templates(render(overlay)))
+    assert found
+    for component, template in found:
+        pod = template["spec"]
+        assert template["metadata"]["labels"] == {APP: "headroom", COMPONENT: component}
+        # A Service named headroom would set HEADROOM_* variables, which are settings.
+        assert pod["enableServiceLinks"] is False
+        assert pod["automountServiceAccountToken"] is (component == "head")
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == _image_user()
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"] + pod.get("initContainers", []):
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            resources = container["resources"]
+            assert resources["requests"]["memory"] == resources["limits"]["memory"]
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounts <= {volume["name"] for volume in pod["volumes"]}
+
+
+def _image_user() -> int:
+    (line,) = (
+        line for line in (DEPLOY.parent / "Dockerfile").read_text().splitlines() if "USER " in line
+    )
+    return int(line.split()[1].split(":")[0])
+
+
+def _matches(selector: Manifest, labels: Manifest) -> bool:
+    wanted: Manifest = selector.get("matchLabels", {})
+    return wanted.items() <= labels.items()
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_only_named_ports_are_open_to_others(overlay: str) -> None:
+    """Ray's ports and those of replicas are open within the Ray cluster alone."""
+    objects = render(overlay)
+    policies = [each for each in objects if each["kind"] == "NetworkPolicy"]
+    closed = find(objects, "NetworkPolicy", "default-deny")["spec"]
+    assert closed == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    for labels, expected in (
+        (REPLICA, {9000, 9464}),
+        (HEAD, {8265, 8000} if overlay in ON_RAY else set()),
+    ):
+        open_ports: set[int] = set()
+        for policy in policies:
+            spec = policy["spec"]
+            for rule in spec.get("ingress", []):
+                inside = all(source.get("namespaceSelector") is None for source in rule["from"])
+                if inside:
+                    assert rule["from"] == [{"podSelector": spec["podSelector"]}]
+                elif _matches(spec["podSelector"], labels):
+                    open_ports |= {port["port"] for port in rule["ports"]}
+        assert open_ports == expected
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_secret_that_is_mounted_has_an_example(overlay: str) -> None:
+    """Names and keys, and in the overlay itself only where it is for trying out."""
+    file = DEPLOY / "kubernetes" / "components" / "example-secrets" / "secrets.yaml"
+    examples = {
+        each["metadata"]["name"]: each["stringData"]
+        for each in yaml.safe_load_all(file.read_text())
+    }
+    for _, template in pod_templates(render(overlay)):
+        for volume in template["spec"]["volumes"]:
+            if "secret" in volume:
+                assert volume["secret"]["secretName"] in examples
+    shipped = {each["metadata"]["name"] for each in render(overlay) if each["kind"] == "Secret"}
+    assert shipped == (set(examples) if overlay == "dev" else set())
+    if overlay in ON_RAY:
+        service = find(render(overlay), "RayService")["spec"]["rayClusterConfig"]
+        assert service["authOptions"] == {"mode": "token", "secretName": "ray-token"}
+        assert set(examples["ray-token"]) == {"auth_token"}  # the key that KubeRay reads
+
+
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "dev"])
+def test_rules_and_dashboard_are_the_files_of_this_repository(overlay: str) -> None:
+    rules = find(render(overlay), "ConfigMap", "headroom-rules")["data"]
+    dashboard = find(render(overlay), "ConfigMap", "headroom-dashboard")
+    files: dict[str, Any] = {**rules, **dashboard["data"]}
+    assert set(files) == {"recording.yml", "alerts.yml", "headroom.json"}
+    for name, text in files.items():
+        folder = "grafana" if name.endswith(".json") else "prometheus"
+        assert text == (DEPLOY / folder / name).read_text()
+    assert dashboard["metadata"]["labels"] == {"grafana_dashboard": "1"}
