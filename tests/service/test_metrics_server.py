@@ -50,7 +50,7 @@ def _until_answers(port: int) -> None:
 
 def test_openmetrics_is_an_answer_to_those_who_ask(registry: CollectorRegistry) -> None:
     (port,) = free_ports(1)
-    with MetricsServer(registry, "127.0.0.1", lambda: port, lambda: True):
+    with MetricsServer(registry, "127.0.0.1", lambda: port):
         assert "request_id" not in _get(port)
         answer = _get(port, "application/openmetrics-text; version=1.0.0")
         assert 'headroom_test_total 3.0 # {request_id="a"}' in answer
@@ -90,11 +90,11 @@ async def test_a_replica_that_drains_is_healthy_and_not_ready(model_path: Path) 
 
 def test_a_taken_port_is_waited_for(registry: CollectorRegistry) -> None:
     (port,) = free_ports(1)
-    first = MetricsServer(registry, "127.0.0.1", lambda: port, lambda: True)
+    first = MetricsServer(registry, "127.0.0.1", lambda: port)
     first.start()
     other = CollectorRegistry()
     Counter("headroom_other", "Another.", registry=other)
-    with MetricsServer(other, "127.0.0.1", lambda: port, lambda: True):
+    with MetricsServer(other, "127.0.0.1", lambda: port):
         assert "headroom_test_total" in _get(port)
         first.close()
         _until(lambda: "headroom_other_total" in _get(port))
@@ -103,7 +103,7 @@ def test_a_taken_port_is_waited_for(registry: CollectorRegistry) -> None:
 def test_a_port_may_change_or_be_none(registry: CollectorRegistry) -> None:
     first, second = free_ports(2)
     wanted: list[int | None] = [None]
-    with MetricsServer(registry, "127.0.0.1", lambda: wanted[0], lambda: True):
+    with MetricsServer(registry, "127.0.0.1", lambda: wanted[0]):
         with pytest.raises(urllib.error.URLError):
             _get(first)
         for port in (first, second):
