@@ -23,6 +23,13 @@ _REQUIRED = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 # those may be gone before the server that was told it has bound it.
 _PORTS = range(20_000, 32_768)
 
+# Where Serve gives ports to replicas, on all interfaces. Two servers of a user need different ones:
+# Ray 2.60 asks gRPC not to share a port by the text "0", but gRPC wants a number and shares it, and
+# each server would get some of the other's calls.
+_REPLICA_PORTS = {"GRPC": range(40_000, 41_000), "HTTP": range(30_000, 31_000)}
+# Beside those of replicas and of their successors, while both run: for replicas that died.
+_SPARE_PORTS = 8
+
 
 def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
     """Variables for one server.
@@ -31,8 +38,15 @@ def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
         directory: where HAProxy keeps its files; one per server, so that several can run.
     """
     stats_port, metrics_port, http_port, grpc_port = free_ports(4)
+    num_replicas = config.replicas * len(config.applications)
+    replica_ports = {}
+    for protocol, ports in _REPLICA_PORTS.items():
+        own = _free_range(ports, 2 * num_replicas + _SPARE_PORTS)
+        replica_ports[f"RAY_SERVE_DIRECT_INGRESS_MIN_{protocol}_PORT"] = str(own[0])
+        replica_ports[f"RAY_SERVE_DIRECT_INGRESS_MAX_{protocol}_PORT"] = str(own[-1])
     return {
         **dict.fromkeys(_REQUIRED, "1"),
+        **replica_ports,
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
@@ -74,3 +88,22 @@ def free_ports(count: int) -> list[int]:
         if len(ports) == count:
             return ports
     raise OSError(f"fewer than {count} ports are free from {_PORTS[0]} to {_PORTS[-1]}")
+
+
+def _free_range(ports: range, count: int) -> range:
+    """So many ports in a row, of which none was taken a moment ago."""
+    starts = range(ports.start, ports.stop - count + 1, count)
+    for start in random.SystemRandom().sample(starts, len(starts)):
+        found = range(start, start + count)
+        if all(map(_is_free, found)):
+            return found
+    raise OSError(f"no {count} ports in a row are free from {ports[0]} to {ports[-1]}")
+
+
+def _is_free(port: int) -> bool:
+    """On all interfaces."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return False
+    return True

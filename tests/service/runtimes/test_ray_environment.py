@@ -1,5 +1,6 @@
 """What Ray is told before it is imported."""
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -26,7 +27,21 @@ def test_two_servers_share_no_port_file_or_token(tmp_path: Path) -> None:
         if name.endswith(("_PORT", "_LOC", "_PATH", "_BASE", "_FILE", "_TOKEN")):
             assert first[name] != second[name], name
     ports = [value for name, value in first.items() if name.endswith("_PORT")]
-    assert len(set(ports)) == len(ports) == 4
+    assert len(set(ports)) == len(ports) == 8
+
+
+def test_replicas_get_ports_that_nobody_has(tmp_path: Path) -> None:
+    """Ray itself would share them with another server's replicas."""
+    names = [f"RAY_SERVE_DIRECT_INGRESS_{end}_GRPC_PORT" for end in ("MIN", "MAX")]
+    taken = [port for port in range(40_000, 41_000, 80) if port not in (40_320, 40_400)]
+    with contextlib.ExitStack() as stack:
+        for port in taken:
+            with contextlib.suppress(OSError):  # somebody else has it
+                stack.enter_context(socket.create_server(("", port)))
+        variables = ray_environment(ServiceConfig(replicas=40), tmp_path)
+    low, high = (int(variables[name]) for name in names)
+    assert high - low + 1 == 2 * 40 + 8
+    assert not [port for port in taken if low <= port <= high]
 
 
 def test_free_ports_are_distinct_bindable_and_given_to_nobody_unasked() -> None:
