@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench sweep saturation attention operations peers dashboard parity mutations demo clean
+.PHONY: install tools serve test lint format proto bench sweep saturation attention operations peers dashboard parity \
+	mutations demo image image-test image-tools image-locks image-clean manifests clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -72,6 +73,30 @@ mutations: install  ## break the code on purpose, expect red tests; writes docs/
 
 demo: install  ## train the bundled model again
 	$(BIN)/headroom train-demo --output models/demo
+
+image:  ## the container image; TARGET=cpu, loadtests or cuda
+	deploy/docker/build.sh $(or $(TARGET),cpu)
+
+image-test:  ## run the image confined, ask it for health and a text
+	deploy/docker/test.sh
+
+image-tools:  ## what both need on Debian; needs root
+	apt-get install --yes --no-install-recommends buildah podman runc catatonit mmdebstrap jq
+
+image-clean:  ## images and layers of the targets above
+	deploy/docker/clean.sh
+
+image-locks: .tools/checks/.installed  ## the files that go into the image, with their hashes
+	.tools/checks/bin/python -m deploy.docker.lock
+
+manifests: install tools .tools/checks/.installed  ## render and check everything under deploy
+	$(BIN)/python -m pytest tests/deploy
+	PATH=$$PWD/.tools/checks/bin:$$PATH deploy/checks/manifests.sh
+
+.tools/checks/.installed: deploy/checks/requirements.txt
+	$(PYTHON) -m venv .tools/checks
+	.tools/checks/bin/python -m pip install --quiet --requirement deploy/checks/requirements.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) node_modules

@@ -17,6 +17,7 @@ if ! buildah inspect --type image "$base" > /dev/null 2>&1 && ! buildah pull -q 
     sources=(/etc/apt/sources.list /etc/apt/sources.list.d/debian.sources)
     for file in "${sources[@]}"; do [ -s "$file" ] && break; done
     # As in the published one, without manuals and translations.
+    # shellcheck disable=SC2016 # mmdebstrap's hook is expanded by its own shell
     mmdebstrap --quiet --variant=minbase --include=ca-certificates \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: buildah and podman with storage and settings of their own.
 images=${IMAGE_STORE:-/var/tmp/headroom-images}
 
