@@ -52,8 +52,11 @@ def configuration(model_path: Path) -> dict[str, Any]:
     deployment["max_replicas_per_node"] = 2
     deployment["ray_actor_options"]["num_cpus"] = 0
     deployment["autoscaling_config"] |= {
-        **{"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 0},
-        **{"metrics_interval_s": 0.5, "look_back_period_s": 2},
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "upscale_delay_s": 0,
+        "metrics_interval_s": 0.5,
+        "look_back_period_s": 2,
     }
     return given
 
