@@ -20,6 +20,8 @@ RUN python3 -m venv /opt/tools \
     && python3 -m venv /opt/headroom
 
 FROM build AS build-cpu
+# Where pip finds the CPU build of torch, if not by its own settings.
+ARG PIP_EXTRA_INDEX_URL
 COPY deploy/docker/cpu.lock /build/
 RUN pip install --requirement /build/cpu.lock
 COPY . /build
@@ -50,6 +52,8 @@ FROM runtime AS cpu
 COPY --from=build-cpu /opt/headroom /opt/headroom
 
 FROM build AS build-loadtests
+# Where pip finds the CPU build of torch, if not by its own settings.
+ARG PIP_EXTRA_INDEX_URL
 COPY deploy/docker/loadtests.lock /build/
 RUN pip install --requirement /build/loadtests.lock
 COPY . /build

@@ -11,7 +11,7 @@ yamllint --strict --config-file "$checks/yamllint.yaml" deploy
 echo "hadolint"
 hadolint --config "$checks/hadolint.yaml" Dockerfile
 echo "shellcheck"
-shellcheck deploy/docker/*.sh "$checks"/*.sh tests/install-tools.sh
+shellcheck --external-sources deploy/docker/*.sh "$checks"/*.sh tests/install-tools.sh
 echo "promtool"
 promtool=$(command -v promtool || echo .tools/usr/bin/promtool)
 for overlay in deploy/kubernetes/overlays/*/; do

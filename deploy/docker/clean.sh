@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Removes the images that build.sh made, their layers and settings.
 set -euo pipefail
-source "$(dirname "$0")/engine.sh"
+cd "$(dirname "$0")/../.."
+source deploy/docker/engine.sh
 [ -d "$images" ] || exit 0
 require podman
 configure
