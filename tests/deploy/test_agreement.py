@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -361,8 +362,12 @@ def test_the_image_has_what_the_tests_ran_with() -> None:
         if "==" in line
     )
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[^a-z0-9-]", one, maxsplit=1)[0] for one in project["dependencies"]}
     for target in ("cpu", "loadtests", "cuda"):
         lines = (DEPLOY / "docker" / f"{target}.lock").read_text().splitlines()[1:]
+        held = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+        assert needed <= held, f"{target}: make image-locks"
         for line in lines:
             requirement, _, digest = line.partition(" --hash=sha256:")
             assert re.fullmatch(r"[0-9a-f]{64}", digest), line
