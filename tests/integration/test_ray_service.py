@@ -35,9 +35,8 @@ def _environment(config: ServiceConfig, directory: Path) -> list[str]:
 @pytest.fixture
 def configuration(model_path: Path) -> dict[str, Any]:
     """As rendered, but for addresses, the model, and how soon it scales."""
-    given: dict[str, Any] = yaml.safe_load(
-        find(render("cpu"), "RayService")["spec"]["serveConfigV2"]
-    )
+    service = find(render("cpu"), "RayService")["spec"]
+    given: dict[str, Any] = yaml.safe_load(service["serveConfigV2"])
     port, http_port, metrics_port = free_ports(3)
     given["grpc_options"]["port"] = port
     given["http_options"] = {"host": "127.0.0.1", "port": http_port}
@@ -52,8 +51,11 @@ def configuration(model_path: Path) -> dict[str, Any]:
     deployment["max_replicas_per_node"] = 2
     deployment["ray_actor_options"]["num_cpus"] = 0
     deployment["autoscaling_config"] |= {
-        **{"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 0},
-        **{"metrics_interval_s": 0.5, "look_back_period_s": 2},
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "upscale_delay_s": 0,
+        "metrics_interval_s": 0.5,
+        "look_back_period_s": 2,
     }
     return given
 
@@ -105,13 +107,18 @@ def _num_replicas(server: Process) -> int:
 
 @contextlib.contextmanager
 def _queue(target: str) -> Iterator[None]:
-    """Twelve clients of a replica that runs one request at a time."""
+    """Twelve clients of a replica that runs one request at a time; none of their requests fails."""
     stop = threading.Event()
+    errors: list[HeadroomError] = []
 
     def ask() -> None:
         with Client(target) as client:
             while not stop.is_set():
-                client.complete([1], max_tokens=200, temperature=0, ignore_eos=True)
+                try:
+                    client.complete([1], max_tokens=200, temperature=0, ignore_eos=True)
+                except HeadroomError as error:
+                    errors.append(error)
+                    return
 
     clients = [threading.Thread(target=ask) for _ in range(12)]
     for client in clients:
@@ -122,3 +129,4 @@ def _queue(target: str) -> Iterator[None]:
         stop.set()
         for client in clients:
             client.join()
+    assert errors == []
