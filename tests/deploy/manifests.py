@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ KUBERNETES = "1.37"
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 OVERLAYS = sorted(path.parent.name for path in DEPLOY.glob("kubernetes/overlays/*/*ization.yaml"))
 SCHEMAS = Path(__file__).parent / "schemas"
+TLS = "/etc/ray-tls"
 
 Manifest = dict[str, Any]
 
@@ -50,6 +52,33 @@ def pod_templates(objects: tuple[Manifest, ...]) -> Iterator[tuple[str, Manifest
             yield "head", cluster["headGroupSpec"]["template"]
             for group in cluster["workerGroupSpecs"]:
                 yield "replica", group["template"]
+
+
+def make_certificate(template: Manifest, directory: Path, address: str) -> None:
+    """What a pod of the Ray cluster does before it starts: a certificate for its own address.
+
+    Args:
+        directory: in place of `TLS`.
+    """
+    authority = directory / "authority"
+    authority.mkdir()
+    openssl(
+        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ray"),
+        *("-keyout", authority / "tls.key", "-out", authority / "tls.crt"),
+    )
+    (container,) = template["spec"]["initContainers"]
+    (script,) = container["args"]
+    script = script.replace("/etc/ray-ca", str(authority)).replace(TLS, str(directory))
+    subprocess.run(
+        [*container["command"], script],
+        env={"PATH": os.environ["PATH"], "POD_IP": address},
+        capture_output=True,
+        check=True,
+    )
+
+
+def openssl(*arguments: str | Path) -> None:
+    subprocess.run(["openssl", *arguments], capture_output=True, check=True)
 
 
 def check(manifest: Manifest) -> None:

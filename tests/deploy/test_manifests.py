@@ -1,7 +1,6 @@
 """Every overlay renders, is valid to the last field, and is closed where it should be."""
 
 import copy
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,12 @@ import yaml
 from tests.deploy.manifests import (
     DEPLOY,
     OVERLAYS,
+    TLS,
     Manifest,
     check,
     find,
+    make_certificate,
+    openssl,
     pod_templates,
     render,
 )
@@ -173,32 +175,16 @@ def test_every_pod_of_a_ray_cluster_makes_a_certificate_of_its_own(
     component: str, tmp_path: Path
 ) -> None:
     """Its script, run: the certificate names the pod's address and is signed by the authority."""
-    authority, made = tmp_path / "ca", tmp_path / "tls"
-    authority.mkdir()
-    made.mkdir()
-    openssl(
-        *("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ray"),
-        *("-keyout", authority / "tls.key", "-out", authority / "tls.crt"),
-    )
-    templates = dict(pod_templates(render("cpu")))
-    (container,) = templates[component]["spec"]["initContainers"]
-    script = container["args"][0].replace("/etc/ray-ca", str(authority))
-    subprocess.run(
-        [*container["command"], script.replace("/etc/ray-tls", str(made))],
-        env={"PATH": os.environ["PATH"], "POD_IP": "10.1.2.3"},
-        capture_output=True,
-        check=True,
-    )
-    openssl("verify", "-CAfile", made / "ca.crt", "-verify_ip", "10.1.2.3", made / "tls.crt")
+    template = dict(pod_templates(render("cpu")))[component]
+    (container,) = template["spec"]["initContainers"]
+    make_certificate(template, tmp_path, "10.1.2.3")
+    verify = ("verify", "-CAfile", tmp_path / "ca.crt", "-verify_ip")
+    openssl(*verify, "10.1.2.3", tmp_path / "tls.crt")
     with pytest.raises(subprocess.CalledProcessError):
-        openssl("verify", "-CAfile", made / "ca.crt", "-verify_ip", "10.1.2.4", made / "tls.crt")
+        openssl(*verify, "10.1.2.4", tmp_path / "tls.crt")
     mounts = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
-    assert mounts == {"ray-ca": "/etc/ray-ca", "ray-tls": "/etc/ray-tls"}
-    main = templates[component]["spec"]["containers"][0]
+    assert mounts == {"ray-ca": "/etc/ray-ca", "ray-tls": TLS}
+    main = template["spec"]["containers"][0]
     files = {each["value"] for each in main["env"] if each["name"].startswith("RAY_TLS_")}
-    assert {Path(file).parent for file in files} == {Path("/etc/ray-tls")}
-    assert {Path(file).name for file in files} <= {file.name for file in made.iterdir()}
-
-
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *arguments], capture_output=True, check=True)
+    assert {Path(file).parent for file in files} == {Path(TLS)}
+    assert {Path(file).name for file in files} <= {file.name for file in tmp_path.iterdir()}

@@ -35,9 +35,8 @@ def _environment(config: ServiceConfig, directory: Path) -> list[str]:
 @pytest.fixture
 def configuration(model_path: Path) -> dict[str, Any]:
     """As rendered, but for addresses, the model, and how soon it scales."""
-    given: dict[str, Any] = yaml.safe_load(
-        find(render("cpu"), "RayService")["spec"]["serveConfigV2"]
-    )
+    service = find(render("cpu"), "RayService")["spec"]
+    given: dict[str, Any] = yaml.safe_load(service["serveConfigV2"])
     port, http_port, metrics_port = free_ports(3)
     given["grpc_options"]["port"] = port
     given["http_options"] = {"host": "127.0.0.1", "port": http_port}
@@ -108,13 +107,18 @@ def _num_replicas(server: Process) -> int:
 
 @contextlib.contextmanager
 def _queue(target: str) -> Iterator[None]:
-    """Twelve clients of a replica that runs one request at a time."""
+    """Twelve clients of a replica that runs one request at a time; none of their requests fails."""
     stop = threading.Event()
+    errors: list[HeadroomError] = []
 
     def ask() -> None:
         with Client(target) as client:
             while not stop.is_set():
-                client.complete([1], max_tokens=200, temperature=0, ignore_eos=True)
+                try:
+                    client.complete([1], max_tokens=200, temperature=0, ignore_eos=True)
+                except HeadroomError as error:
+                    errors.append(error)
+                    return
 
     clients = [threading.Thread(target=ask) for _ in range(12)]
     for client in clients:
@@ -125,3 +129,4 @@ def _queue(target: str) -> Iterator[None]:
         stop.set()
         for client in clients:
             client.join()
+    assert errors == []
