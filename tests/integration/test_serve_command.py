@@ -172,6 +172,8 @@ def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -
         (["--metrics-port", "0", "--metrics-targets", "x"], "metrics_targets is set"),
         (["--replicas", "0"], "replicas is 0"),
         (["--runtime", "standalone", "--replicas", "2"], "replicas is more than 1"),
+        (["--host", "0.0.0.0"], "where others reach it, without tokens and tls_cert"),
+        (["--tls-cert", "x"], "tls_cert and tls_key belong together"),
         (["--runtime", "docker"], "docker"),
         (["--modle", "x"], "--modle"),
     ):
@@ -209,3 +211,19 @@ def test_every_command_explains_itself_with_an_example() -> None:
         answer = _run(command, "--help")
         assert answer.returncode == 0
         assert f"Example: headroom {command}" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--tokens", "none.yaml"], "none.yaml cannot be read"),
+        (["--tls-cert", "none.crt", "--tls-key", "none.key"], "tls_cert none.crt cannot be read"),
+    ],
+)
+def test_files_of_secrets_that_cannot_be_used_are_named(
+    model_path: Path, flags: list[str], expected: str
+) -> None:
+    answer = _run("serve", "--model", str(model_path), *flags)
+    assert answer.returncode == 1
+    assert expected in answer.stderr
+    assert answer.stderr.count("\n") == 1
