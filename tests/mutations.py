@@ -360,8 +360,8 @@ MUTATIONS = (
     Mutation(
         "keys are not rotated on their way to the cache",
         "models/attention.py",
-        "                None if rope is None else rotation,\n",
-        "                None,\n",
+        "            None if rope is None else rotation,\n",
+        "            None,\n",
         ("tests/models/test_paths.py",),
     ),
     Mutation(

