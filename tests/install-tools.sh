@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Programs that tests run beside Python packages: Prometheus with promtool, and Chromium.
+# Programs that tests run beside Python packages: Prometheus with promtool, Chromium, and openssl.
 # What is installed already is used. On Debian the rest is fetched: Prometheus is only unpacked
 # into .tools, because its package would start a service; Chromium is installed, which needs root.
 set -euo pipefail
@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 mkdir -p .tools
 
 missing=()
-for program in prometheus promtool chromium; do
+for program in prometheus promtool chromium openssl; do
     command -v "$program" > /dev/null || [ -x ".tools/usr/bin/$program" ] || missing+=("$program")
 done
 [ ${#missing[@]} -eq 0 ] && exit 0
@@ -27,4 +27,11 @@ if [[ " ${missing[*]} " == *" chromium "* ]]; then
         exit 1
     fi
     apt-get install --yes -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null
+fi
+if [[ " ${missing[*]} " == *" openssl "* ]]; then
+    if [ "$(id -u)" -ne 0 ]; then
+        echo "missing: openssl; as root: apt-get install openssl" >&2
+        exit 1
+    fi
+    apt-get install --yes -qq --no-install-recommends openssl > /dev/null
 fi

@@ -38,8 +38,6 @@ GIB = 2**30
 # Beside weights and cache: Python, torch and gRPC; under Ray its own processes, too.
 PROCESS_BYTES = {"plain": 1 * GIB, "dev": 1 * GIB, "cpu": 2 * GIB, "gpu": 2 * GIB}
 ROUNDING = 256 * 2**20
-# Settings of TLS and tokens, as long as this version has none.
-PENDING = {"tokens", "tls_cert", "tls_key", "allow_insecure"} - set(ServiceConfig.model_fields)
 UNITS = {"Mi": 2**20, "Gi": 2**30}
 
 
@@ -78,7 +76,7 @@ def settings(overlay: str) -> ServiceConfig:
             and each["metadata"]["name"].startswith("headroom-settings-")
         )
         given = yaml.safe_load(text)
-    return ServiceConfig(**{name: value for name, value in given.items() if name not in PENDING})
+    return ServiceConfig(**given)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -329,7 +327,7 @@ def test_compose_mounts_what_exists_and_asks_the_ports_of_the_settings() -> None
     directory = DEPLOY / "docker"
     services = yaml.safe_load((directory / "compose.yaml").read_text())["services"]
     given = yaml.safe_load((directory / "settings.yaml").read_text())
-    config = ServiceConfig(**{name: value for name, value in given.items() if name not in PENDING})
+    config = ServiceConfig(**given)
     for service in services.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
