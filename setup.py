@@ -3,14 +3,21 @@
 They are optional: without a compiler, on another processor, or where torch cannot be imported (pip
 builds in isolation from it unless told `--no-build-isolation`) the package installs without them
 and uses torch's own operations.
+
+They are compiled for the processor at hand, or, if `HEADROOM_PROCESSORS` is `all`, for each kind.
 """
 
 import copy
 import importlib.util
+import os
 import platform
+import runpy
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).parent
 
 
 class BuildSideBySide(build_ext):
@@ -26,37 +33,45 @@ class BuildSideBySide(build_ext):
         build_ext.build_extension(own, ext)
 
 
+def wanted_libraries() -> dict[str, tuple[str, ...]]:
+    """The names of libraries, and what a processor has that runs them."""
+    library = runpy.run_path(str(HERE / "models/cpu/library.py"))
+    match os.environ.get("HEADROOM_PROCESSORS", "this"):
+        case "all":
+            return dict(library["LIBRARIES"])
+        case "this":
+            return {name: library["LIBRARIES"][name] for name in library["runnable"]()[:1]}
+        case other:
+            raise SystemExit(f"HEADROOM_PROCESSORS is {other}; allowed: this, all")
+
+
+def extension(name: str, features: tuple[str, ...]) -> Extension:
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    # -fopenmp when compiling only: torch has loaded its own OpenMP, and a second one would keep
+    # threads of its own that fight for the cores.
+    return Extension(
+        f"models.cpu.{name}",
+        [f"models/cpu/{source}.cpp" for source in ("fused", "linear", "paged_attention")],
+        depends=[str(path.relative_to(HERE)) for path in HERE.glob("models/cpu/*.h")],
+        include_dirs=include_paths(),
+        library_dirs=library_paths(),
+        libraries=["c10", "torch_cpu"],
+        extra_compile_args=[
+            *("-std=c++20", "-O3", "-g0", "-fopenmp"),
+            # GCC 12 says so of its own intrinsics.
+            *("-Wno-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+            *("-m" + feature.replace("_", "").replace("fma3", "fma") for feature in features),
+        ],
+        language="c++",
+        optional=True,
+    )
+
+
 def extensions() -> list[Extension]:
     if platform.machine() != "x86_64" or importlib.util.find_spec("torch") is None:
         return []
-    from torch.utils.cpp_extension import include_paths, library_paths
-
-    # The same sources for processors with products of bfloat16, and for those without.
-    # -fopenmp when compiling only: torch has loaded its own OpenMP, and a second one would keep
-    # threads of its own that fight for the cores.
-    return [
-        Extension(
-            f"models.cpu.{name}",
-            [f"models/cpu/{source}.cpp" for source in ("fused", "linear", "paged_attention")],
-            depends=[
-                f"models/cpu/{header}.h"
-                for header in ("cache", "lanes", "rows", "running", "tasks", "tiles")
-            ],
-            include_dirs=include_paths(),
-            library_dirs=library_paths(),
-            libraries=["c10", "torch_cpu"],
-            extra_compile_args=[
-                *("-std=c++20", "-O3", "-g0", "-fopenmp"),
-                # GCC 12 says so of its own intrinsics.
-                *("-Wno-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-                *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma"),
-                *flags,
-            ],
-            language="c++",
-            optional=True,
-        )
-        for name, flags in (("_operations", ()), ("_operations_bf16", ("-mavx512bf16",)))
-    ]
+    return [extension(name, features) for name, features in wanted_libraries().items()]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildSideBySide})

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from models.cpu.library import multiplies_by_amx, why_unavailable
+from models.cpu.library import multiplies_by_amx, vectors_in_use, why_unavailable
 from models.errors import ModelError
 from service.config import ServiceConfig
 from service.engine.memory import available_memory, resolve_device
@@ -97,7 +97,7 @@ def _operations() -> Finding:
     if torch.cuda.is_available():
         return Finding("operations in C++", "ok", "not needed on a GPU")
     if reason is None:
-        unit = "AMX" if multiplies_by_amx() else "AVX-512"
+        unit = "AMX" if multiplies_by_amx() else vectors_in_use()
         return Finding("operations in C++", "ok", f"loaded, by {unit}")
     if reason.startswith("the processor"):
         return Finding("operations in C++", "warning", reason, "torch's operations are slower here")

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <ATen/ATen.h>
-
 #include <cstdint>
 
 #include "lanes.h"

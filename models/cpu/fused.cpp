@@ -1,7 +1,8 @@
 // What lies between the products of a layer, each in one pass over its rows.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -70,15 +71,14 @@ std::tuple<at::Tensor, at::Tensor> largest(const at::Tensor& x) {
     for (int64_t r = begin; r < end; r++) {
       const float* row = from + r * width;
       Vec most = splat(-INFINITY);
-      __mmask16 none = 0;
+      Mask none = no_lanes();
       for (int64_t i = 0; i < width; i += kLanes) {
-        const __mmask16 mask = first_lanes(width - i);
-        const Vec numbers = _mm512_mask_loadu_ps(most, mask, row + i);
-        none |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
-        most = _mm512_max_ps(most, numbers);
+        const Vec numbers = load_or(most, row + i, first_lanes(width - i));
+        none = either(none, no_numbers(numbers));
+        most = max(most, numbers);
       }
-      value[r] = none ? NAN : _mm512_reduce_max_ps(most);
-      place[r] = none ? 0 : std::find(row, row + width, value[r]) - row;
+      value[r] = any(none) ? NAN : max_of(most);
+      place[r] = any(none) ? 0 : std::find(row, row + width, value[r]) - row;
     }
   });
   return {values, places};

@@ -1,8 +1,8 @@
 """The compiled operations, loaded when they are first needed.
 
-They are compiled when the package is installed, where there is a compiler: once for processors that
-multiply bfloat16, once for those that do not. Loading them on another processor could execute
-instructions that it does not have, so it is asked first.
+They are compiled when the package is installed, where there is a compiler, once for each kind of
+processor (`setup.py`). Loading them on another could execute instructions that it does not have, so
+it is asked first.
 """
 
 import functools
@@ -11,15 +11,14 @@ from pathlib import Path
 
 import torch
 
-_FEATURES = (
-    "avx512_f",
-    "avx512_bw",
-    "avx512_vl",
-    "avx512_dq",
-    "avx512_vnni",
-    "fma3",
-)
-
+_AVX2 = ("avx2", "fma3")
+_AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3")
+# What a processor must have for each library, the best first.
+LIBRARIES = {
+    "_operations_avx512_bf16": (*_AVX512, "avx512_bf16"),
+    "_operations_avx512": _AVX512,
+    "_operations_avx2": _AVX2,
+}
 _AMX_FEATURES = ("amx_tile", "amx_bf16", "amx_int8")
 
 
@@ -30,10 +29,15 @@ def has_feature(name: str) -> bool:
     return ask is not None and bool(ask().get(name))
 
 
+def runnable() -> list[str]:
+    """The libraries whose instructions this processor has, the best first."""
+    return [stem for stem, features in LIBRARIES.items() if all(map(has_feature, features))]
+
+
 @functools.cache
 def why_unavailable() -> str | None:
     """Why this machine cannot run it, loading it if it can; None if it can."""
-    missing = [name for name in _FEATURES if not has_feature(name)]
+    missing = [name for name in _AVX2 if not has_feature(name)]
     if missing:
         return f"the processor lacks {', '.join(missing)}"
     library = _library()
@@ -59,8 +63,17 @@ def _amx_works() -> bool:
     return all(map(has_feature, _AMX_FEATURES)) and bool(torch.ops.headroom.amx_works())
 
 
+def vectors_in_use() -> str | None:
+    """The name of the vectors of the loaded library; None if none is loaded."""
+    library = None if why_unavailable() is not None else _library()
+    if library is None:
+        return None
+    return "AVX-512" if "avx512" in library.name else "AVX2"
+
+
 def _library() -> Path | None:
-    stem = "_operations_bf16" if has_feature("avx512_bf16") else "_operations"
-    names = (f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    """The best that was compiled and runs here."""
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    names = (f"{stem}{suffix}" for stem in runnable() for suffix in suffixes)
     found = (Path(__file__).with_name(name) for name in names)
     return next((path for path in found if path.exists()), None)

@@ -7,8 +7,8 @@
 // Weights of 8 bits have a scale for each output; inputs get one for each row, so that what a token
 // becomes does not depend on its batch mates, and sums of whole numbers are exact.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -195,13 +195,13 @@ class Finish {
         output_(output.mutable_data_ptr<T>()),
         outputs_(output.size(-1)) {}
 
-  void operator()(int64_t row, int64_t first, __mmask16 mask, Vec sum) const {
+  void operator()(int64_t row, int64_t first, Leading lanes, Vec sum) const {
     using L = Lane<T>;
-    if (bias_) sum = _mm512_add_ps(sum, L::load(bias_ + first, mask));
+    if (bias_) sum = add(sum, L::load(bias_ + first, lanes));
     const int64_t at = row * outputs_ + first;
     // Rounded twice, as it is in two operations.
-    if (residual_) sum = _mm512_add_ps(L::round(sum), L::load(residual_ + at, mask));
-    L::store(output_ + at, sum, mask);
+    if (residual_) sum = add(L::round(sum), L::load(residual_ + at, lanes));
+    L::store(output_ + at, sum, lanes);
   }
 
  private:
@@ -218,7 +218,7 @@ void apply(const Layer& layer, const T* weight, const at::Tensor& output) {
                      (int)(layer.inputs() / Lane<T>::kValues), weight, output.size(-1),
                      [&](int64_t row, int64_t first, int used, const float* sums) {
                        for (int n = 0; n < used; n += kLanes)
-                         finish(row, first + n, first_lanes(used - n), _mm512_load_ps(sums + n));
+                         finish(row, first + n, first_lanes(used - n), load(sums + n));
                      });
 }
 
@@ -240,13 +240,10 @@ void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
       (int)(inputs / Lane<int8_t>::kValues), weight, output.size(-1),
       [&](int64_t row, int64_t first, int used, const float* sums) {
         for (int n = 0; n < used; n += kLanes) {
-          const __mmask16 mask = first_lanes(used - n);
-          const __m512i zero = _mm512_mullo_epi32(
-              _mm512_maskz_loadu_epi32(mask, row_sums + first + n), _mm512_set1_epi32(kZeroPoint));
-          const __m512i whole = _mm512_sub_epi32(_mm512_load_si512(sums + n), zero);
-          const Vec worth = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, scale + first + n),
-                                          splat(input_scale[row]));
-          finish(row, first + n, mask, _mm512_mul_ps(_mm512_cvtepi32_ps(whole), worth));
+          const Leading lanes = first_lanes(used - n);
+          const Ints zero = mul(load_ints(row_sums + first + n, lanes), splat_int(kZeroPoint));
+          const Vec worth = mul(load(scale + first + n, lanes), splat(input_scale[row]));
+          finish(row, first + n, lanes, mul(floats_of(sub(load_ints(sums + n), zero)), worth));
         }
       });
 }

@@ -1,4 +1,4 @@
-// Attention over the paged cache for CPUs with AVX-512 (BF16), read where it lies.
+// Attention over the paged cache, read where it lies.
 //
 // Both products of attention are one small matrix product (see lanes.h). Keys and values are
 // packed so that sixteen lanes of one vector belong to sixteen keys, or to sixteen elements of a
@@ -9,8 +9,8 @@
 // depend, to the last bit, on the other queries of the step, on how a prompt is cut, or on how
 // many threads there are.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -32,39 +32,8 @@ alignas(64) const uint32_t kZeros[kMaxHeadDim] = {};  // stands for keys that no
 
 Vec tanh(Vec x) {
   const Vec two = splat(2.f), one = splat(1.f);
-  const Vec bounded = _mm512_min_ps(splat(20.f), x);
-  const Vec e = exp(_mm512_mul_ps(two, bounded));
-  return _mm512_sub_ps(one, _mm512_div_ps(two, _mm512_add_ps(e, one)));
-}
-
-// Sixteen rows of up to sixteen lanes each: `to[lane * stride + row] = rows[row][lane]`.
-void transpose(const uint32_t* const* rows, int num_lanes, uint32_t* to, int stride) {
-  const __mmask16 mask = first_lanes(num_lanes);
-  __m512i a[kLanes], b[kLanes];
-  for (int i = 0; i < kLanes; i++) a[i] = _mm512_maskz_loadu_epi32(mask, rows[i]);
-  for (int i = 0; i < kLanes; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < kLanes; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  for (int i = 0; i < 4; i++) {
-    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
-    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
-    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; i++) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 4], b[i + 12], 0xdd);
-  }
-  for (int i = 0; i < std::min(num_lanes, kLanes); i++) _mm512_storeu_si512(to + i * stride, a[i]);
+  const Vec e = exp(mul(two, min(splat(20.f), x)));
+  return sub(one, div(two, add(e, one)));
 }
 
 // What a thread works with.
@@ -146,7 +115,7 @@ class Worker {
       const float factor = sum == 0.f ? 0.f : keep / sum;  // who sees nothing reads nothing
       T* to = call_.output + (token * call_.num_heads + head) * head_dim_;
       for (int d = 0; d < head_dim_; d += kLanes)
-        L::store(to + d, _mm512_mul_ps(_mm512_loadu_ps(total.read + r * width_ + d), splat(factor)),
+        L::store(to + d, mul(load(total.read + r * width_ + d), splat(factor)),
                  first_lanes(head_dim_ - d));
     }
   }
@@ -254,7 +223,7 @@ class Worker {
         constexpr int kSpread = 4 / L::kValues;
         transpose(tile, kept_lanes_ - d, fours, kLanes);
         for (int lane = 0; lane < std::min(kLanes, kept_lanes_ - d); lane++)
-          L::spread(_mm512_load_si512(fours + lane * kLanes),
+          L::spread(load_ints(fours + lane * kLanes),
                     space_.keys + (d + lane) * kSpread * kChunk + i, kChunk);
       } else {
         transpose(tile, kept_lanes_ - d, space_.keys + d * kChunk + i, kChunk);
@@ -313,35 +282,31 @@ class Worker {
     float* scores = space_.scores + r * kChunk;
     const int32_t head = space_.head[r], position = space_.position[r];
     const int32_t first_seen = space_.first_seen[r];
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __mmask16 seen[kChunk / kLanes];
+    Mask seen[kChunk / kLanes];
     Vec highest = splat(running.highest[r]);
     for (int v = 0; v < vecs; v++) {
-      const __m512i keys = _mm512_add_epi32(lane, _mm512_set1_epi32(first + v * kLanes));
-      seen[v] = _mm512_cmple_epi32_mask(keys, _mm512_set1_epi32(position)) &
-                (_mm512_cmpge_epi32_mask(keys, _mm512_set1_epi32(first_seen)) |
-                 _mm512_cmplt_epi32_mask(keys, _mm512_set1_epi32(call_.sink_tokens)));
-      Vec score = _mm512_mul_ps(_mm512_loadu_ps(scores + v * kLanes), splat((float)call_.scale[head]));
-      if constexpr (kScaled)
-        score = _mm512_mul_ps(score, _mm512_load_ps(space_.key_scale + v * kLanes));
+      const Ints keys = add(lane_numbers(), splat_int(first + v * kLanes));
+      const Mask near =
+          either(at_least(keys, splat_int(first_seen)), less(keys, splat_int(call_.sink_tokens)));
+      seen[v] = both(at_most(keys, splat_int(position)), near);
+      Vec score = mul(load(scores + v * kLanes), splat((float)call_.scale[head]));
+      if constexpr (kScaled) score = mul(score, load(space_.key_scale + v * kLanes));
       if (call_.softcap > 0.f) {
         const Vec cap = splat(call_.softcap);
-        score = _mm512_mul_ps(cap, tanh(_mm512_div_ps(score, cap)));
+        score = mul(cap, tanh(div(score, cap)));
       }
       if (call_.slopes)
-        score = _mm512_fmadd_ps(splat((float)call_.slopes[head]), _mm512_cvtepi32_ps(keys), score);
-      _mm512_storeu_ps(scores + v * kLanes, score);
-      highest = _mm512_mask_max_ps(highest, seen[v], highest, score);
+        score = multiply_add(splat((float)call_.slopes[head]), floats_of(keys), score);
+      store(scores + v * kLanes, score);
+      highest = max_where(seen[v], highest, score);
     }
-    const float peak = _mm512_reduce_max_ps(highest), before = running.highest[r];
+    const float peak = max_of(highest), before = running.highest[r];
     Vec sum = splat(0.f);
     for (int v = 0; v < vecs; v++) {
-      const Vec shifted = _mm512_sub_ps(_mm512_loadu_ps(scores + v * kLanes), splat(peak));
-      Vec weights = _mm512_maskz_mov_ps(seen[v], exp(shifted));
-      sum = _mm512_add_ps(sum, weights);
+      Vec weights = where(seen[v], exp(sub(load(scores + v * kLanes), splat(peak))));
+      sum = add(sum, weights);
       if constexpr (kScaled)
-        weights =
-            _mm512_maskz_mul_ps(seen[v], weights, _mm512_load_ps(space_.value_scale + v * kLanes));
+        weights = where(seen[v], mul(weights, load(space_.value_scale + v * kLanes)));
       L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
     }
     if (peak > before) {
@@ -350,7 +315,7 @@ class Worker {
       scale_row(running.read + r * width_, width_, keep);
       running.highest[r] = peak;
     }
-    running.sum[r] += _mm512_reduce_add_ps(sum);
+    running.sum[r] += sum_of(sum);
   }
 
   const Call<T, Kept>& call_;

@@ -21,14 +21,14 @@ void norm_row(const T* from, const T* scale, int64_t width, float eps, T* to) {
   Vec squares = splat(0.f);
   for (int64_t i = 0; i < width; i += kLanes) {
     const Vec value = L::load(from + i, first_lanes(width - i));
-    squares = _mm512_fmadd_ps(value, value, squares);
+    squares = multiply_add(value, value, squares);
   }
-  const float mean = _mm512_reduce_add_ps(squares) / (float)width;
+  const float mean = sum_of(squares) / (float)width;
   const Vec factor = splat(1.f / std::sqrt(mean + eps));
   for (int64_t i = 0; i < width; i += kLanes) {
-    const __mmask16 mask = first_lanes(width - i);
-    const Vec value = _mm512_mul_ps(L::load(from + i, mask), factor);
-    L::store(to + i, _mm512_mul_ps(value, L::load(scale + i, mask)), mask);
+    const Leading lanes = first_lanes(width - i);
+    const Vec value = mul(L::load(from + i, lanes), factor);
+    L::store(to + i, mul(value, L::load(scale + i, lanes)), lanes);
   }
 }
 
@@ -38,19 +38,18 @@ template <int kZero, typename T, typename Byte>
 float quantize_row(const T* from, int64_t width, Byte* to) {
   constexpr float kLeast = 1e-35f;  // of smaller ones 127 / x is infinite
   Vec most = splat(0.f);
-  __mmask16 none = 0;
+  Mask none = no_lanes();
   for (int64_t i = 0; i < width; i += kLanes) {
     const Vec value = Lane<T>::load(from + i, first_lanes(width - i));
-    none |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    most = _mm512_max_ps(most, _mm512_abs_ps(value));
+    none = either(none, no_numbers(value));
+    most = max(most, abs(value));
   }
-  const float highest = none ? NAN : _mm512_reduce_max_ps(most);
+  const float highest = any(none) ? NAN : max_of(most);
   const Vec factor = splat(highest >= kLeast ? 127.f / highest : 0.f);
   for (int64_t i = 0; i < width; i += kLanes) {
-    const __mmask16 mask = first_lanes(width - i);
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(Lane<T>::load(from + i, mask), factor));
-    _mm_mask_storeu_epi8(to + i, mask,
-                         _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(kZero))));
+    const Leading lanes = first_lanes(width - i);
+    const Ints whole = nearest_ints(mul(Lane<T>::load(from + i, lanes), factor));
+    store_bytes(to + i, add(whole, splat_int(kZero)), lanes);
   }
   return highest / 127.f;
 }
@@ -60,11 +59,10 @@ template <typename T>
 void swiglu_row(const T* from, int64_t width, T* to) {
   using L = Lane<T>;
   for (int64_t i = 0; i < width; i += kLanes) {
-    const __mmask16 mask = first_lanes(width - i);
-    const Vec gate = L::load(from + i, mask), value = L::load(from + width + i, mask);
-    const Vec e = exp(_mm512_sub_ps(splat(0.f), gate));
-    const Vec silu = _mm512_div_ps(gate, _mm512_add_ps(splat(1.f), e));
-    L::store(to + i, _mm512_mul_ps(silu, value), mask);
+    const Leading lanes = first_lanes(width - i);
+    const Vec gate = L::load(from + i, lanes), value = L::load(from + width + i, lanes);
+    const Vec silu = div(gate, add(splat(1.f), exp(sub(splat(0.f), gate))));
+    L::store(to + i, mul(silu, value), lanes);
   }
 }
 
@@ -80,17 +78,18 @@ struct Rotation {
     using L = Lane<T>;
     for (int64_t i = 0; i < half; i += kLanes) {
       const int64_t left = half - i;
-      const __mmask16 mask = first_lanes(left);
-      const Vec c = L::load(cos + token * half + i, mask), s = L::load(sin + token * half + i, mask);
+      const Leading lanes = first_lanes(left);
+      const Vec c = L::load(cos + token * half + i, lanes),
+                s = L::load(sin + token * half + i, lanes);
       const Pairs in = interleaved ? L::load_pairs(from + 2 * i, left)
-                                   : Pairs{L::load(from + i, mask), L::load(from + half + i, mask)};
-      const Pairs out{_mm512_fmsub_ps(in.first, c, _mm512_mul_ps(in.second, s)),
-                      _mm512_fmadd_ps(in.second, c, _mm512_mul_ps(in.first, s))};
+                                   : Pairs{L::load(from + i, lanes), L::load(from + half + i, lanes)};
+      const Pairs out{multiply_sub(in.first, c, mul(in.second, s)),
+                      multiply_add(in.second, c, mul(in.first, s))};
       if (interleaved) {
         L::store_pairs(to + 2 * i, out, left);
       } else {
-        L::store(to + i, out.first, mask);
-        L::store(to + half + i, out.second, mask);
+        L::store(to + i, out.first, lanes);
+        L::store(to + half + i, out.second, lanes);
       }
     }
   }

@@ -31,20 +31,20 @@ struct Running {
 
 inline void scale_row(float* row, int64_t width, float factor) {
   for (int64_t d = 0; d < width; d += kLanes)
-    _mm512_storeu_ps(row + d, _mm512_mul_ps(_mm512_loadu_ps(row + d), splat(factor)));
+    store(row + d, mul(load(row + d), splat(factor)));
 }
 
 // Add what later keys gave to what earlier ones gave.
 inline void join(const Running& total, const Running& part, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; r++) {
     const float highest = std::max(total.highest[r], part.highest[r]);
-    const float keep = exp(total.highest[r] - highest), add = exp(part.highest[r] - highest);
+    const float keep = exp(total.highest[r] - highest), theirs = exp(part.highest[r] - highest);
     total.highest[r] = highest;
-    total.sum[r] = total.sum[r] * keep + part.sum[r] * add;
+    total.sum[r] = total.sum[r] * keep + part.sum[r] * theirs;
     float *to = total.read + r * width, *from = part.read + r * width;
     for (int64_t d = 0; d < width; d += kLanes) {
-      const Vec kept = _mm512_mul_ps(_mm512_loadu_ps(to + d), splat(keep));
-      _mm512_storeu_ps(to + d, _mm512_fmadd_ps(_mm512_loadu_ps(from + d), splat(add), kept));
+      const Vec kept = mul(load(to + d), splat(keep));
+      store(to + d, multiply_add(load(from + d), splat(theirs), kept));
     }
   }
 }
