@@ -10,7 +10,7 @@ install: $(VENV)/.installed  ## a virtual environment with everything
 
 $(VENV)/.installed: requirements.lock pyproject.toml setup.py $(wildcard models/cpu/*.cpp models/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
