@@ -153,7 +153,7 @@ def _ray(environment: Mapping[str, str]) -> Iterator[Finding]:
         advice = f"install ray[serve]>={least[0]}.{least[1]},<{below[0]}.{below[1]}"
         yield Finding("ray", "error", version, advice)
     if "RAY_ADDRESS" in environment:
-        advice = "it is ignored: `headroom serve` starts a cluster of its own"
+        advice = "it is ignored: `headroom serve` joins a cluster by --ray-address only"
         yield Finding("RAY_ADDRESS", "warning", environment["RAY_ADDRESS"], advice)
     for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
         if environment.get(name, "1") != "1":
