@@ -6,6 +6,7 @@ Import this module only after the variables of `ray_environment` are set.
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,22 @@ def _check_nodes(config: ServiceConfig) -> None:
         except RayError as error:
             reason = _last_line(error)
             raise ClusterError(f"node {address} does not run this Headroom: {reason}") from error
-        for name, value in wanted.items():
-            if found[name] != value:
-                raise ClusterError(
-                    f"node {address} has {name}={found[name] or ''}; allowed: {value}, in the "
-                    "environment of `ray start` there"
-                )
+        _check_variables(address, found, wanted)
+
+
+def _check_variables(address: str, found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ClusterError(
+                f"node {address} has {name}={found.get(name, '')}; allowed: {value}, in the "
+                "environment of `ray start` there"
+            )
 
 
 def _last_line(error: RayError) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _variables(names: list[str]) -> dict[str, str | None]:
-    """Runs on a node."""
-    return {name: os.environ.get(name) for name in names}
+def _variables(names: list[str]) -> dict[str, str]:
+    """Those that are set; runs on a node."""
+    return {name: os.environ[name] for name in names if name in os.environ}

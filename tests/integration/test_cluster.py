@@ -21,7 +21,7 @@ pytestmark = pytest.mark.ray
 _CLI = ("-c", "from service.cli import app; app()")
 _NODE_ENV = Path(__file__).parents[2] / "deploy" / "ray" / "node.env"
 _PORTS = (9000, 8000, 9464)  # gRPC, HTTP, metrics: a node is a machine, and has all of its ports
-_STREAM_TOKENS = 2000
+_STREAM_TOKENS = 1000
 # How soon the head knows that a node is lost; Ray's own numbers are made for slow networks.
 _WATCHFUL = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -72,9 +72,7 @@ def _answered(node: Node) -> bool:
     with Client(f"{node.address}:9000") as client:
         try:
             return len(client.complete([1], max_tokens=2, ignore_eos=True).token_ids) == 2
-        except HeadroomError as error:
-            allowed = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
-            assert error.code in allowed or isinstance(error, ReplicaLostError)
+        except HeadroomError:
             return False
 
 
@@ -122,19 +120,16 @@ def test_two_nodes_serve_and_survive_the_loss_of_one(model_path: Path, tmp_path:
         address = f"{first.address}:6379"
         join = f"--address={address}"
         with _start(first, token, "--head", "--port=6379", "--include-dashboard=false") as head:
-            head.wait_for(lambda line: "block forever" in line)
+            _until(lambda: first.listens(6379), head)
             arguments = {
                 "--model": model_path,
                 "--ray-address": address,
-                "--host": "0.0.0.0",  # noqa: S104  (of a namespace)
+                "--host": "0.0.0.0",  # of a namespace
                 "--replicas": 2,
             }
             flags = [str(part) for pair in arguments.items() for part in pair]
             serve = (*_CLI, "serve", "--allow-insecure", *flags)
             environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-            with first.run(environment, *serve) as refused:
-                refused.wait_for(lambda line: "allowed: at most 1 in all, one per CPU" in line)
-                assert refused.wait() == 1
             with _start(second, token, join) as worker:
                 worker.wait_for(lambda line: "block forever" in line)
                 with first.run(environment, *serve) as server:
@@ -158,12 +153,12 @@ def _check_loss(first: Node, second: Node, server: Process, worker: Process) -> 
     before = [_num_requests(node) for node in (first, second)]
     _kill(worker)
     # What HAProxy had given to the lost node is lost with it; what comes after is answered.
-    answers = [_answered(first) for _ in range(40)]
-    assert sum(answers) >= 37
-    assert all(answers[-20:])
+    answers = [_answered(first) for _ in range(24)]
+    assert sum(answers) >= 21
+    assert all(answers[-12:])
+    assert before == [0, 0], "all streams were open"
     for stream in streams:
         stream.join()
-    assert before == [0, 0], "all streams were open"
     lost = [stream for stream in streams if stream.error is not None]
     assert len(lost) == 3, "two through the lost HAProxy, one on the lost replica"
     for stream in lost:
