@@ -1,17 +1,25 @@
 """What is asked of a running Ray cluster before anything is deployed to it."""
 
 import socket
+import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import ray
 
 from service.config import ServiceConfig
-from service.runtimes import ray_cluster
 from service.runtimes.ray_environment import node_environment
 
 CONFIG = ServiceConfig(ray_address="10.0.0.1:6379", replicas=3)
 NODE_ENV = Path(__file__).parents[3] / "deploy" / "ray" / "node.env"
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of pydantic, at Serve's import
+        from service.runtimes import ray_cluster
+    return ray_cluster
 
 
 def test_the_file_for_nodes_has_what_is_asked_of_them() -> None:
@@ -21,7 +29,7 @@ def test_the_file_for_nodes_has_what_is_asked_of_them() -> None:
     assert given["RAY_AUTH_MODE"] == "token"
 
 
-def test_a_variable_that_is_missing_or_different_is_named() -> None:
+def test_a_variable_that_is_missing_or_different_is_named(ray_cluster: ModuleType) -> None:
     wanted = node_environment(CONFIG)
     ray_cluster._check_variables("10.0.0.2", wanted, wanted)
     for name in wanted:
@@ -43,9 +51,13 @@ def test_a_variable_that_is_missing_or_different_is_named() -> None:
     ],
 )
 def test_replicas_that_would_wait_for_ever_are_refused(
-    there: dict[str, float], on_gpu: bool, fits: bool, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: ModuleType,
+    there: dict[str, float],
+    on_gpu: bool,
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: there)
+    monkeypatch.setattr("ray.cluster_resources", lambda: there)
     if fits:
         ray_cluster._check_resources(CONFIG, on_gpu)
         return
@@ -55,7 +67,7 @@ def test_replicas_that_would_wait_for_ever_are_refused(
         ray_cluster._check_resources(CONFIG, on_gpu)
 
 
-def test_an_address_without_a_cluster_is_refused_at_once() -> None:
+def test_an_address_without_a_cluster_is_refused_at_once(ray_cluster: ModuleType) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     for address in (f"127.0.0.1:{port}", "127.0.0.1:70000"):
