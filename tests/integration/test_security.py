@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
 import numpy as np
 import psutil
 import pytest
+import typer
 import yaml
 
-from loadtests import asyncio_client, run
-from loadtests.load import LoadSpec
+from loadtests import agreement, asyncio_client, run, saturation
+from loadtests.load import LoadSpec, LoadSummary
 from loadtests.workload import Workload
 from service.auth.tokens import digest_of
 from service.certificates import CertificateFiles
@@ -168,14 +170,33 @@ async def test_load_clients_are_answered(server: Secured, monkeypatch: pytest.Mo
         Workload.parse("fixed:4", "fixed:4"),
         users=2,
         num_requests=4,
-        token_file=str(file),
-        tls_ca=str(ca),
+        token_file=file,
+        tls_ca=ca,
     )
     locust = await asyncio.to_thread(run.run_load, spec)
     monkeypatch.setenv("HEADROOM_TOKEN", "t-generate")
     other = await asyncio_client.run_load(dataclasses.replace(spec, token_file=None))
     for summary in (locust, other):
         assert (summary.requests, summary.failures) == (4, {}), summary.failure_messages
+
+
+@pytest.mark.parametrize("command", [agreement, saturation])
+def test_what_measures_a_server_is_answered(
+    server: Secured, command: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its first question over TLS and with a token, and then a load with the same files."""
+    ca, file = _trusted(server, "t-generate")
+    loads: list[LoadSpec] = []
+
+    def load(spec: LoadSpec, *_: object) -> LoadSummary:
+        loads.append(spec)
+        raise run.LoadError("enough was seen")
+
+    monkeypatch.setattr(agreement, "_CLIENTS", {"locust": load})
+    monkeypatch.setattr(saturation, "run_load", load)
+    with pytest.raises(typer.Exit):
+        command.main(server.target, token_file=file, tls_ca=ca, results=tmp_path)
+    assert [(spec.token_file, spec.tls_ca) for spec in loads] == [(file, ca)]
 
 
 @pytest.mark.parametrize(
@@ -353,6 +374,24 @@ async def test_an_expired_certificate_is_not_trusted(server: Secured) -> None:
     await _until(server, "t-admin", server.authority, answered=True)
 
 
+async def _check_load(target: str, directory: Path, pair: Pair) -> None:
+    """Clients of load tests have certificates too."""
+    pair.write(directory / "me.crt", directory / "me.key")
+    (directory / "token").write_text("t-generate")
+    spec = LoadSpec(
+        target,
+        Workload.parse("fixed:4", "fixed:4"),
+        users=1,
+        num_requests=1,
+        token_file=directory / "token",
+        tls_ca=directory / "server-ca.crt",
+        tls_client_cert=directory / "me.crt",
+        tls_client_key=directory / "me.key",
+    )
+    summary = await asyncio_client.run_load(spec)
+    assert (summary.requests, summary.failures) == (1, {}), summary.failure_messages
+
+
 @contextlib.contextmanager
 def _mutual(server: Secured, model: Path, directory: Path, clients: Authority) -> Iterator[str]:
     """The target of a server that asks clients for certificates: of Ray, a second edge is one."""
@@ -381,7 +420,7 @@ def _behind_the_edge(process: Process) -> list[int]:
     return [int(port) for port in found]
 
 
-def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
+async def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
     """Who has no certificate of the authority of clients is refused, whatever the token."""
     clients = Authority("clients")
     expired = clients.issue("me", expires=timedelta(days=-1))
@@ -395,6 +434,7 @@ def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
 
         with client(clients.issue("me"), "t-generate") as known:
             assert len(known.complete([1], max_tokens=3, ignore_eos=True).token_ids) == 3
+        await _check_load(target, tmp_path, clients.issue("me"))
         for pair in (None, Authority("another").issue("me"), expired):
             assert _refused(client(pair, "t-admin")).code is grpc.StatusCode.UNAVAILABLE
         error = _refused(client(clients.issue("me"), None))
