@@ -37,6 +37,8 @@ def node_environment(config: ServiceConfig) -> dict[str, str]:
         **dict.fromkeys(_REQUIRED, "1"),
         "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
+        # Processes accept each other by a token; without it they run what anybody sends them.
+        "RAY_AUTH_MODE": "token",
     }
 
 
@@ -65,8 +67,7 @@ def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
-        # Processes of the cluster accept each other by a token that exists only in their memory.
-        "RAY_AUTH_MODE": "token",
+        # It exists only in the memory of the cluster's processes.
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Workers would be nice: any other process of the machine would slow every step.
         "RAY_worker_niceness": "0",

@@ -258,6 +258,32 @@ async def test_no_method_of_any_service_answers_without_a_token(server: Secured)
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, path
 
 
+async def test_a_replica_asks_for_tokens_on_its_own_port(server: Secured) -> None:
+    """In the clear, on all interfaces; docs/security.md says what Ray itself answers there."""
+    if server.runtime == "standalone":
+        pytest.skip("of Ray")
+    (replica,) = (one for one in server.process.family() if one.name().startswith("ray::ServeRep"))
+    listening = [one.laddr.port for one in replica.net_connections("tcp") if not one.raddr]
+    (port,) = (port for port in listening if 40_000 <= port < 41_000)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method in METHODS:
+            code, _ = await outcome(channel, method, [])
+            assert code is grpc.StatusCode.UNAUTHENTICATED, method.full_name
+        path = "/ray.serve.RayServeAPIService"
+        assert await channel.unary_unary(f"{path}/Healthz", bytes, bytes)(b"") == b"\n\x07success"
+        names = await channel.unary_unary(f"{path}/ListApplications", bytes, bytes)(b"")
+        assert names == b"\n\x08headroom"
+    # Replicas also take calls of other deployments, as pickles: with the cluster's token alone.
+    refused = 0
+    for port in listening:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest", bytes, bytes)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(b"")
+            refused += caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert refused == 1
+
+
 def test_a_client_that_does_not_trust_is_not_connected(server: Secured) -> None:
     error = _refused(server.client("t-admin", Authority("another")))
     assert error.code is grpc.StatusCode.UNAVAILABLE
