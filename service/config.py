@@ -174,10 +174,7 @@ class ServiceConfig(BaseSettings):
         if self.ray_address is not None and self.runtime == "standalone":
             raise ValueError("ray_address is set; allowed: only with the Ray runtime")
         if self.ray_address is not None and self.metrics_targets is not None:
-            raise ValueError(
-                "metrics_targets and ray_address are set; allowed: one of both, for on a cluster "
-                "Ray decides which replica runs where"
-            )
+            raise ValueError("metrics_targets is set; allowed: only without ray_address")
         return self
 
     @model_validator(mode="after")
