@@ -376,6 +376,21 @@ def test_compose_gives_locust_what_its_server_asks_for() -> None:
     assert "tokens.yaml 2> deploy/docker/secrets/locust.token" in page
 
 
+def test_the_image_is_built_from_every_package_and_its_data() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = [ROOT / line[1:] for line in lines if line.startswith("!")]
+    packages = [name.rstrip("*") for name in setuptools["packages"]["find"]["include"]]
+    needed = [ROOT / name / "__init__.py" for name in packages]
+    for name, patterns in setuptools["package-data"].items():
+        for pattern in patterns:
+            found = list((ROOT / name).glob(pattern))
+            assert found, f"{name}/{pattern}"
+            needed += found
+    for path in needed:
+        assert any(path.is_relative_to(folder) for folder in kept), path
+
+
 def test_the_image_has_what_the_tests_ran_with() -> None:
     """But for Triton, which the CUDA build of torch chooses, and torch's own build."""
     pins = dict(
