@@ -56,6 +56,10 @@ class Process:
                 process.kill()
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def output(self) -> str:
         return "\n".join(self.lines)
 
