@@ -10,9 +10,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from click.testing import Result
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from service.cli import app
 from service.client import Client
