@@ -133,7 +133,7 @@ def test_two_nodes_serve_and_survive_the_loss_of_one(model_path: Path, tmp_path:
             with _start(second, token, join) as worker:
                 worker.wait_for(lambda line: "block forever" in line)
                 with first.run(environment, *serve) as server:
-                    server.wait_for(lambda line: line.startswith("ready"))
+                    server.wait_for(lambda line: line.startswith("ready"), seconds=150)
                     assert [_num_replicas(node) for node in (head, worker)] == [1, 1]
                     _check_loss(first, second, server, worker)
                     with _start(second, token, join) as returned:
