@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.scoring import Scoring
+from models.transfer import send
 
 # In a block table: a block whose tokens nobody needs any more, and that was given back.
 RELEASED = -1
@@ -117,7 +118,7 @@ class GroupMetadata:
         for table, num_computed, num_new in self._rows:
             for position in range(num_computed, num_computed + num_new):
                 slots.append(table[position // size] * size + position % size)
-        return torch.frombuffer(slots, dtype=torch.int64).to(self._device)
+        return send(torch.frombuffer(slots, dtype=torch.int64), self._device)
 
     @cached_property
     def batches(self) -> tuple[QueryBatch, ...]:
@@ -170,7 +171,7 @@ class GroupMetadata:
         return self._tiles[group, least_rows]
 
     def _int32(self, numbers: "array[int]") -> Tensor:
-        return torch.frombuffer(numbers, dtype=torch.int32).to(self._device)
+        return send(torch.frombuffer(numbers, dtype=torch.int32), self._device)
 
 
 @dataclass(frozen=True, slots=True)

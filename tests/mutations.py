@@ -346,8 +346,8 @@ MUTATIONS = (
     Mutation(
         "spans are joined without their maxima, in Triton",
         "models/gpu/attention.py",
-        "add = tl.exp2((their_highest - higher) * _LOG2_E)",
-        "add = keep * 0.0 + 1.0",
+        "add = tl.exp2((their_highest - higher[None, :]) * _LOG2_E)",
+        "add = their_highest * 0.0 + 1.0",
         ("tests/models/test_paged_triton.py",),
     ),
     Mutation(

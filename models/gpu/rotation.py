@@ -41,10 +41,12 @@ def rotate_and_store(
         query: `[tokens, num_heads, head_dim]`; key, value: `[tokens, num_kv_heads, head_dim]`; the
             last axis is contiguous.
         cos, sin: `[tokens, half]`; not read where `half` is 0.
-        slots: int64 `[tokens]`.
+        slots: `[tokens]`; of a token whose slot is -1, nothing is rotated or written.
     """
     token, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
     block, within = slot // block_size, slot % block_size
     to = (
         pool

@@ -17,6 +17,8 @@ _MAX_HEAD_DIM = 256
 # Of a matrix product in Triton.
 _LEAST_ROWS = 16
 _LEAST_DIM = 16
+# Numbers that one program joins at once: what the registers of four warps hold with ease.
+_JOINED = 4096
 
 
 def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -48,14 +50,15 @@ def paged_attention(
     # Nothing but a GPU's own process needs Triton, and importing it takes a second.
     from triton import next_power_of_2
 
-    from models.gpu.attention import KEYS, SPAN, attend_spans, join_spans
+    from models.gpu.attention import KEYS, MAX_SPAN, SPAN_OF_HEAD, attend_spans, join_spans
 
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = len(cache.part.kv_heads)
     group = num_heads // num_kv_heads
     tables = metadata.block_tables
     tiles = metadata.query_tiles(group, _LEAST_ROWS)
-    num_spans = -(-metadata.max_length // SPAN)
+    span = min(MAX_SPAN, SPAN_OF_HEAD * num_kv_heads)
+    num_spans = -(-metadata.max_length // span)
     rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
     shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
     partial_read = query.new_empty((*shape, wide_dim), dtype=torch.float32)
@@ -91,13 +94,15 @@ def paged_attention(
         wide_dim=wide_dim,
         rows=rows,
         keys=KEYS,
-        span=SPAN,
+        span=span,
         has_softcap=scoring.softcap is not None,
         has_slopes=scoring.alibi is not None,
         precision="ieee",
     )
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    join_spans[shape[:2]](
+    parts = min(next_power_of_2(num_spans), max(1, _JOINED // wide_dim))
+    joined_rows = max(1, min(rows, _JOINED // (parts * wide_dim)))
+    join_spans[(*shape[:2], rows // joined_rows)](
         output,
         partial_read,
         partial_highest,
@@ -113,8 +118,10 @@ def paged_attention(
         group=group,
         head_dim=head_dim,
         wide_dim=wide_dim,
-        rows=rows,
-        span=SPAN,
+        tile_rows=rows,
+        rows=joined_rows,
+        parts=parts,
+        span=span,
         has_sinks=scoring.sinks is not None,
     )
     return output
