@@ -99,7 +99,7 @@ class GroupMetadata:
 
     def __init__(
         self,
-        rows: Sequence["_Row"],
+        rows: Sequence["SequenceRow"],
         block_size: int,
         device: torch.device,
         tokens_per_gather: int | None,
@@ -210,7 +210,7 @@ class AttentionMetadata:
             tuple(
                 GroupMetadata(
                     [
-                        _Row(table, computed, count)
+                        SequenceRow(table, computed, count)
                         for table, computed, count in zip(
                             tables, num_computed_tokens, num_new_tokens, strict=True
                         )
@@ -224,8 +224,12 @@ class AttentionMetadata:
         )
 
 
-class _Row(NamedTuple):
-    """One sequence of a step, in one group."""
+class SequenceRow(NamedTuple):
+    """One sequence of a step, in one group.
+
+    Attributes:
+        num_computed: tokens that the cache held before.
+    """
 
     block_table: Sequence[int]
     num_computed: int
@@ -242,8 +246,8 @@ class _Row(NamedTuple):
 
 
 def _split(
-    rows: Sequence[_Row], max_blocks: int | None, block_size: int
-) -> Iterator[Sequence[_Row]]:
+    rows: Sequence[SequenceRow], max_blocks: int | None, block_size: int
+) -> Iterator[Sequence[SequenceRow]]:
     """Cut rows into neighbours whose blocks, padded to the longest of them, are few enough."""
     first = width = 0
     for at, row in enumerate(rows):
@@ -257,7 +261,7 @@ def _split(
 
 
 def _query_batch(
-    rows: Sequence[_Row], start: int, block_size: int, device: torch.device
+    rows: Sequence[SequenceRow], start: int, block_size: int, device: torch.device
 ) -> QueryBatch:
     live = [row.live(block_size) for row in rows]
     width = max(len(indices) for indices in live)

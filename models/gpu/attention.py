@@ -18,10 +18,8 @@ one recorded launch serves sequences of any length up to a bound.
 import triton
 import triton.language as tl
 
-# Keys at once; keys of one span for each key/value head, and at most.
+# Keys at once; a span is several times as many.
 KEYS = 32
-SPAN_OF_HEAD = 128
-MAX_SPAN = 512
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # The running maximum before any key is seen; finite, so that differences are numbers.
 _NOTHING = tl.constexpr(-1e30)

@@ -17,6 +17,9 @@ _MAX_HEAD_DIM = 256
 # Of a matrix product in Triton.
 _LEAST_ROWS = 16
 _LEAST_DIM = 16
+# Keys of one span for each key/value head, and at most.
+_SPAN_OF_HEAD = 128
+_MAX_SPAN = 512
 # Numbers that one program joins at once: what the registers of four warps hold with ease.
 _JOINED = 4096
 
@@ -44,20 +47,33 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def span_of(num_kv_heads: int) -> int:
+    """Keys of one span, where so many heads share the work."""
+    return min(_MAX_SPAN, _SPAN_OF_HEAD * num_kv_heads)
+
+
+def partial_bytes(heads: HeadConfig, batch: int, length: int) -> int:
+    """Bytes of what the spans of a step of decodes leave to be joined."""
+    rows = max(_LEAST_ROWS, heads.num_heads // heads.num_kv_heads)
+    spans = -(-length // span_of(heads.num_kv_heads))
+    numbers = max(_LEAST_DIM, heads.head_dim) + 2
+    return 4 * 2 * batch * heads.num_kv_heads * spans * rows * numbers
+
+
 def paged_attention(
     query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
     # Nothing but a GPU's own process needs Triton, and importing it takes a second.
     from triton import next_power_of_2
 
-    from models.gpu.attention import KEYS, MAX_SPAN, SPAN_OF_HEAD, attend_spans, join_spans
+    from models.gpu.attention import KEYS, attend_spans, join_spans
 
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = len(cache.part.kv_heads)
     group = num_heads // num_kv_heads
     tables = metadata.block_tables
     tiles = metadata.query_tiles(group, _LEAST_ROWS)
-    span = min(MAX_SPAN, SPAN_OF_HEAD * num_kv_heads)
+    span = span_of(num_kv_heads)
     num_spans = -(-metadata.max_length // span)
     rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
     shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
