@@ -58,12 +58,12 @@ def rotate_and_store(
     dim = tl.arange(0, wide_dim)
     if head >= num_heads + num_kv_heads:
         kv_head = head - num_heads - num_kv_heads
-        row = tl.load(
+        values = tl.load(
             value + token.to(tl.int64) * value_token_stride + kv_head * value_head_stride + dim,
             mask=dim < head_dim,
         )
         to += (num_kv_heads + kv_head) * block_size * head_dim
-        tl.store(to + dim, row, mask=dim < head_dim)
+        tl.store(to + dim, values, mask=dim < head_dim)
     else:
         if head < num_heads:
             row = query + token.to(tl.int64) * query_token_stride + head * query_head_stride
