@@ -11,36 +11,46 @@ from typing import Any
 import pytest
 import torch
 
+from models.config import HeadConfig
 from models.gpu.decode_graphs import Decode, Decoded, DecodeGraphs
+from models.kernels import KernelName
 from models.sampler import Choice
-from models.transformer import Transformer
+from models.transformer import Transformer, random_model
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine, EngineRequest
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import FinishReason, SequenceOutput
 from service.engine.stats import StepStats
-from tests.engine.tiny import finish_all, greedy, reason, tiny_model
+from tests.engine.tiny import CONFIG, ROPE, finish_all, greedy, reason
 from tests.models.tape import tape
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 LIMITS = EngineConfig(
-    num_blocks=12, block_size=4, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=40
+    num_blocks=6, block_size=4, max_num_seqs=2, max_num_batched_tokens=8, max_model_len=24
 )
 BROKEN = 200
 
 
+def broken_model(kernel: KernelName) -> Transformer:
+    """Whatever reads the embedding of one token is not a number."""
+    model = random_model(
+        CONFIG.replace(layers=(HeadConfig(2, 1, 8, rope=ROPE),)), seed=1, kernel=kernel
+    )
+    with torch.no_grad():
+        model.embed_tokens.weight[BROKEN] = torch.nan
+    return model
+
+
 @pytest.fixture(scope="module")
 def recorded() -> Engine:
-    """Whatever reads the embedding of one token is not a number."""
-    model = tiny_model(kernel="paged_triton", broken_token=BROKEN)
-    return Engine(model, LIMITS, capture=tape)
+    return Engine(broken_model("paged_triton"), LIMITS, capture=tape)
 
 
 @pytest.fixture(scope="module")
 def waiting() -> Engine:
-    return Engine(tiny_model(kernel="reference", broken_token=BROKEN), LIMITS)
+    return Engine(broken_model("reference"), LIMITS)
 
 
 def run(engine: Engine, requests: list[EngineRequest]) -> list[tuple[Any, ...]]:
@@ -49,24 +59,29 @@ def run(engine: Engine, requests: list[EngineRequest]) -> list[tuple[Any, ...]]:
     return [(reason(output), output.token_ids) for output in outputs]
 
 
-def test_the_tokens_are_those_of_an_engine_that_waits(recorded: Engine, waiting: Engine) -> None:
+def test_the_tokens_are_those_of_an_engine_that_waits(
+    recorded: Engine, waiting: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Draws, edits, log-probabilities, prompts in pieces, preemption, ends that are not foreseen,
     what is not finite."""
     second = run(waiting, [EngineRequest([1, 2, 3], greedy(3))])[0][1][1]
     requests = [
         EngineRequest([1, 2, 3], greedy(8, stop_token_ids=(second,))),
-        EngineRequest([4, 5], SamplingParams(max_tokens=5, seed=3, top_k=20, ignore_eos=True)),
+        EngineRequest([4, 5], SamplingParams(max_tokens=4, seed=3, top_k=20, ignore_eos=True)),
         EngineRequest(
-            [6] * 20, SamplingParams(max_tokens=4, seed=4, min_tokens=3, stop_token_ids=(7,))
+            [6] * 10, SamplingParams(max_tokens=4, seed=4, min_tokens=3, stop_token_ids=(7,))
         ),
         EngineRequest([7, 8, 9], greedy(3, repetition_penalty=1.3, logit_bias={5: 2.0})),
         EngineRequest([10], greedy(4, logit_bias={BROKEN: 100.0})),
-        EngineRequest([11] * 3, greedy(14)),
-        EngineRequest([12] * 3, greedy(14)),
+        EngineRequest([11] * 3, greedy(11)),
+        EngineRequest([12] * 3, greedy(11)),
         EngineRequest([13, 14], None),
     ]
+    steps: list[StepStats] = []
+    monkeypatch.setattr(recorded, "on_step", steps.append)
     found = run(recorded, requests)
     assert found == run(waiting, requests)
+    assert sum(step.num_preempted for step in steps) > 0
     assert found[0][0] is FinishReason.STOP
     assert found[4] == (FinishReason.ERROR, (BROKEN,))
 
@@ -111,15 +126,15 @@ def test_the_next_step_is_launched_before_tokens_are_waited_for(
 
 
 def test_an_abort_and_a_deadline_find_a_step_running(recorded: Engine, waiting: Engine) -> None:
-    expected = run(waiting, [EngineRequest([3], greedy(6))])[0][1]
-    gone = recorded.add(EngineRequest([1, 2], greedy(30)))
-    stays = recorded.add(EngineRequest([3], greedy(6)))
+    expected = run(waiting, [EngineRequest([3], greedy(4))])[0][1]
+    gone = recorded.add(EngineRequest([1, 2], greedy(20)))
+    stays = recorded.add(EngineRequest([3], greedy(4)))
     tokens: list[int] = []
     outputs: list[SequenceOutput] = recorded.step()
     output = recorded.abort(gone)
     assert output is not None
     assert reason(output) is FinishReason.CANCELLED
-    late = recorded.add(EngineRequest([5] * 6, greedy(30), timeout=0.0))
+    late = recorded.add(EngineRequest([5] * 6, greedy(9), timeout=0.0))
     ends: dict[int, FinishReason] = {}
     while True:
         for output in outputs:
@@ -144,6 +159,6 @@ def test_an_engine_says_whether_it_records(
     off = Engine(model, replace(LIMITS, cuda_graphs=False), capture=tape)
     assert off.backend == "paged_triton"
     with caplog.at_level(logging.WARNING):
-        other = Engine(tiny_model(kernel="reference"), LIMITS, capture=tape)
+        other = Engine(broken_model("reference"), LIMITS, capture=tape)
     assert other.backend == "reference"
     assert "decode steps are not recorded: attention is computed by reference" in caplog.text
