@@ -160,7 +160,10 @@ def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Choice:
     return Choice.of(
         tokens,
         {
-            index: (row.gather(0, tokens[index, None].clamp(min=0)), *_most_likely(row, rows[index]))
+            index: (
+                row.gather(0, tokens[index, None].clamp(min=0)),
+                *_most_likely(row, rows[index]),
+            )
             for index, row in logprobs.items()
         },
     )
@@ -229,9 +232,7 @@ def _edit(logits: Tensor, row: SamplingRow) -> None:
         biased = _sent(tuple(row.logit_bias), torch.int64, logits)
         logits[biased] += _sent(tuple(row.logit_bias.values()), torch.float32, logits)
     if row.repetition_penalty != 1.0:
-        seen = _sent(
-            sorted({*row.prompt_token_ids, *row.output_token_ids}), torch.int64, logits
-        )
+        seen = _sent(sorted({*row.prompt_token_ids, *row.output_token_ids}), torch.int64, logits)
         values = logits[seen]
         logits[seen] = torch.where(
             values > 0, values / row.repetition_penalty, values * row.repetition_penalty
@@ -255,9 +256,7 @@ def _filter(scaled: Tensor, row: SamplingRow) -> None:
         scaled.scatter_(0, order, ascending.masked_fill_(tail, NEGATIVE_INFINITY))
     if row.min_p:
         probabilities = scaled.softmax(dim=-1)
-        scaled.masked_fill_(
-            probabilities < row.min_p * probabilities.max(), NEGATIVE_INFINITY
-        )
+        scaled.masked_fill_(probabilities < row.min_p * probabilities.max(), NEGATIVE_INFINITY)
 
 
 def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:

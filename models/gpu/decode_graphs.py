@@ -55,8 +55,8 @@ class Decoded(NamedTuple):
     """What a decode step computed.
 
     Attributes:
-        logits: float32 `[sequences, vocab]`, until the next step is launched; NaN in one place at least where the hidden state was
-            not finite.
+        logits: float32 `[sequences, vocab]`, until the next step is launched; NaN in one place at
+            least where the hidden state was not finite.
         tokens: int64 `[sequences]`, the most likely ones (see `models.sampler.most_likely`).
     """
 

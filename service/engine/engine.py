@@ -14,6 +14,7 @@ from models.transformer import Transformer
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.errors import InvalidRequestError, Violation
+from service.engine.graphs import record_decodes
 from service.engine.kv_reads import KVReads
 from service.engine.memory import (
     block_groups,
@@ -21,7 +22,6 @@ from service.engine.memory import (
     num_blocks_for,
     served_config,
 )
-from service.engine.graphs import record_decodes
 from service.engine.model_runner import ModelRunner, RunningStep
 from service.engine.plan import StepPlan
 from service.engine.sampling_params import SamplingParams

@@ -111,9 +111,7 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
     else:
         share = _memory_share(model.device)
         if config.cuda_graphs and model.device.type == "cuda":
-            share -= memory_bytes(
-                model, max_num_seqs=config.max_num_seqs, max_length=max_model_len
-            )
+            share -= memory_bytes(model, max_num_seqs=config.max_num_seqs, max_length=max_model_len)
         num_blocks = min(useful, max(share, 0) // per_block)
     if num_blocks < len(groups):
         raise ValueError(f"the free memory holds no KV block of {len(groups) * per_block} bytes")

@@ -245,9 +245,7 @@ class ModelRunner:
             prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens]
             if params.repetition_penalty != 1.0
             else (),
-            output_token_ids=seq.token_ids[seq.num_prompt_tokens :]
-            if params.uses_output
-            else (),
+            output_token_ids=seq.token_ids[seq.num_prompt_tokens :] if params.uses_output else (),
             uniform=0.0 if seq.rng is None else seq.rng.random(),
             num_logprobs=params.logprobs,
         )

@@ -238,9 +238,7 @@ class Scheduler:
     def _overdue(self) -> list[Sequence]:
         now = self._clock()
         return [
-            seq
-            for seq in self._by_id.values()
-            if seq.deadline is not None and seq.deadline <= now
+            seq for seq in self._by_id.values() if seq.deadline is not None and seq.deadline <= now
         ]
 
     def _expire(self) -> list[SequenceOutput]:

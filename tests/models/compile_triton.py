@@ -36,9 +36,7 @@ def _type_of(value: object) -> str:
 
 def _compile(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: int) -> None:
     """In place of a launch."""
-    signature = {
-        name: _type_of(value) for name, value in zip(kernel.arg_names, args, strict=False)
-    }
+    signature = {name: _type_of(value) for name, value in zip(kernel.arg_names, args, strict=False)}
     signature |= dict.fromkeys(kwargs, "constexpr")
     source = triton.compiler.ASTSource(kernel, signature, kwargs)
     compiled = triton.compile(source, target=HOPPER)

@@ -117,8 +117,14 @@ def test_what_is_not_finite_has_no_token() -> None:
 
 @pytest.mark.parametrize(
     ("least", "most", "sizes"),
-    [(1, 1, [1]), (1, 2, [1, 2]), (1, 6, [1, 2, 4, 6]), (1, 64, [1, 2, 4, 8, 16, 32, 64])]
-    + [(512, 300, [300]), (512, 512, [512]), (512, 2000, [512, 1024, 2000])],
+    [
+        (1, 1, [1]),
+        (1, 6, [1, 2, 4, 6]),
+        (1, 64, [1, 2, 4, 8, 16, 32, 64]),
+        (512, 300, [300]),
+        (512, 512, [512]),
+        (512, 2000, [512, 1024, 2000]),
+    ],
 )
 def test_sizes_double_up_to_the_largest(least: int, most: int, sizes: list[int]) -> None:
     assert buckets(least, most) == sizes
