@@ -60,7 +60,7 @@ operations: install  ## our operations in C++ and torch's; writes loadtests/resu
 	$(BIN)/python -m loadtests.operations
 
 gpu:  ## a GPU: correct? how fast? where does the time go? Writes loadtests/results/gpu, within nine minutes
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m loadtests.gpu  # torch and triton are enough
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m loadtests.gpu
 
 peers: install  ## our engine beside others in one run; writes loadtests/results, takes an hour
 	$(BIN)/python -m loadtests.peers
