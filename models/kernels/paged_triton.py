@@ -1,4 +1,5 @@
-"""Attention in Triton (`models/gpu/attention.py`), which reads the cache where it lies."""
+"""Attention in Triton (`models/gpu/attention.py`), which reads the cache where it lies; whole
+prompts by torch's own, which reads each key once for many queries."""
 
 import functools
 import importlib.util
@@ -8,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.attention_metadata import GroupMetadata
+from models.attention_metadata import GroupMetadata, QueryTiles
 from models.config import MAX_WINDOW, HeadConfig
+from models.kernels.dense import attend
 from models.kv_cache import CachePart
 from models.scoring import Scoring
 
@@ -63,6 +65,35 @@ def partial_bytes(heads: HeadConfig, batch: int, length: int) -> int:
 def paged_attention(
     query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    whole = metadata.whole_prompts if _is_plain(scoring, metadata.max_length) else ()
+    for prompt in whole:  # torch's own is the fastest for them, once keys lie side by side
+        key, value = (
+            part[:, :, : prompt.whole_length] for part in cache.gather(prompt.block_tables)
+        )
+        read = attend(prompt.unpack(query), key, value, scoring, is_causal=True)
+        output[prompt.start : prompt.end] = read.transpose(1, 2).flatten(0, 1)
+    tiles = metadata.query_tiles(
+        query.shape[1] // len(cache.part.kv_heads), _LEAST_ROWS, whole_prompts=not whole
+    )
+    if len(tiles.seq):
+        _attend_tiles(output, query, cache, metadata, tiles, scoring)
+    return output
+
+
+def _is_plain(scoring: Scoring, length: int) -> bool:
+    """Whether torch's fused attention can say it."""
+    return scoring.is_plain(length) and scoring.softcap is None and scoring.sinks is None
+
+
+def _attend_tiles(
+    output: Tensor,
+    query: Tensor,
+    cache: CachePart,
+    metadata: GroupMetadata,
+    tiles: QueryTiles,
+    scoring: Scoring,
+) -> None:
     # Nothing but a GPU's own process needs Triton, and importing it takes a second.
     from triton import next_power_of_2
 
@@ -72,7 +103,6 @@ def paged_attention(
     num_kv_heads = len(cache.part.kv_heads)
     group = num_heads // num_kv_heads
     tables = metadata.block_tables
-    tiles = metadata.query_tiles(group, _LEAST_ROWS)
     span = span_of(num_kv_heads)
     num_spans = -(-metadata.max_length // span)
     rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
@@ -115,7 +145,6 @@ def paged_attention(
         has_slopes=scoring.alibi is not None,
         precision="ieee",
     )
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
     parts = min(next_power_of_2(num_spans), max(1, _JOINED // wide_dim))
     joined_rows = max(1, min(rows, _JOINED // (parts * wide_dim)))
     join_spans[(*shape[:2], rows // joined_rows)](
@@ -140,7 +169,6 @@ def paged_attention(
         span=span,
         has_sinks=scoring.sinks is not None,
     )
-    return output
 
 
 def rotate_and_store(

@@ -1,4 +1,4 @@
-"""What measures a GPU, without one: arithmetic, pages, refusals, and the parts that run anywhere."""
+"""What measures a GPU, without one: arithmetic, pages, refusals, parts that run anywhere."""
 
 import importlib.util
 import json
