@@ -59,7 +59,7 @@ def partial_bytes(heads: HeadConfig, batch: int, length: int) -> int:
     rows = max(_LEAST_ROWS, heads.num_heads // heads.num_kv_heads)
     spans = -(-length // span_of(heads.num_kv_heads))
     numbers = max(_LEAST_DIM, heads.head_dim) + 2
-    return 4 * 2 * batch * heads.num_kv_heads * spans * rows * numbers
+    return 4 * batch * heads.num_kv_heads * spans * rows * numbers
 
 
 def paged_attention(

@@ -55,6 +55,8 @@ class ModelRunner:
         batch_invariant: bool = False,
         graphs: DecodeGraphs | None = None,
     ) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # Triton launches on the device of the thread
         model.pack_weights(weight_dtype, batch_invariant=batch_invariant)
         self.model = model
         self.kv_cache = kv_cache
