@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench sweep saturation attention operations peers dashboard parity \
+.PHONY: install tools serve test lint format proto bench sweep saturation attention operations gpu peers dashboard parity \
 	mutations demo image image-test image-tools image-locks image-clean manifests clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
@@ -58,6 +58,9 @@ attention: install  ## fused and split attention; writes loadtests/results
 
 operations: install  ## our operations in C++ and torch's; writes loadtests/results
 	$(BIN)/python -m loadtests.operations
+
+gpu:  ## a GPU: correct? how fast? where does the time go? Writes loadtests/results/gpu, within nine minutes
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m loadtests.gpu
 
 peers: install  ## our engine beside others in one run; writes loadtests/results, takes an hour
 	$(BIN)/python -m loadtests.peers

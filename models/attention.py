@@ -160,10 +160,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The rotated queries, perhaps where the others were; rotated keys and values go to the
         cache."""
-        if fused.can_fuse(query, key, value, *(rotation or ())):
-            rotate_and_store = fused.rotate_and_store
-        elif self.kernel_name == "paged_triton" and not query.requires_grad:
+        if self.kernel_name == "paged_triton" and not query.requires_grad:
             rotate_and_store = paged_triton.rotate_and_store
+        elif fused.can_fuse(query, key, value, *(rotation or ())):
+            rotate_and_store = fused.rotate_and_store
         else:
             query, key = self._rotate(query, key, rotation)
             cache.write(key, value, slots)

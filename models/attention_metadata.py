@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.scoring import Scoring
+from models.transfer import send
 
 # In a block table: a block whose tokens nobody needs any more, and that was given back.
 RELEASED = -1
@@ -98,7 +99,7 @@ class GroupMetadata:
 
     def __init__(
         self,
-        rows: Sequence["_Row"],
+        rows: Sequence["SequenceRow"],
         block_size: int,
         device: torch.device,
         tokens_per_gather: int | None,
@@ -107,7 +108,7 @@ class GroupMetadata:
         self._block_size = block_size
         self._device = device
         self._tokens_per_gather = tokens_per_gather
-        self._tiles: dict[tuple[int, int], QueryTiles] = {}
+        self._tiles: dict[tuple[int, int, bool], QueryTiles] = {}
 
     @cached_property
     def slot_mapping(self) -> Tensor:
@@ -117,7 +118,7 @@ class GroupMetadata:
         for table, num_computed, num_new in self._rows:
             for position in range(num_computed, num_computed + num_new):
                 slots.append(table[position // size] * size + position % size)
-        return torch.frombuffer(slots, dtype=torch.int64).to(self._device)
+        return send(torch.frombuffer(slots, dtype=torch.int64), self._device)
 
     @cached_property
     def batches(self) -> tuple[QueryBatch, ...]:
@@ -133,6 +134,16 @@ class GroupMetadata:
             batches.append(batch)
             start = batch.end
         return tuple(batches)
+
+    @cached_property
+    def whole_prompts(self) -> tuple[QueryBatch, ...]:
+        """The sequences with several tokens, all of which are new, each as a rectangle."""
+        ends = itertools.accumulate(row.num_new for row in self._rows)
+        return tuple(
+            _query_batch([row], end - row.num_new, self._block_size, self._device)
+            for row, end in zip(self._rows, ends, strict=True)
+            if row.is_whole_prompt
+        )
 
     @cached_property
     def block_tables(self) -> BlockTables:
@@ -154,23 +165,33 @@ class GroupMetadata:
         """Tokens of the longest sequence, the new ones included."""
         return max(row.length for row in self._rows)
 
-    def query_tiles(self, group: int, least_rows: int) -> QueryTiles:
-        """Tiles of at least so many rows, where so many query heads share a key/value head."""
-        if (group, least_rows) not in self._tiles:
-            longest = group * max(row.num_new for row in self._rows)
+    def query_tiles(self, group: int, least_rows: int, *, whole_prompts: bool) -> QueryTiles:
+        """Tiles of at least so many rows, where so many query heads share a key/value head.
+
+        Args:
+            whole_prompts: theirs too, not only those of other sequences.
+        """
+        key = group, least_rows, whole_prompts
+        if key not in self._tiles:
+            included = [
+                (index, row.num_new)
+                for index, row in enumerate(self._rows)
+                if whole_prompts or not row.is_whole_prompt
+            ]
+            longest = group * max((count for _, count in included), default=1)
             rows = max(least_rows, 1 << (min(longest, _MAX_TILE_ROWS) - 1).bit_length())
             seq, first_row = array("i"), array("i")
-            for index, row in enumerate(self._rows):
-                starts = range(0, row.num_new * group, rows)
+            for index, count in included:
+                starts = range(0, count * group, rows)
                 seq.extend([index] * len(starts))
                 first_row.extend(starts)
-            self._tiles[group, least_rows] = QueryTiles(
-                self._int32(seq), self._int32(first_row), rows
-            )
-        return self._tiles[group, least_rows]
+            self._tiles[key] = QueryTiles(self._int32(seq), self._int32(first_row), rows)
+        return self._tiles[key]
 
     def _int32(self, numbers: "array[int]") -> Tensor:
-        return torch.frombuffer(numbers, dtype=torch.int32).to(self._device)
+        if not numbers:
+            return torch.empty(0, dtype=torch.int32, device=self._device)
+        return send(torch.frombuffer(numbers, dtype=torch.int32), self._device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +230,7 @@ class AttentionMetadata:
             tuple(
                 GroupMetadata(
                     [
-                        _Row(table, computed, count)
+                        SequenceRow(table, computed, count)
                         for table, computed, count in zip(
                             tables, num_computed_tokens, num_new_tokens, strict=True
                         )
@@ -223,8 +244,12 @@ class AttentionMetadata:
         )
 
 
-class _Row(NamedTuple):
-    """One sequence of a step, in one group."""
+class SequenceRow(NamedTuple):
+    """One sequence of a step, in one group.
+
+    Attributes:
+        num_computed: tokens that the cache held before.
+    """
 
     block_table: Sequence[int]
     num_computed: int
@@ -234,6 +259,10 @@ class _Row(NamedTuple):
     def length(self) -> int:
         return self.num_computed + self.num_new
 
+    @property
+    def is_whole_prompt(self) -> bool:
+        return self.num_computed == 0 and self.num_new > 1
+
     def live(self, block_size: int) -> list[int]:
         """Indices of the blocks that hold something."""
         used = -(-self.length // block_size)
@@ -241,8 +270,8 @@ class _Row(NamedTuple):
 
 
 def _split(
-    rows: Sequence[_Row], max_blocks: int | None, block_size: int
-) -> Iterator[Sequence[_Row]]:
+    rows: Sequence[SequenceRow], max_blocks: int | None, block_size: int
+) -> Iterator[Sequence[SequenceRow]]:
     """Cut rows into neighbours whose blocks, padded to the longest of them, are few enough."""
     first = width = 0
     for at, row in enumerate(rows):
@@ -256,7 +285,7 @@ def _split(
 
 
 def _query_batch(
-    rows: Sequence[_Row], start: int, block_size: int, device: torch.device
+    rows: Sequence[SequenceRow], start: int, block_size: int, device: torch.device
 ) -> QueryBatch:
     live = [row.live(block_size) for row in rows]
     width = max(len(indices) for indices in live)
@@ -268,17 +297,17 @@ def _query_batch(
         tables.append(blocks + blocks[-1:] * padding)
         # Blocks that only pad start behind the end, where all positions are turned into -1.
         starts.append([index * block_size for index in indices] + [row.length] * padding)
-    first = torch.tensor(starts, dtype=torch.int64, device=device)
+    first = send(torch.tensor(starts, dtype=torch.int64), device)
     offsets = torch.arange(block_size, device=device)
     positions = (first[:, :, None] + offsets).flatten(1)
-    lengths = torch.tensor([row.length for row in rows], device=device)[:, None]
-    computed = torch.tensor([row.num_computed for row in rows], device=device)[:, None]
+    lengths = send(torch.tensor([row.length for row in rows]), device)[:, None]
+    computed = send(torch.tensor([row.num_computed for row in rows]), device)[:, None]
     num_new = rows[0].num_new
     alone = len(rows) == 1 and rows[0].num_computed == 0
     return QueryBatch(
         start=start,
         end=start + len(rows) * num_new,
-        block_tables=torch.tensor(tables, dtype=torch.int64, device=device),
+        block_tables=send(torch.tensor(tables, dtype=torch.int64), device),
         query_positions=computed + torch.arange(num_new, device=device),
         key_positions=positions.masked_fill(positions >= lengths, -1),
         whole_length=rows[0].length if alone else None,

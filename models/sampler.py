@@ -1,5 +1,6 @@
 """Logits to token ids. Each row is treated on its own, so batch mates cannot change a result."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -9,8 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from models.cpu import fused
+from models.transfer import Received, send
 
 NEGATIVE_INFINITY = float("-inf")
+# In place of a token that could not be chosen.
+NOTHING = -1
 # Smaller ones are 0 in float32.
 _MIN_TEMPERATURE = 1e-38
 # Tokens whose probabilities are first looked at together.
@@ -82,33 +86,104 @@ class SampledToken(NamedTuple):  # made for every token, in half the time of a f
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Chosen tokens, still on the device, and on their way to the host.
+
+    Attributes:
+        tokens: int64 `[rows]`, `NOTHING` where nothing could be chosen.
+        asked: rows that report log-probabilities.
+    """
+
+    tokens: Tensor
+    asked: tuple[int, ...]
+    _arriving: Received
+
+    @staticmethod
+    def of(
+        tokens: Tensor, reported: Mapping[int, tuple[Tensor, Tensor, Tensor]] | None = None
+    ) -> "Choice":
+        """Args:
+        reported: of rows that ask: log-probability of the chosen token `[1]`, then those of the
+            most likely tokens, and these tokens.
+        """
+        reported = reported or {}
+        numbers = [number for row in reported.values() for number in row]
+        return Choice(tokens, tuple(reported), Received(tokens, *numbers))
+
+    def read(self) -> list[SampledToken]:
+        """One for each row, as soon as they have arrived."""
+        tokens, *numbers = self._arriving.wait()
+        sampled = [
+            SampledToken(None if token_id == NOTHING else token_id) for token_id in tokens.tolist()
+        ]
+        for index, row in enumerate(self.asked):
+            logprob, values, ids = numbers[3 * index : 3 * index + 3]
+            token_id = sampled[row].token_id
+            if token_id is not None:
+                top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+                sampled[row] = SampledToken(token_id, logprob.item(), top)
+        return sampled
+
+
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Choose one token per row of float32 logits `[rows, vocab]`, which may be overwritten."""
-    best, greedy = _largest(logits)
-    broken = (~best.isfinite()).tolist()
-    reported = _logprob_rows(logits, rows)
+    return choose(logits, rows).read()
+
+
+def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Choice:
+    """`sample` without waiting for a device."""
+    best, tokens = _largest(logits)
+    usable = best.isfinite()
+    logprobs = {
+        index: logits[index].log_softmax(dim=-1)
+        for index, row in enumerate(rows)
+        if row.num_logprobs is not None
+    }
     edited = [index for index, row in enumerate(rows) if row.edits_logits]
-    for index in edited:
-        _edit(logits[index], rows[index])
-    chosen: list[int] = greedy.tolist()
     if edited:
-        highest, tokens = logits[edited].max(dim=-1)
-        usable: list[bool] = highest.isfinite().tolist()
-        for index, is_usable, token_id in zip(edited, usable, tokens.tolist(), strict=True):
-            chosen[index] = token_id
-            broken[index] = broken[index] or not is_usable
-    random = [i for i, row in enumerate(rows) if row.temperature > 0 and not broken[i]]
+        for index in edited:
+            _edit(logits[index], rows[index])
+        where = _sent(edited, torch.int64, logits)
+        highest, theirs = logits.index_select(0, where).max(dim=-1)
+        tokens = tokens.index_copy(0, where, theirs)
+        usable = usable.index_copy(0, where, usable.index_select(0, where) & highest.isfinite())
+    random = [index for index, row in enumerate(rows) if row.temperature > 0]
     if random:
         random_rows = [rows[index] for index in random]
+        where = _sent(random, torch.int64, logits)
         if len(random) < len(rows):
-            logits = logits.index_select(0, torch.tensor(random, device=logits.device))
-        weights = _filtered_weights(logits, random_rows)
-        for index, token_id in zip(random, _draw(weights, random_rows), strict=True):
-            chosen[index] = token_id
-    return [
-        _result(index, None if broken[index] else chosen[index], rows[index], reported)
-        for index in range(len(rows))
-    ]
+            logits = logits.index_select(0, where)
+        drawn = _draw(_filtered_weights(logits, random_rows), random_rows)
+        tokens = tokens.index_copy(0, where, drawn)
+    tokens = tokens.where(usable, NOTHING)
+    return Choice.of(
+        tokens,
+        {
+            index: (
+                row.gather(0, tokens[index, None].clamp(min=0)),
+                *_most_likely(row, rows[index]),
+            )
+            for index, row in logprobs.items()
+        },
+    )
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """The most likely token of each row, `NOTHING` where the logits are not finite; int64
+    `[rows]`."""
+    best, tokens = _largest(logits)
+    return tokens.where(best.isfinite(), NOTHING)
+
+
+def _most_likely(logprobs: Tensor, row: SamplingRow) -> tuple[Tensor, Tensor]:
+    assert row.num_logprobs is not None, "only rows that ask"
+    values, tokens = logprobs.topk(row.num_logprobs)
+    return values, tokens
+
+
+def _sent(numbers: Sequence[float], dtype: torch.dtype, to: Tensor) -> Tensor:
+    return send(torch.tensor(numbers, dtype=dtype), to.device)
 
 
 def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,10 +208,8 @@ def filtered_probabilities(logits: Tensor, rows: Sequence[SamplingRow]) -> Tenso
 def _filtered_weights(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """Probabilities but for a factor of each row. A sum in float32 over a whole vocabulary may be
     taken in another order for one row than for several, so it has no part in a draw."""
-    temperatures = torch.tensor(
-        [max(row.temperature, _MIN_TEMPERATURE) for row in rows],
-        dtype=torch.float32,
-        device=logits.device,
+    temperatures = _sent(
+        [max(row.temperature, _MIN_TEMPERATURE) for row in rows], torch.float32, logits
     )
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     scaled = logits.sub_(logits.max(dim=-1, keepdim=True)[0]).div_(temperatures[:, None])
@@ -148,61 +221,59 @@ def _filtered_weights(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
 
 def _edit(logits: Tensor, row: SamplingRow) -> None:
     if row.allowed_token_ids:
-        allowed = torch.tensor(row.allowed_token_ids, device=logits.device)
+        allowed = _sent(row.allowed_token_ids, torch.int64, logits)
         kept = logits[allowed]
         logits.fill_(NEGATIVE_INFINITY)
         logits[allowed] = kept
     if row.suppressed_token_ids:
-        logits[torch.tensor(row.suppressed_token_ids, device=logits.device)] = NEGATIVE_INFINITY
-    for token_id, bias in row.logit_bias.items():
-        logits[token_id] += bias
+        suppressed = _sent(row.suppressed_token_ids, torch.int64, logits)
+        logits.index_fill_(0, suppressed, NEGATIVE_INFINITY)
+    if row.logit_bias:
+        biased = _sent(tuple(row.logit_bias), torch.int64, logits)
+        logits[biased] += _sent(tuple(row.logit_bias.values()), torch.float32, logits)
     if row.repetition_penalty != 1.0:
-        seen = torch.tensor(
-            sorted({*row.prompt_token_ids, *row.output_token_ids}),
-            dtype=torch.int64,
-            device=logits.device,
-        )
+        seen = _sent(sorted({*row.prompt_token_ids, *row.output_token_ids}), torch.int64, logits)
         values = logits[seen]
         logits[seen] = torch.where(
             values > 0, values / row.repetition_penalty, values * row.repetition_penalty
         )
     if row.presence_penalty or row.frequency_penalty:
-        output = torch.tensor(row.output_token_ids, dtype=torch.int64, device=logits.device)
-        tokens, counts = output.unique(return_counts=True)
+        counted = Counter(row.output_token_ids)
+        tokens = _sent(tuple(counted), torch.int64, logits)
+        counts = _sent(tuple(counted.values()), torch.int64, logits)
         logits[tokens] -= row.presence_penalty + row.frequency_penalty * counts
 
 
 def _filter(scaled: Tensor, row: SamplingRow) -> None:
     if 0 < row.top_k < scaled.shape[-1]:
         threshold = scaled.topk(row.top_k)[0][-1]
-        scaled[scaled < threshold] = NEGATIVE_INFINITY
+        scaled.masked_fill_(scaled < threshold, NEGATIVE_INFINITY)
     if row.top_p < 1.0:
         ascending, order = scaled.sort()
         # Drop the tail whose total probability is at most 1 - top_p; the last one always stays.
         tail = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - row.top_p
         tail[-1] = False
-        scaled[order[tail]] = NEGATIVE_INFINITY
+        scaled.scatter_(0, order, ascending.masked_fill_(tail, NEGATIVE_INFINITY))
     if row.min_p:
         probabilities = scaled.softmax(dim=-1)
-        scaled[probabilities < row.min_p * probabilities.max()] = NEGATIVE_INFINITY
+        scaled.masked_fill_(probabilities < row.min_p * probabilities.max(), NEGATIVE_INFINITY)
 
 
-def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """Invert each row's cumulative distribution at its uniform number.
+def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Invert each row's cumulative distribution at its uniform number; int64 `[rows]`. Of weights
+    that are no numbers, any token.
 
     First the part of the vocabulary, by the sums of all parts, then the token in it: a running sum
     over a whole vocabulary in float64 would take longer than everything else here.
     """
-    uniform = torch.tensor(
-        [row.uniform for row in rows], dtype=torch.float64, device=weights.device
-    )
+    uniform = _sent([row.uniform for row in rows], torch.float64, weights)
     padded = pad(weights, (0, -weights.shape[1] % _PART))
     parts = padded.unflatten(-1, (-1, _PART))
     sums = parts.sum(dim=-1, dtype=torch.float64)
     part, left = _invert(sums, uniform * sums.sum(dim=-1))
     chosen = parts[torch.arange(len(rows), device=part.device), part].double()
     token, _ = _invert(chosen, left)
-    return (part * _PART + token).tolist()
+    return part * _PART + token
 
 
 def _invert(shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,33 +283,6 @@ def _invert(shares: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     most = cumulative[:, -1].nextafter(torch.zeros_like(targets))  # sums are rounded
     targets = targets.minimum(most)[:, None]
     found = torch.searchsorted(cumulative, targets, right=True)
+    found = found.clamp_(max=shares.shape[-1] - 1)  # what is no number is behind the end
     before = (cumulative - shares).gather(1, found)
     return found.squeeze(-1), (targets - before).clamp(min=0).squeeze(-1)
-
-
-def _logprob_rows(
-    logits: Tensor, rows: Sequence[SamplingRow]
-) -> dict[int, tuple[Tensor, tuple[tuple[int, float], ...]]]:
-    """Of rows that ask: log-probabilities `[vocab]` and the most likely tokens."""
-    reported: dict[int, tuple[Tensor, tuple[tuple[int, float], ...]]] = {}
-    for index, row in enumerate(rows):
-        if row.num_logprobs is not None:
-            logprobs = logits[index].log_softmax(dim=-1)
-            values, tokens = logprobs.topk(row.num_logprobs)
-            reported[index] = (
-                logprobs,
-                tuple(zip(tokens.tolist(), values.tolist(), strict=True)),
-            )
-    return reported
-
-
-def _result(
-    index: int,
-    token_id: int | None,
-    row: SamplingRow,
-    reported: dict[int, tuple[Tensor, tuple[tuple[int, float], ...]]],
-) -> SampledToken:
-    if index not in reported or token_id is None:
-        return SampledToken(token_id)
-    logprobs, top = reported[index]
-    return SampledToken(token_id, float(logprobs[token_id]), top)

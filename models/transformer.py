@@ -250,7 +250,7 @@ class Transformer(nn.Module):
         hidden: Tensor = self.embed_tokens(input_ids)
         if self.config.embedding_scale != 1.0:
             # Rounded to the model's type first, as the reference implementations do.
-            hidden = hidden * torch.tensor(self.config.embedding_scale).to(hidden)
+            hidden = hidden * torch.tensor(self.config.embedding_scale, dtype=hidden.dtype).item()
         if self.embed_projection is not None:
             hidden = self.embed_projection(hidden)
         if self.embed_positions is not None:

@@ -15,6 +15,14 @@ _WITHOUT_LOCALS = structlog.processors.ExceptionRenderer(
 )
 
 
+class _Forward(logging.Handler):
+    """Lines of the engine, which needs no structlog, among all others."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = structlog.get_logger()
+        log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+
+
 def configure_logs(form: LogFormat, level: LogLevel) -> None:
     """For this process, once, before it logs anything."""
     renderer: structlog.typing.Processor
@@ -37,3 +45,6 @@ def configure_logs(form: LogFormat, level: LogLevel) -> None:
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    engine = logging.getLogger("service.engine")
+    engine.handlers = [_Forward()]
+    engine.setLevel(level.upper())

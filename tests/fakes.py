@@ -3,7 +3,7 @@
 import itertools
 import struct
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from service.engine.block_manager import BlockManager
@@ -12,7 +12,13 @@ from service.engine.group_pool import BlockGroup
 from service.engine.plan import ScheduledSequence, StepPlan, StepResult
 from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import Scheduler
-from service.engine.sequence import RELEASED, FinishReason, Sequence, SequenceOutput
+from service.engine.sequence import (
+    RELEASED,
+    FinishReason,
+    Sequence,
+    SequenceOutput,
+    SequenceStatus,
+)
 
 VOCAB_SIZE = 50
 EOS = 0
@@ -109,15 +115,19 @@ class FakeModelRunner:
         # The group that wrote to a page last, and its slots: it overwrites all others.
         self._pages: dict[int, tuple[int, dict[int, int]]] = {}
 
-    def run(self, plan: StepPlan) -> list[StepResult]:
-        return [self._run(item) for item in plan.scheduled]
+    def run(
+        self, plan: StepPlan, before: Mapping[int, int | None] | None = None
+    ) -> list[StepResult]:
+        """Args:
+        before: of a foreseen plan, tokens of the step before by sequence id.
+        """
+        return [self._run(item, (before or {}).get(item.seq.seq_id)) for item in plan.scheduled]
 
-    def _run(self, item: ScheduledSequence) -> StepResult:
-        seq = item.seq
-        start = seq.num_computed_tokens
-        end = start + item.num_tokens
+    def _run(self, item: ScheduledSequence, newest: int | None) -> StepResult:
+        seq, start, end = item.seq, item.start, item.end
         for position in range(start, end):
-            self._write(seq, position)
+            known = position < seq.num_tokens
+            self._write(seq, position, seq.token_ids[position] if known else newest or 0)
         if seq.seq_id in self.failing:
             return StepResult(failed=True)
         if seq.params is None:
@@ -130,11 +140,13 @@ class FakeModelRunner:
         if not item.samples:
             return StepResult()
         if seq.seq_id in self.scripts:
-            token_id = self.scripts[seq.seq_id][seq.num_output_tokens]
+            at = seq.num_output_tokens + item.num_unknown
+            script = self.scripts[seq.seq_id]
+            token_id = script[at] if at < len(script) else 0  # behind its end
             return StepResult(token_id, failed=token_id is None)
         return StepResult(self._look(seq, end - 1) % VOCAB_SIZE)
 
-    def _write(self, seq: Sequence, position: int) -> None:
+    def _write(self, seq: Sequence, position: int, token_id: int) -> None:
         for index, group in enumerate(self._groups):
             visible = position - 1 in _visible(group, position)
             previous = self._slot(seq, index, position - 1) if visible else None
@@ -142,7 +154,7 @@ class FakeModelRunner:
             owner, slots = self._pages.get(page, (index, {}))
             if owner != index:
                 slots = {}
-            slots[slot] = _content(previous, seq.token_ids[position])
+            slots[slot] = _content(previous, token_id)
             self._pages[page] = (index, slots)
 
     def _look(self, seq: Sequence, query: int) -> int:
@@ -169,8 +181,12 @@ class FakeModelRunner:
 class SchedulerLoop:
     """A scheduler, a fake model and a fake clock, stepped by hand; every step is checked.
 
+    Args:
+        foresees: each step is run before the tokens of the one before are recorded.
+
     Attributes:
         outputs: what each sequence has got so far.
+        num_foreseen: steps that were run so, and recorded.
         plans: of each step, the number of tokens by sequence id.
         num_preempted: over all steps.
     """
@@ -189,7 +205,11 @@ class SchedulerLoop:
         enable_prefix_caching: bool = False,
         groups: tuple[BlockGroup, ...] = EVERYTHING,
         rope_switch_length: int | None = None,
+        foresees: bool = False,
     ) -> None:
+        self.foresees = foresees
+        self.num_foreseen = 0
+        self._foreseen: tuple[StepPlan, list[StepResult]] | None = None
         self.config = EngineConfig(
             block_size=block_size,
             num_blocks=num_blocks,
@@ -253,14 +273,32 @@ class SchedulerLoop:
 
     def step(self) -> dict[int, int]:
         """Run one step; returns the number of tokens by sequence id."""
-        plan = self.scheduler.schedule()
+        plan, results = self._launch()
         scheduled = {item.seq.seq_id: item.num_tokens for item in plan.scheduled}
-        for output in self.scheduler.update(plan, self.runner.run(plan)):
+        following = self.scheduler.foresee(plan) if self.foresees else None
+        if following is not None:
+            tokens = {
+                item.seq.seq_id: result.token_id
+                for item, result in zip(plan.scheduled, results, strict=True)
+            }
+            self._foreseen = following, self.runner.run(following, tokens)
+        for output in self.scheduler.update(plan, results):
             self.outputs[output.seq_id].append(output)
         self.scheduler.check_integrity()
         self.plans.append(scheduled)
         self.num_preempted += plan.num_preempted
         return scheduled
+
+    def _launch(self) -> tuple[StepPlan, list[StepResult]]:
+        """The step that was foreseen, unless all it is for have ended; else a new one."""
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and any(
+            item.seq.status is not SequenceStatus.FINISHED for item in foreseen[0].scheduled
+        ):
+            self.num_foreseen += 1
+            return foreseen
+        plan = self.scheduler.schedule()
+        return plan, self.runner.run(plan)
 
     def drain(self, max_steps: int = 2000) -> None:
         """Step until nothing is left."""

@@ -6,7 +6,10 @@ heads of a group, token after token, so a multi-query model fills the rows of a 
 of one token, and a multi-head one pads them.
 
 Spans lie at fixed positions, so that what a query reads does not depend on the other sequences of a
-step (Flash-Decoding, Dao et al. 2023, splits by what is left over instead).
+step (Flash-Decoding, Dao et al. 2023, splits by what is left over instead). They are shorter where
+fewer key/value heads share the work: one sequence of a multi-query model has to fill the chip too.
+How many spans are launched may be more than there are: those behind the end do nothing, so that
+one recorded launch serves sequences of any length up to a bound.
 """
 
 # Loops over pointers and masks are how Triton is written; types of its values are its own.
@@ -15,8 +18,7 @@ step (Flash-Decoding, Dao et al. 2023, splits by what is left over instead).
 import triton
 import triton.language as tl
 
-# Keys of one span, and keys at once.
-SPAN = 512
+# Keys at once; a span is several times as many.
 KEYS = 32
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # The running maximum before any key is seen; finite, so that differences are numbers.
@@ -62,6 +64,8 @@ def attend_spans(
 ):
     """Of each row of a tile and one span: highest score, sum of weights, weighted values.
 
+    A sequence with `num_computed` -1 is none: its row of queries reads nothing.
+
     Args:
         query: `[tokens, heads, head_dim]`; the last axis is contiguous.
         tile_seq, tile_row: the sequence of each tile, and its first row within it.
@@ -77,6 +81,9 @@ def attend_spans(
     row = tl.load(tile_row + tile) + tl.arange(0, rows)
     exists = row < num_rows
     position = computed + row // group
+    last = tl.max(tl.where(exists, position, -1), axis=0)
+    if part * span > last:
+        return
     head = kv_head * group + row % group
     dim = tl.arange(0, wide_dim)
     in_head = dim < head_dim
@@ -91,7 +98,6 @@ def attend_spans(
     highest = tl.full([rows], _NOTHING, tl.float32)
     total = tl.zeros([rows], tl.float32)
     read = tl.zeros([rows, wide_dim], tl.float32)
-    last = tl.max(tl.where(exists, position, -1), axis=0)
     first_seen = tl.min(tl.where(exists, position - window + 1, last), axis=0)
     begin = part * span
     # Whole steps of keys that only a window hides are skipped, unless sink tokens are among them.
@@ -135,9 +141,13 @@ def attend_spans(
 
     number = (tile.to(tl.int64) * num_kv_heads + kv_head) * num_spans + part
     out = number * rows + tl.arange(0, rows)
-    tl.store(partial_highest + out, highest)
-    tl.store(partial_sum + out, total)
-    tl.store(partial_read + out[:, None] * wide_dim + dim[None, :], read)
+    tl.store(partial_highest + out, highest, mask=exists)
+    tl.store(partial_sum + out, total, mask=exists)
+    tl.store(
+        partial_read + out[:, None] * wide_dim + dim[None, :],
+        read,
+        mask=exists[:, None] & in_head[None, :],
+    )
 
 
 @triton.jit
@@ -157,21 +167,28 @@ def join_spans(
     group: tl.constexpr,
     head_dim: tl.constexpr,
     wide_dim: tl.constexpr,
+    tile_rows: tl.constexpr,
     rows: tl.constexpr,
+    parts: tl.constexpr,
     span: tl.constexpr,
     has_sinks: tl.constexpr,
 ):
-    """Outputs `[tokens, heads, head_dim]` of what `attend_spans` left, with the sinks' share."""
+    """Outputs `[tokens, heads, head_dim]` of what `attend_spans` left, with the sinks' share.
+
+    One program joins some rows of a tile, so many parts at once.
+    """
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(tile_seq + tile)
     start = tl.load(query_start + seq)
     num_rows = (tl.load(query_start + seq + 1) - start) * group
-    row = tl.load(tile_row + tile) + tl.arange(0, rows)
+    in_tile = tl.program_id(2) * rows + tl.arange(0, rows)
+    row = tl.load(tile_row + tile) + in_tile
     exists = row < num_rows
     head = kv_head * group + row % group
     position = tl.load(num_computed + seq) + row // group
-    last = tl.max(tl.where(exists, position, 0), axis=0)
+    last = tl.max(tl.where(exists, position, -1), axis=0)
     dim = tl.arange(0, wide_dim)
+    in_head = dim < head_dim
     if has_sinks:
         highest = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32)
         total = tl.full([rows], 1.0, tl.float32)
@@ -179,16 +196,24 @@ def join_spans(
         highest = tl.full([rows], _NOTHING, tl.float32)
         total = tl.zeros([rows], tl.float32)
     read = tl.zeros([rows, wide_dim], tl.float32)
-    for part in range(last // span + 1):
-        number = (tile.to(tl.int64) * num_kv_heads + kv_head) * num_spans + part
-        at = number * rows + tl.arange(0, rows)
-        their_highest = tl.load(partial_highest + at)
-        higher = tl.maximum(highest, their_highest)
+    number = (tile.to(tl.int64) * num_kv_heads + kv_head) * num_spans
+    # Of a row, spans that only others of its tile reach hold nothing, and add nothing.
+    for first in range(0, (last + span) // span, parts):
+        part = first + tl.arange(0, parts)
+        there = (part * span <= last)[:, None] & exists[None, :]
+        at = (number + part)[:, None] * tile_rows + in_tile[None, :]
+        their_highest = tl.load(partial_highest + at, mask=there, other=_NOTHING)
+        higher = tl.maximum(highest, tl.max(their_highest, axis=0))
         keep = tl.exp2((highest - higher) * _LOG2_E)
-        add = tl.exp2((their_highest - higher) * _LOG2_E)
-        total = total * keep + tl.load(partial_sum + at) * add
-        theirs = tl.load(partial_read + at[:, None] * wide_dim + dim[None, :])
-        read = read * keep[:, None] + theirs * add[:, None]
+        add = tl.exp2((their_highest - higher[None, :]) * _LOG2_E)
+        sums = tl.load(partial_sum + at, mask=there, other=0.0)
+        total = total * keep + tl.sum(sums * add, axis=0)
+        theirs = tl.load(
+            partial_read + at[:, :, None] * wide_dim + dim[None, None, :],
+            mask=there[:, :, None] & in_head[None, None, :],
+            other=0.0,
+        )
+        read = read * keep[:, None] + tl.sum(theirs * add[:, :, None], axis=0)
         highest = higher
     # Who sees nothing reads nothing.
     read = read / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -196,5 +221,5 @@ def join_spans(
     tl.store(
         output + to[:, None] + dim[None, :],
         read.to(output.dtype.element_ty),
-        mask=exists[:, None] & (dim < head_dim)[None, :],
+        mask=exists[:, None] & in_head[None, :],
     )

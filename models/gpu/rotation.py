@@ -41,10 +41,12 @@ def rotate_and_store(
         query: `[tokens, num_heads, head_dim]`; key, value: `[tokens, num_kv_heads, head_dim]`; the
             last axis is contiguous.
         cos, sin: `[tokens, half]`; not read where `half` is 0.
-        slots: int64 `[tokens]`.
+        slots: `[tokens]`; of a token whose slot is -1, nothing is rotated or written.
     """
     token, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
     block, within = slot // block_size, slot % block_size
     to = (
         pool
@@ -56,12 +58,12 @@ def rotate_and_store(
     dim = tl.arange(0, wide_dim)
     if head >= num_heads + num_kv_heads:
         kv_head = head - num_heads - num_kv_heads
-        row = tl.load(
+        values = tl.load(
             value + token.to(tl.int64) * value_token_stride + kv_head * value_head_stride + dim,
             mask=dim < head_dim,
         )
         to += (num_kv_heads + kv_head) * block_size * head_dim
-        tl.store(to + dim, row, mask=dim < head_dim)
+        tl.store(to + dim, values, mask=dim < head_dim)
     else:
         if head < num_heads:
             row = query + token.to(tl.int64) * query_token_stride + head * query_head_stride

@@ -1,4 +1,5 @@
-"""Attention in Triton (`models/gpu/attention.py`), which reads the cache where it lies."""
+"""Attention in Triton (`models/gpu/attention.py`), which reads the cache where it lies; whole
+prompts by torch's own, which reads each key once for many queries."""
 
 import functools
 import importlib.util
@@ -8,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.attention_metadata import GroupMetadata
+from models.attention_metadata import GroupMetadata, QueryTiles
 from models.config import MAX_WINDOW, HeadConfig
+from models.kernels.dense import attend
 from models.kv_cache import CachePart
 from models.scoring import Scoring
 
@@ -17,6 +19,11 @@ _MAX_HEAD_DIM = 256
 # Of a matrix product in Triton.
 _LEAST_ROWS = 16
 _LEAST_DIM = 16
+# Keys of one span for each key/value head, and at most.
+_SPAN_OF_HEAD = 128
+_MAX_SPAN = 512
+# Numbers that one program joins at once: what the registers of four warps hold with ease.
+_JOINED = 4096
 
 
 def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -42,20 +49,62 @@ def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def span_of(num_kv_heads: int) -> int:
+    """Keys of one span, where so many heads share the work."""
+    return min(_MAX_SPAN, _SPAN_OF_HEAD * num_kv_heads)
+
+
+def partial_bytes(heads: HeadConfig, batch: int, length: int) -> int:
+    """Bytes of what the spans of a step of decodes leave to be joined."""
+    rows = max(_LEAST_ROWS, heads.num_heads // heads.num_kv_heads)
+    spans = -(-length // span_of(heads.num_kv_heads))
+    numbers = max(_LEAST_DIM, heads.head_dim) + 2
+    return 4 * batch * heads.num_kv_heads * spans * rows * numbers
+
+
 def paged_attention(
     query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    whole = metadata.whole_prompts if _is_plain(scoring, metadata.max_length) else ()
+    for prompt in whole:  # torch's own is the fastest for them, once keys lie side by side
+        key, value = (
+            part[:, :, : prompt.whole_length] for part in cache.gather(prompt.block_tables)
+        )
+        read = attend(prompt.unpack(query), key, value, scoring, is_causal=True)
+        output[prompt.start : prompt.end] = read.transpose(1, 2).flatten(0, 1)
+    tiles = metadata.query_tiles(
+        query.shape[1] // len(cache.part.kv_heads), _LEAST_ROWS, whole_prompts=not whole
+    )
+    if len(tiles.seq):
+        _attend_tiles(output, query, cache, metadata, tiles, scoring)
+    return output
+
+
+def _is_plain(scoring: Scoring, length: int) -> bool:
+    """Whether torch's fused attention can say it."""
+    return scoring.is_plain(length) and scoring.softcap is None and scoring.sinks is None
+
+
+def _attend_tiles(
+    output: Tensor,
+    query: Tensor,
+    cache: CachePart,
+    metadata: GroupMetadata,
+    tiles: QueryTiles,
+    scoring: Scoring,
+) -> None:
     # Nothing but a GPU's own process needs Triton, and importing it takes a second.
     from triton import next_power_of_2
 
-    from models.gpu.attention import KEYS, SPAN, attend_spans, join_spans
+    from models.gpu.attention import KEYS, attend_spans, join_spans
 
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = len(cache.part.kv_heads)
     group = num_heads // num_kv_heads
     tables = metadata.block_tables
-    tiles = metadata.query_tiles(group, _LEAST_ROWS)
-    num_spans = -(-metadata.max_length // SPAN)
+    span = span_of(num_kv_heads)
+    num_spans = -(-metadata.max_length // span)
     rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
     shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
     partial_read = query.new_empty((*shape, wide_dim), dtype=torch.float32)
@@ -91,13 +140,14 @@ def paged_attention(
         wide_dim=wide_dim,
         rows=rows,
         keys=KEYS,
-        span=SPAN,
+        span=span,
         has_softcap=scoring.softcap is not None,
         has_slopes=scoring.alibi is not None,
         precision="ieee",
     )
-    output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    join_spans[shape[:2]](
+    parts = min(next_power_of_2(num_spans), max(1, _JOINED // wide_dim))
+    joined_rows = max(1, min(rows, _JOINED // (parts * wide_dim)))
+    join_spans[(*shape[:2], rows // joined_rows)](
         output,
         partial_read,
         partial_highest,
@@ -113,11 +163,12 @@ def paged_attention(
         group=group,
         head_dim=head_dim,
         wide_dim=wide_dim,
-        rows=rows,
-        span=SPAN,
+        tile_rows=rows,
+        rows=joined_rows,
+        parts=parts,
+        span=span,
         has_sinks=scoring.sinks is not None,
     )
-    return output
 
 
 def rotate_and_store(

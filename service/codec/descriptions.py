@@ -35,7 +35,7 @@ def model_description(engine: Engine) -> models_pb2.GetModelResponse:
         dtype=config.dtype,
         device=str(model.device),
         kv_bytes_per_token=engine.kv_bytes_per_token,
-        backend=model.kernel_name,
+        backend=engine.backend,
         kv_block_size=engine.config.block_size,
         kv_blocks_total=engine.kv_cache.num_pages,
         max_num_seqs=engine.config.max_num_seqs,

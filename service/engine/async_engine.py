@@ -9,6 +9,7 @@ slow down by the time of one call per token, and calls wait for one step each.
 
 import asyncio
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -16,7 +17,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TypeVar
 
-import structlog
 import torch
 
 from service.engine.commands import Abort, AbortAll, Add, Call, CallQueue, Command, Stop, Stream
@@ -32,7 +32,7 @@ from service.engine.sequence import FinishReason, SequenceOutput
 from service.engine.stats import EngineLoad
 
 T = TypeVar("T")
-log = structlog.get_logger()
+log = logging.getLogger(__name__)
 
 
 class AsyncEngine:

@@ -31,6 +31,8 @@ class EngineConfig:
         kv_cache_dtype: `int8` keeps keys and values as 8 bits, with a scale for each head and
             token; `auto` keeps them in `dtype`.
         device: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one.
+        cuda_graphs: on a GPU, record decode steps when the engine starts and launch each as one,
+            before the tokens of the step before are known to the host.
         num_threads: threads of one step on a CPU; None takes all cores.
     """
 
@@ -50,6 +52,7 @@ class EngineConfig:
     weight_dtype: Literal["auto", "int8"] = "auto"
     kv_cache_dtype: Literal["auto", "int8"] = "auto"
     device: str = "auto"
+    cuda_graphs: bool = True
     num_threads: int | None = None
 
     def __post_init__(self) -> None:

@@ -23,8 +23,14 @@ def ending_of(
             return FinishReason.STOP, token_id
         if token_id in eos_token_ids and not params.ignore_eos:
             return FinishReason.EOS, None
-    if params.max_tokens is not None and seq.num_output_tokens >= params.max_tokens:
-        return FinishReason.LENGTH, None
-    if seq.num_tokens >= max_len:
-        return FinishReason.CONTEXT_FULL, None
-    return None
+    length = length_ending(seq, seq.num_tokens, max_len=max_len)
+    return None if length is None else (length, None)
+
+
+def length_ending(seq: Sequence, num_tokens: int, *, max_len: int) -> FinishReason | None:
+    """Why a generation ends that has grown to so many tokens, whatever they are."""
+    params = seq.params
+    assert params is not None, "only generations sample"
+    if params.max_tokens is not None and num_tokens - seq.num_prompt_tokens >= params.max_tokens:
+        return FinishReason.LENGTH
+    return FinishReason.CONTEXT_FULL if num_tokens >= max_len else None

@@ -7,12 +7,14 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.gpu.decode_graphs import Capture
 from models.kv_cache import KVCache
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.errors import InvalidRequestError, Violation
+from service.engine.graphs import record_decodes
 from service.engine.kv_reads import KVReads
 from service.engine.memory import (
     block_groups,
@@ -20,7 +22,7 @@ from service.engine.memory import (
     num_blocks_for,
     served_config,
 )
-from service.engine.model_runner import ModelRunner
+from service.engine.model_runner import ModelRunner, RunningStep
 from service.engine.plan import StepPlan
 from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import Scheduler
@@ -30,6 +32,7 @@ from service.engine.sequence import (
     Pooling,
     Sequence,
     SequenceOutput,
+    SequenceStatus,
     TokenLogprobs,
 )
 from service.engine.stats import EngineLoad, StepStats
@@ -83,6 +86,7 @@ class Engine:
         on_step: told about every step.
         on_finish: told the end of every request, before its caller is.
         clock: monotonic seconds; deadlines and timings are measured with it.
+        capture: how decode steps are recorded; None is as CUDA graphs, on a GPU.
 
     Attributes:
         served_config: the model's configuration, with the types of its computation and cache.
@@ -97,6 +101,7 @@ class Engine:
         on_step: Callable[[StepStats], None] = lambda stats: None,
         on_finish: Callable[[Finish], None] = lambda finish: None,
         clock: Callable[[], float] = time.monotonic,
+        capture: Capture | None = None,
     ) -> None:
         check_supported(model.config, config)
         self.model_config = model.config
@@ -138,6 +143,10 @@ class Engine:
             weight_dtype=config.weight_dtype,
             batch_invariant=config.batch_invariant,
         )
+        self.model_runner.graphs = record_decodes(
+            model, self.kv_cache, config, self.max_model_len, capture
+        )
+        self._foreseen: RunningStep | None = None
         self._kv_reads = KVReads(self.served_config)
         self._tokenizer = tokenizer
         self._clock = clock
@@ -166,6 +175,12 @@ class Engine:
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV cache that a token takes until it leaves the window of any head."""
         return self.served_config.kv_bytes_per_token()
+
+    @property
+    def backend(self) -> str:
+        """What attends (see `Transformer.kernel_name`), and whether decode steps are recorded."""
+        name = self.model_runner.model.kernel_name
+        return name if self.model_runner.graphs is None else f"{name} (graphs)"
 
     @property
     def has_unfinished(self) -> bool:
@@ -215,13 +230,29 @@ class Engine:
         return self.scheduler.abort(seq_id, reason)
 
     def step(self) -> list[SequenceOutput]:
-        """Run one step for all requests; returns what is new for each."""
+        """Run one step for all requests; returns what is new for each.
+
+        Where decode steps are recorded, the next one is launched before the tokens of this one are
+        waited for, so that a GPU computes while the host delivers and plans.
+        """
         started = self._clock()
-        plan = self.scheduler.schedule()
-        results = self.model_runner.run(plan)
-        outputs = self.scheduler.update(plan, results)
-        self.on_step(self._stats(plan, self._clock() - started))
+        step = self._take_foreseen() or self.model_runner.launch(self.scheduler.schedule())
+        if self.model_runner.graphs is not None:
+            following = self.scheduler.foresee(step.plan)
+            if following is not None:
+                self._foreseen = self.model_runner.launch(following, after=step)
+        outputs = self.scheduler.update(step.plan, self.model_runner.collect(step))
+        self.on_step(self._stats(step.plan, self._clock() - started))
         return outputs
+
+    def _take_foreseen(self) -> RunningStep | None:
+        """The step that runs already; None if there is none, or nobody it is for any more."""
+        step, self._foreseen = self._foreseen, None
+        if step is None or all(
+            item.seq.status is SequenceStatus.FINISHED for item in step.plan.scheduled
+        ):
+            return None
+        return step
 
     def generate(
         self,

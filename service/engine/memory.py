@@ -8,6 +8,7 @@ import torch
 
 from models.checkpoints.loader import load_model
 from models.config import ModelConfig
+from models.gpu.decode_graphs import memory_bytes
 from models.kv_layout import KVLayout
 from models.transformer import Transformer
 from service.engine.config import EngineConfig
@@ -108,7 +109,10 @@ def num_blocks_for(model: Transformer, config: EngineConfig, max_model_len: int)
     if config.kv_cache_bytes is not None:
         num_blocks = config.kv_cache_bytes // per_block
     else:
-        num_blocks = min(useful, _memory_share(model.device) // per_block)
+        share = _memory_share(model.device)
+        if config.cuda_graphs and model.device.type == "cuda":
+            share -= memory_bytes(model, max_num_seqs=config.max_num_seqs, max_length=max_model_len)
+        num_blocks = min(useful, max(share, 0) // per_block)
     if num_blocks < len(groups):
         raise ValueError(f"the free memory holds no KV block of {len(groups) * per_block} bytes")
     return num_blocks

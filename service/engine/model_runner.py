@@ -2,23 +2,44 @@
 
 import itertools
 import math
+from array import array
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.attention_metadata import AttentionMetadata
 from models.cpu.linear import WeightDType
+from models.gpu.decode_graphs import Decode, DecodeGraphs
 from models.kv_cache import KVCache
-from models.sampler import SampledToken, SamplingRow, sample
+from models.sampler import Choice, SampledToken, SamplingRow, choose
+from models.transfer import Received, send
 from models.transformer import Transformer
 from service.engine.plan import ScheduledSequence, StepPlan, StepResult
-from service.engine.sequence import Pooling, Sequence, TokenLogprobs
+from service.engine.sequence import Pooling, SequenceStatus, TokenLogprobs
 
 # Rows of logits that exist at once while scoring: bounds memory for large vocabularies.
 _SCORING_ROWS = 128
 # Most rows of many a load: made once, since a row has more fields than it takes time to look at.
 _GREEDY = SamplingRow(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class RunningStep:
+    """A step that a device computes.
+
+    Attributes:
+        sampled: which of the planned sequences get a token, in the order of `choice`.
+        hidden: `[tokens, hidden]`, where more than tokens is asked for.
+        broken: whether each token's hidden state is not finite; None where `choice` tells.
+    """
+
+    plan: StepPlan
+    sampled: tuple[int, ...] = ()
+    choice: Choice | None = None
+    hidden: Tensor | None = None
+    broken: Received | None = None
 
 
 class ModelRunner:
@@ -32,58 +53,124 @@ class ModelRunner:
         eos_token_ids: frozenset[int],
         weight_dtype: WeightDType = "auto",
         batch_invariant: bool = False,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # Triton launches on the device of the thread
         model.pack_weights(weight_dtype, batch_invariant=batch_invariant)
         self.model = model
         self.kv_cache = kv_cache
+        self.graphs = graphs
         self._eos_token_ids = tuple(sorted(eos_token_ids))
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[StepResult]:
         """Compute the planned tokens; one result per scheduled sequence, in order."""
+        return self.collect(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, after: RunningStep | None = None) -> RunningStep:
+        """Begin to compute the planned tokens; on a GPU, without waiting for anything.
+
+        Args:
+            after: the step before, if the plan was foreseen from it.
+        """
         if not plan.scheduled:
-            return []
+            return RunningStep(plan)
+        if self.graphs is not None and all(
+            item.num_tokens == 1 and item.samples for item in plan.scheduled
+        ):
+            return self._launch_decodes(self.graphs, plan, after)
+        assert after is None, "only decodes are foreseen"
         input_ids, positions, metadata = self._build_batch(plan.scheduled)
         lengths = self._rope_lengths(plan.scheduled, positions)
         hidden = self.model(input_ids, positions, self.kv_cache, metadata, lengths)
-        failed_rows = self._clear_failed(hidden, metadata)
-        results = [StepResult()] * len(plan.scheduled)
-        last_rows: list[int] = []
-        sampled: list[int] = []
-        start = 0
-        for index, item in enumerate(plan.scheduled):
-            end = start + item.num_tokens
-            if failed_rows and any(start <= row < end for row in failed_rows):
-                results[index] = StepResult(failed=True)
-            elif item.samples:
-                last_rows.append(end - 1)
+        # 0 times what is not finite is no number.
+        broken = Received((hidden * 0).sum(dim=-1) != 0)
+        ends = itertools.accumulate(item.num_tokens for item in plan.scheduled)
+        sampled, last_rows = [], array("q")
+        for index, (item, end) in enumerate(zip(plan.scheduled, ends, strict=True)):
+            if item.samples:
                 sampled.append(index)
-            elif item.seq.pooling is not None:
-                results[index] = StepResult(pooled=_pool(item, hidden[start:end]))
-            elif item.seq.params is None:
-                scores = self._score(item, hidden[start:end])
-                results[index] = StepResult(
-                    prompt_logprobs=scores, failed=not all(map(math.isfinite, scores))
-                )
-            start = end
+                last_rows.append(end - 1)
+        choice = None
         if sampled:
-            logits = self.model.project_to_vocab(hidden[last_rows])
-            rows = [self._sampling_row(plan.scheduled[index].seq) for index in sampled]
-            for index, token in zip(sampled, sample(logits, rows), strict=True):
+            rows = send(torch.frombuffer(last_rows, dtype=torch.int64), hidden.device)
+            logits = self.model.project_to_vocab(hidden.index_select(0, rows))
+            choice = choose(logits, [self._sampling_row(plan.scheduled[at]) for at in sampled])
+        return RunningStep(plan, tuple(sampled), choice, hidden, broken)
+
+    def _launch_decodes(
+        self, graphs: DecodeGraphs, plan: StepPlan, after: RunningStep | None
+    ) -> RunningStep:
+        scheduled = plan.scheduled
+        before = None
+        if after is None:
+            tokens = [item.seq.token_ids[item.start] for item in scheduled]
+        else:
+            assert after.choice is not None, "a foreseen plan follows tokens"
+            before = after.choice.tokens
+            rows = {id(after.plan.scheduled[at].seq): row for row, at in enumerate(after.sampled)}
+            tokens = [rows[id(item.seq)] for item in scheduled]
+        decoded = graphs.run(
+            [
+                Decode(token, item.start, item.seq.block_tables)
+                for token, item in zip(tokens, scheduled, strict=True)
+            ],
+            before,
+        )
+        options = [self._sampling_row(item) for item in scheduled]
+        if all(row is _GREEDY for row in options):
+            choice = Choice.of(decoded.tokens)
+        else:
+            choice = choose(decoded.logits, options)
+        return RunningStep(plan, tuple(range(len(scheduled))), choice)
+
+    @torch.inference_mode()
+    def collect(self, step: RunningStep) -> list[StepResult]:
+        """What a step computed, as soon as it has; one result per scheduled sequence, in order."""
+        scheduled = step.plan.scheduled
+        results = [StepResult()] * len(scheduled)
+        if step.choice is not None:
+            for index, token in zip(step.sampled, step.choice.read(), strict=True):
                 results[index] = _result(token)
+        if step.broken is not None:
+            assert step.hidden is not None, "whose rows are broken"
+            (broken,) = step.broken.wait()
+            rows: list[bool] = broken.tolist()
+            start = 0
+            for index, item in enumerate(scheduled):
+                end = start + item.num_tokens
+                if any(rows[start:end]):
+                    results[index] = StepResult(failed=True)
+                elif item.seq.pooling is not None:
+                    results[index] = StepResult(pooled=_pool(item, step.hidden[start:end]))
+                elif item.seq.params is None:
+                    scores = self._score(item, step.hidden[start:end])
+                    results[index] = StepResult(
+                        prompt_logprobs=scores, failed=not all(map(math.isfinite, scores))
+                    )
+                start = end
+        self._clear_failed(scheduled, results)
         return results
 
-    def _clear_failed(self, hidden: Tensor, metadata: AttentionMetadata) -> list[int]:
-        """Rows whose hidden state is not finite; their cache slots are made finite again.
+    def _clear_failed(
+        self, scheduled: SequenceOf[ScheduledSequence], results: SequenceOf[StepResult]
+    ) -> None:
+        """Make the cache slots finite again of what failed.
 
-        A later owner of the block reads them under a mask, and 0 times NaN is NaN.
+        A later owner of the block reads them under a mask, and 0 times NaN is NaN. Whoever has
+        ended meanwhile has no blocks any more: their next owner may have written there already,
+        and steps are foreseen for kernels only that read nothing under a mask.
         """
-        # 0 times what is not finite is no number.
-        failed: list[int] = (hidden * 0).sum(dim=-1).nonzero().flatten().tolist()
+        failed = [
+            item
+            for item, result in zip(scheduled, results, strict=True)
+            if result.failed and item.seq.status is not SequenceStatus.FINISHED
+        ]
         if failed:
+            metadata = self._describe(failed)
             for part in itertools.chain(*self.kv_cache.layers):
-                part.clear(metadata.groups[part.part.group].slot_mapping[failed])
-        return failed
+                part.clear(metadata.groups[part.part.group].slot_mapping)
 
     def _rope_lengths(
         self, scheduled: SequenceOf[ScheduledSequence], positions: Tensor
@@ -93,10 +180,9 @@ class ModelRunner:
         if not self.model.config.rope_depends_on_length:
             return None
         shortest = torch.tensor(
-            [item.seq.min_rope_length for item in scheduled for _ in range(item.num_tokens)],
-            device=positions.device,
+            [item.seq.min_rope_length for item in scheduled for _ in range(item.num_tokens)]
         )
-        return torch.maximum(shortest, positions + 1)
+        return torch.maximum(send(shortest, positions.device), positions + 1)
 
     def _build_batch(
         self, scheduled: SequenceOf[ScheduledSequence]
@@ -104,28 +190,28 @@ class ModelRunner:
         input_ids: list[int] = []
         positions: list[int] = []
         for item in scheduled:
-            start = item.seq.num_computed_tokens
-            end = start + item.num_tokens
-            input_ids.extend(item.seq.token_ids[start:end])
-            positions.extend(range(start, end))
+            input_ids.extend(item.seq.token_ids[item.start : item.end])
+            positions.extend(range(item.start, item.end))
         device = self.model.device
-        metadata = AttentionMetadata.build(
+        return (
+            send(torch.tensor(input_ids, dtype=torch.int64), device),
+            send(torch.tensor(positions, dtype=torch.int64), device),
+            self._describe(scheduled),
+        )
+
+    def _describe(self, scheduled: SequenceOf[ScheduledSequence]) -> AttentionMetadata:
+        return AttentionMetadata.build(
             block_tables=[item.seq.block_tables for item in scheduled],
-            num_computed_tokens=[item.seq.num_computed_tokens for item in scheduled],
+            num_computed_tokens=[item.start for item in scheduled],
             num_new_tokens=[item.num_tokens for item in scheduled],
             block_size=self.kv_cache.block_size,
-            device=device,
+            device=self.model.device,
             tokens_per_gather=self.kv_cache.tokens_per_gather,
-        )
-        return (
-            torch.tensor(input_ids, dtype=torch.int64, device=device),
-            torch.tensor(positions, dtype=torch.int64, device=device),
-            metadata,
         )
 
     def _score(self, item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
         """Log-probability of each token that follows one of the computed ones."""
-        start = item.seq.num_computed_tokens + 1
+        start = item.start + 1
         targets = item.seq.token_ids[start : start + item.num_tokens]
         logprobs: list[float] = []
         for first in range(0, len(targets), _SCORING_ROWS):
@@ -136,13 +222,14 @@ class ModelRunner:
             logprobs.extend(scores.gather(1, chosen[:, None]).squeeze(1).tolist())
         return tuple(logprobs)
 
-    def _sampling_row(self, seq: Sequence) -> SamplingRow:
-        params = seq.params
+    def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:
+        seq, params = item.seq, item.seq.params
         assert params is not None, "only generations sample"
-        if params.is_plainly_greedy and seq.num_output_tokens >= params.min_tokens:
+        num_output_tokens = seq.num_output_tokens + item.num_unknown
+        if params.is_plainly_greedy and num_output_tokens >= params.min_tokens:
             return _GREEDY
         suppressed: tuple[int, ...] = ()
-        if seq.num_output_tokens < params.min_tokens:
+        if num_output_tokens < params.min_tokens:
             suppressed = params.stop_token_ids
             if not params.ignore_eos:
                 suppressed += self._eos_token_ids
@@ -160,13 +247,10 @@ class ModelRunner:
             prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens]
             if params.repetition_penalty != 1.0
             else (),
-            output_token_ids=seq.token_ids[seq.num_prompt_tokens :]
-            if _uses_output(params.repetition_penalty, params.presence_penalty,
-                            params.frequency_penalty)
-            else (),
+            output_token_ids=seq.token_ids[seq.num_prompt_tokens :] if params.uses_output else (),
             uniform=0.0 if seq.rng is None else seq.rng.random(),
             num_logprobs=params.logprobs,
-        )  # fmt: skip
+        )
 
 
 def _pool(item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
@@ -175,17 +259,13 @@ def _pool(item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
     match seq.pooling:
         case Pooling.MEAN:
             pooled = hidden.double().sum(dim=0) / seq.num_tokens
-        case Pooling.FIRST if seq.num_computed_tokens == 0:
+        case Pooling.FIRST if item.start == 0:
             pooled = hidden[0]
-        case Pooling.LAST if item.num_tokens == seq.num_uncomputed_tokens:
+        case Pooling.LAST if item.end == seq.num_tokens:
             pooled = hidden[-1]
         case _:
             return ()
     return tuple(pooled.tolist())
-
-
-def _uses_output(repetition: float, presence: float, frequency: float) -> bool:
-    return repetition != 1.0 or presence != 0.0 or frequency != 0.0
 
 
 def _result(token: SampledToken) -> StepResult:

@@ -29,7 +29,12 @@ class ScheduledSequence(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether the step computes the sequence's last token, so that a new one follows."""
-        return self.seq.params is not None and self.num_tokens == self.seq.num_uncomputed_tokens
+        return self.seq.params is not None and self.end >= self.seq.num_tokens
+
+    @property
+    def num_unknown(self) -> int:
+        """Tokens that a step before chooses and that the host does not know yet: 1, or none."""
+        return max(self.end - self.seq.num_tokens, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,15 @@ class SamplingParams:
             and not (self.logit_bias or self.allowed_token_ids)
         )
 
+    @property
+    def uses_output(self) -> bool:
+        """Whether a token's chances are edited for the tokens that were chosen before it."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
+
     def max_kv_tokens(self, num_prompt_tokens: int) -> int:
         """Cache slots that a request takes at most, as far as that is known in advance."""
         # The last token is never read back.

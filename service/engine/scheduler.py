@@ -12,7 +12,7 @@ from collections.abc import Sequence as SequenceOf
 
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
-from service.engine.endings import ending_of
+from service.engine.endings import ending_of, length_ending
 from service.engine.errors import NeverFitsError, QueueFullError
 from service.engine.plan import ScheduledSequence, StepPlan, StepResult
 from service.engine.sampling_params import SamplingParams
@@ -69,6 +69,8 @@ class Scheduler:
         self._on_finish = on_finish
         self._clock = clock
         self._by_id: dict[int, Sequence] = {}
+        # Whether something may be admitted that the last plan did not admit.
+        self._has_changed = False
         # The last token of a request needs no slot.
         self._capacity = block_manager.max_tokens(max_model_len, config.max_num_batched_tokens)
         self._max_len = min(max_model_len, self._capacity + 1)
@@ -111,6 +113,7 @@ class Scheduler:
         if not self.has_room_for(seq.num_tokens):
             raise QueueFullError(unit="tokens", limit=self._config.max_waiting_tokens)
         self._by_id[seq.seq_id] = seq
+        self._has_changed = True
         self.waiting.push(seq)
 
     def abort(self, seq_id: int, reason: FinishReason) -> SequenceOutput | None:
@@ -149,9 +152,41 @@ class Scheduler:
             num_tokens = min(admitted.num_uncomputed_tokens, budget)
             scheduled.append(ScheduledSequence(admitted, num_tokens, admitted.num_computed_tokens))
             budget -= num_tokens
+        self._has_changed = len(self.running) < self._config.max_num_seqs and (
+            budget == 0 or num_preempted > 0
+        )
         # Decodes of like length side by side: they are gathered together, padded to the longest.
         scheduled.sort(key=lambda item: item.seq.num_tokens if item.num_tokens == 1 else math.inf)
         return StepPlan(tuple(scheduled), tuple(expired), num_preempted)
+
+    def foresee(self, plan: StepPlan) -> StepPlan | None:
+        """The step after one whose tokens are not known yet; takes blocks for it.
+
+        It goes on with every sequence that does not surely end. One that turns out to have ended,
+        or is aborted, is computed in vain: `update` skips it. Its blocks may be another's by then,
+        but only in steps that a device does later.
+
+        Returns:
+            None where tokens or listeners have to be waited for: `schedule` decides then.
+        """
+        running = [item for item in plan.scheduled if item.seq.status is SequenceStatus.RUNNING]
+        if (
+            not all(item.samples for item in running)
+            or len(running) < len(self.running)
+            or (self.waiting and self._has_changed)
+            or self._overdue()
+        ):
+            return None
+        following: list[ScheduledSequence] = []
+        for item in running:
+            seq, params = item.seq, item.seq.params
+            if length_ending(seq, item.end + 1, max_len=self._max_len) is not None:
+                continue
+            assert params is not None, "only generations sample"
+            if params.uses_output or not self.block_manager.grow(seq, item.end + 1):
+                return None
+            following.append(ScheduledSequence(seq, 1, item.end))
+        return StepPlan(tuple(following), (), 0) if following else None
 
     def update(self, plan: StepPlan, results: SequenceOf[StepResult]) -> list[SequenceOutput]:
         """Record what a step computed; returns what is new for each sequence."""
@@ -160,6 +195,8 @@ class Scheduler:
         outputs = list(plan.expired)
         for item, result in zip(plan.scheduled, results, strict=True):
             seq, samples = item.seq, item.samples
+            if seq.status is SequenceStatus.FINISHED:  # since the step was foreseen
+                continue
             assert seq.status is SequenceStatus.RUNNING, "only running sequences are planned"
             if result.failed:
                 outputs.append(self._end(seq, FinishReason.ERROR))
@@ -198,13 +235,14 @@ class Scheduler:
                 held = len(table) * self.block_manager.block_size
                 assert seq.num_computed_tokens <= held, "computed tokens without blocks"
 
-    def _expire(self) -> list[SequenceOutput]:
+    def _overdue(self) -> list[Sequence]:
         now = self._clock()
         return [
-            self._end(seq, FinishReason.DEADLINE)
-            for seq in list(self._by_id.values())
-            if seq.deadline is not None and seq.deadline <= now
+            seq for seq in self._by_id.values() if seq.deadline is not None and seq.deadline <= now
         ]
+
+    def _expire(self) -> list[SequenceOutput]:
+        return [self._end(seq, FinishReason.DEADLINE) for seq in self._overdue()]
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> int:
         """Preempt from the end of the order until a running sequence has grown, itself at the last.
@@ -278,6 +316,7 @@ class Scheduler:
         else:
             self.waiting.remove(seq)
         del self._by_id[seq.seq_id]
+        self._has_changed = True
         finish = seq.finish(reason, self._clock(), matched_stop)
         self._on_finish(finish)
         return SequenceOutput(

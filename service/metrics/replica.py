@@ -126,7 +126,7 @@ def _facts(engine: Engine) -> Iterator[Metric]:
             "weight_dtype": engine.config.weight_dtype,
             "kv_cache_dtype": config.kv_cache_dtype,
             "device": str(model.device),
-            "backend": model.kernel_name,
+            "backend": engine.backend,
             "attention": _joined(heads.kind for heads in layers),
             "num_layers": str(config.num_layers),
             "num_heads": _joined(heads.num_heads for heads in layers),

@@ -8,8 +8,9 @@ import torch
 
 from models.config import HeadConfig
 from models.kernels import KernelName
+from models.gpu.decode_graphs import memory_bytes
 from models.kv_cache import KVCache
-from models.transformer import random_model
+from models.transformer import Transformer, random_model
 from service.engine import memory
 from service.engine.config import EngineConfig
 from service.engine.memory import (
@@ -109,6 +110,27 @@ def test_blocks_take_a_part_of_the_free_memory_only(monkeypatch: pytest.MonkeyPa
     free_memory(monkeypatch, 400 * 16 * BYTES_PER_TOKEN)
     num_blocks = num_blocks_for(tiny_model(), EngineConfig(max_num_seqs=64), 1000)
     assert 0 < num_blocks <= 200
+
+
+def test_on_a_gpu_recorded_steps_have_their_memory_beside_the_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(Transformer, "device", property(lambda self: gpu))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
+    model = tiny_model()
+    all_of_it, the_rest = (
+        num_blocks_for(
+            model,
+            EngineConfig(max_num_seqs=512, block_size=4, cuda_graphs=graphs),
+            10**4,
+        )
+        for graphs in (False, True)
+    )
+    per_block = 4 * BYTES_PER_TOKEN
+    assert all_of_it == int(0.85 * 10**9) // per_block
+    recorded = memory_bytes(model, max_num_seqs=512, max_length=10**4)
+    assert the_rest == (int(0.85 * 10**9) - recorded) // per_block
 
 
 def test_no_free_memory_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Log lines: one for each RPC, readable by machines, and without a word of prompts or answers."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_lines_below_the_level_are_not_written(capsys: pytest.CaptureFixture[str
     log.warning("large", size=3)
     (line,) = lines(capsys)
     assert (line["event"], line["size"], line["level"]) == ("large", 3, "warning")
+
+
+def test_lines_of_the_engine_are_among_them(capsys: pytest.CaptureFixture[str]) -> None:
+    configure_logs("json", "info")
+    log = logging.getLogger("service.engine.anything")
+    log.debug("not seen")
+    log.info("so many: %d", 3)
+    try:
+        raise ValueError("wrong")
+    except ValueError:
+        log.exception("engine failed")
+    first, second = lines(capsys)
+    assert (first["event"], first["level"]) == ("so many: 3", "info")
+    assert (second["event"], second["level"]) == ("engine failed", "error")
+    assert second["exception"][0]["exc_value"] == "wrong"
 
 
 def test_a_callers_mistake_is_no_error_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:

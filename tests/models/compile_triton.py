@@ -1,0 +1,87 @@
+"""Compiles the kernels in Triton for a GPU, without one, as they are called.
+
+    python -m tests.models.compile_triton
+
+Prints a line for each kernel and kind of heads. Needs a process in which Triton does not interpret.
+"""
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from models.attention_metadata import AttentionMetadata
+from models.config import HeadConfig
+from models.kernels import paged_triton
+from models.kv_cache import KVCache
+from models.positions import Alibi
+from models.scoring import Scoring
+from tests.models import tiny
+
+HOPPER = GPUTarget("cuda", 90, 32)
+_TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def _type_of(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _compile(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: int) -> None:
+    """In place of a launch."""
+    signature = {name: _type_of(value) for name, value in zip(kernel.arg_names, args, strict=False)}
+    signature |= dict.fromkeys(kwargs, "constexpr")
+    source = triton.compiler.ASTSource(kernel, signature, kwargs)
+    compiled = triton.compile(source, target=HOPPER)
+    print(kernel.__name__, "mma" if "mma" in compiled.asm["ptx"] else "-", flush=True)
+
+
+def compile_for(
+    heads: HeadConfig, scoring: Scoring, dtype: torch.dtype, num_new_tokens: list[int]
+) -> None:
+    config = tiny.llama(layers=(heads,))
+    cpu = torch.device("cpu")
+    cache = KVCache(config, num_pages=1, block_size=16, dtype=dtype, device=cpu)
+    metadata = AttentionMetadata.build(
+        block_tables=[[[0]]] * len(num_new_tokens),
+        num_computed_tokens=[0] * len(num_new_tokens),
+        num_new_tokens=num_new_tokens,
+        block_size=16,
+        device=cpu,
+    )
+    count = sum(num_new_tokens)
+    query = torch.zeros(count, heads.num_heads, heads.head_dim, dtype=dtype)
+    key = torch.zeros(count, heads.num_kv_heads, heads.head_dim, dtype=dtype)
+    angles = torch.zeros(count, 1, heads.head_dim // 2, dtype=dtype)
+    part = cache.layers[0][0]
+    paged_triton.rotate_and_store(
+        query,
+        key,
+        key,
+        None if scoring.alibi else (angles, angles),
+        part.pool,
+        metadata.groups[0].slot_mapping,
+        part.places,
+        interleaved=scoring.softcap is not None,
+    )
+    paged_triton.paged_attention(query, part, metadata.groups[0], scoring)
+
+
+if __name__ == "__main__":
+    JITFunction.run = _compile
+    compile_for(HeadConfig(20, 1, 64), Scoring(0.125), torch.bfloat16, [1, 1])
+    compile_for(
+        HeadConfig(4, 2, 80),
+        Scoring(0.125, window=(3, None, 5, 7), softcap=30.0, sinks=torch.zeros(4)),
+        torch.float16,
+        [1, 9],
+    )
+    slopes = Scoring(0.125, alibi=Alibi((0.5, 0.25)))
+    compile_for(HeadConfig(2, 2, 16), slopes, torch.float32, [1])
