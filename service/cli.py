@@ -53,6 +53,6 @@ app.command(
 )(plan)
 app.command(epilog="Example: headroom sweep --heads 12 --kv-heads 12,4,1 --clients 1,8,32")(sweep)
 app.command(epilog="Example: headroom token alice --scope generate --days 90 >> tokens.yaml")(token)
-app.command("train-demo", epilog="Example: headroom train-demo --minutes 25 --output models/demo")(
+app.command("train-demo", epilog="Example: headroom train-demo --tokens 6 --output models/demo/mha")(
     train_demo
 )
