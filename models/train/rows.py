@@ -10,7 +10,7 @@ from torch import Tensor
 from models.train.tokenizer import BOS, SPECIAL_TOKENS
 
 IGNORED = -100  # cross_entropy leaves such targets out
-REPEAT_SHARE = 0.08
+REPEAT_SHARE = 0.10
 NEEDLE_SHARE = 0.02
 _MIN_PERIOD, _MAX_PERIOD = 16, 256
 _NUM_NEEDLES = 4

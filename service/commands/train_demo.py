@@ -2,7 +2,6 @@
 
 import shlex
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +12,8 @@ from models.errors import ModelError
 from service.console import err, fail, out
 
 if TYPE_CHECKING:
+    from models.train.config import TrainConfig
+    from models.train.demo import DemoPaths
     from models.train.trainer import TrainProgress
 
 _CACHE = Path("~/.cache/headroom/corpus")
@@ -104,7 +105,7 @@ def train_demo(
                 paths,
                 texts,
                 config,
-                command=shlex.join(["headroom", *sys.argv[1:]]),
+                command=_command(config, paths, minimal=minimal),
                 on_step=show,
                 should_stop=lambda: stopped,
                 device=device,
@@ -114,6 +115,29 @@ def train_demo(
     if bpb is None:
         fail(f"interrupted; the state is in {paths.work}, and the same command goes on", code=130)
     out.print(f"{output}: {bpb:.3f} bits per byte on held-out files")
+
+
+def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str:
+    """What makes the model again; where packages and state lie does not matter to it."""
+    parts = ["headroom", "train-demo", "--output", str(paths.output)]
+    parts += ["--tokens", f"{config.num_tokens / 1e6:g}"]
+    parts += ["--learning-rate", f"{config.learning_rate:g}", "--seed", str(config.seed)]
+    if paths.start is not None:
+        parts += ["--start", str(paths.start)]
+    for option, value in (
+        ("--head-dropout", config.head_dropout),
+        ("--head-diversity", config.head_diversity),
+    ):
+        if value:
+            parts += [option, f"{value:g}"]
+    for option, is_on in (
+        ("--minimal", minimal),
+        ("--head-temperature", config.head_temperature),
+        ("--recompute", config.recompute),
+    ):
+        if is_on:
+            parts.append(option)
+    return shlex.join(parts)
 
 
 def _duration(seconds: float) -> str:
