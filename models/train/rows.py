@@ -71,8 +71,9 @@ class Rows:
         questions = [self._ids(f"\nkey {key} is") for key in keys]
         answers = [self._ids(f" {_VALUES[value]}") for value in values]
         needles = [question + answer for question, answer in zip(questions, answers, strict=True)]
+        line_end = self._ids("\n")
         order = torch.randperm(_NUM_NEEDLES, generator=generator).tolist()
-        room = seq_len + 1 - 2 * sum(map(len, needles))
+        room = seq_len + 1 - 2 * sum(map(len, needles)) - _NUM_NEEDLES * len(line_end)
         if room < _NUM_NEEDLES + 1:  # rows of tests are short
             ids = self._text(seq_len + 1, generator)
             return ids, torch.ones(seq_len + 1, dtype=torch.bool)
@@ -80,7 +81,7 @@ class Rows:
         cuts = sorted(torch.randint(1, room + 1, (_NUM_NEEDLES,), generator=generator).tolist())
         ids_list: list[int] = hay[: cuts[0]]
         for needle, start, end in zip(needles, cuts, [*cuts[1:], room], strict=True):
-            ids_list += needle + hay[start:end]
+            ids_list += needle + line_end + hay[start:end]
         known = [False] * len(ids_list)
         for index in order:
             ids_list += needles[index]
