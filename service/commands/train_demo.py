@@ -2,6 +2,8 @@
 
 import shlex
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -57,16 +59,6 @@ def train_demo(
     from models.train.demo import DemoPaths, make_demo
     from models.train.sources import SOURCES, STANDARD_LIBRARY
 
-    stopped = False
-
-    def stop(_signal: int, _frame: object) -> None:
-        nonlocal stopped
-        if stopped:  # the second time it is meant
-            raise KeyboardInterrupt
-        stopped = True
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     paths = DemoPaths(output, work or output.with_name(f"{output.name}.training"), start)
     columns = (
         TextColumn("{task.description}"),
@@ -85,7 +77,7 @@ def train_demo(
         )
         sources = (STANDARD_LIBRARY,) if minimal else SOURCES
         texts = build_corpus(corpus.expanduser(), sources)
-        with Progress(*columns, console=err) as progress:
+        with Progress(*columns, console=err) as progress, _stop_signal() as should_stop:
             task = progress.add_task("training", total=config.num_steps, state="")
 
             def show(now: "TrainProgress") -> None:
@@ -107,7 +99,7 @@ def train_demo(
                 config,
                 command=_command(config, paths, minimal=minimal),
                 on_step=show,
-                should_stop=lambda: stopped,
+                should_stop=should_stop,
                 device=device,
             )
     except ModelError as error:
@@ -115,6 +107,29 @@ def train_demo(
     if bpb is None:
         fail(f"interrupted; the state is in {paths.work}, and the same command goes on", code=130)
     out.print(f"{output}: {bpb:.3f} bits per byte on held-out files")
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; the second one ends the process as usual."""
+    stopped = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(_signal: int, _frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield lambda: stopped
+    finally:
+        restore()
 
 
 def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str:
