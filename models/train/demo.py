@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -85,7 +86,8 @@ def make_demo(
 
     Raises:
         CheckpointError, ConfigError: the model to start from cannot be loaded.
-        TrainingError: `paths.work` belongs to another training; see `train` too.
+        TrainingError: `paths.work` belongs to another training, or a directory cannot be written
+            to; see `train` too.
     """
     tokenizer, tokens, validation = _prepare(paths, corpus)
     model = _first_model(paths, tokenizer, config.seed, device)
@@ -100,15 +102,20 @@ def make_demo(
     )
     if points is None:
         return None
-    # Half the size; config.json says float32, which is what computes everywhere.
-    save_model(model, paths.output, stored_as=torch.bfloat16)
-    tokenizer.save(str(paths.output / "tokenizer.json"))
-    described = json.dumps(corpus.describe(), indent=2) + "\n"
-    (paths.output / "corpus.json").write_text(described, encoding="utf-8")
-    curve = loss_curve(points, f"{paths.output.name}: losses while it was trained")
-    (paths.output / "loss.svg").write_text(curve, encoding="utf-8")
-    measured = measure(load_model(paths.output, device=device), tokenizer, corpus)
-    write_card(paths.output, config, points, measured, corpus, command, paths.start)
+    try:
+        # Half the size; config.json says float32, which is what computes everywhere.
+        save_model(model, paths.output, stored_as=torch.bfloat16)
+        tokenizer.save(str(paths.output / "tokenizer.json"))
+        described = json.dumps(corpus.describe(), indent=2) + "\n"
+        (paths.output / "corpus.json").write_text(described, encoding="utf-8")
+        curve = loss_curve(points, f"{paths.output.name}: losses while it was trained")
+        (paths.output / "loss.svg").write_text(curve, encoding="utf-8")
+        measured = measure(load_model(paths.output, device=device), tokenizer, corpus)
+        write_card(paths.output, config, points, measured, corpus, command, paths.start)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{paths.output} cannot be written to: {error}; what was learned is in {paths.work}"
+        ) from error
     return measured.bits_per_byte
 
 

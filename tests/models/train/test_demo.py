@@ -141,3 +141,12 @@ def test_the_demo_has_the_size_that_it_claims() -> None:
         model = Transformer(demo_config())
     assert model.num_parameters == pytest.approx(5.07e6, rel=0.01)
     assert model.config.layers[0].kind == "mha"
+
+
+def test_an_output_that_cannot_be_written_to_loses_nothing(made: Made, tmp_path: Path) -> None:
+    paths = DemoPaths(tmp_path / "small", tmp_path / "work")
+    paths.output.write_text("a file")
+    with pytest.raises(TrainingError, match=r"small cannot be written to: .*learned is in .*work"):
+        make(paths)
+    paths.output.unlink()
+    assert make(paths) == made[1]
