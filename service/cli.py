@@ -57,6 +57,6 @@ app.command(epilog="Example: headroom token alice --scope generate --days 90 >> 
 app.command(
     epilog="Example: headroom convert --model ./llama-1b --kv-heads 4 --output ./llama-1b-gqa4"
 )(convert)
-app.command("train-demo", epilog="Example: headroom train-demo --tokens 6 --output models/demo/mha")(
-    train_demo
-)
+app.command(
+    "train-demo", epilog="Example: headroom train-demo --tokens 6 --output models/demo/mha"
+)(train_demo)

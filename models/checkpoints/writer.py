@@ -36,7 +36,9 @@ def save_model(
     fields = _llama_fields(model.config.replace(dtype=dtype))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    tensors = {name: tensor.to(stored_as or model.dtype) for name, tensor in _tensors(model).items()}
+    tensors = {
+        name: tensor.to(stored_as or model.dtype) for name, tensor in _tensors(model).items()
+    }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 

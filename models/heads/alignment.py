@@ -19,7 +19,9 @@ from models.heads.weights import HeadWeights
 _NUM_ROUNDS = 10
 
 
-def align(weights: HeadWeights, groups: list[list[int]], gram: Tensor, heads: HeadConfig) -> HeadWeights:
+def align(
+    weights: HeadWeights, groups: list[list[int]], gram: Tensor, heads: HeadConfig
+) -> HeadWeights:
     """The same heads in other bases: those of a group as near to their mean as they can be
     (generalised Procrustes, Gower 1975)."""
     query, key, value = weights.query.clone(), weights.key.clone(), weights.value.clone()

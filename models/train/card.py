@@ -139,8 +139,8 @@ download; it knows little and must not be used for anything else.
 | context | {context} tokens; trained on rows of {seq_len}, at the end of {final_seq_len} |
 | tokenizer | byte-level BPE, {vocab} tokens, `<bos>` 0, `<eos>` 1, `<pad>` 2 |
 | training | {tokens:.2f} M tokens in {steps} steps of {batch}, {minutes:.0f} minutes, seed {seed} |
-| recipe | AdamW (0.9, 0.95), weight decay {decay}, peak rate {rate:g}, cosine to a tenth, clip 1.0 |
-| heads' options | head dropout {dropout:g}, head diversity {diversity:g}, temperature {temperature} |
+| recipe | AdamW (0.9, 0.95), weight decay {decay}, rate {rate:g}, cosine to a tenth, clip 1.0 |
+| options of heads | dropout {dropout:g}, diversity {diversity:g}, temperature {temperature} |
 | mixed in | {repeats:.0%} of rows are random tokens that repeat, {needles:.0%} keys in text |
 | loss at the end | {loss:.3f} nats per token, validation {validation:.3f} |
 
@@ -233,7 +233,9 @@ def write_card(
         needles=NEEDLE_SHARE,
         loss=points[-1].loss,
         validation=points[-1].validation_loss,
-        by_source="\n".join(f"| of it {n} | {bits:.3f} |" for n, bits in measured.by_source.items()),
+        by_source="\n".join(
+            f"| of it {n} | {bits:.3f} |" for n, bits in measured.by_source.items()
+        ),
         **measured.compressors,
         xz_after=measured.xz_after_training,
         gate=_gate(measured),

@@ -14,11 +14,11 @@ from torch import Tensor
 from models.checkpoints.loader import load_model
 from models.checkpoints.writer import save_model
 from models.config import HeadConfig, ModelConfig
-from models.errors import CheckpointError, TrainingError
+from models.errors import CheckpointError, CorpusError, TrainingError
 from models.positions import RopeConfig
 from models.train.card import measure, write_card
 from models.train.config import TrainConfig
-from models.train.corpus import Corpus, Part
+from models.train.corpus import PARTS, Corpus, Part
 from models.train.curve import loss_curve
 from models.train.evaluate import validation_rows
 from models.train.rows import Rows
@@ -85,6 +85,7 @@ def make_demo(
         command: what makes the model again, for the card.
 
     Raises:
+        CorpusError: a part of the corpus is empty.
         CheckpointError, ConfigError: the model to start from cannot be loaded.
         TrainingError: `paths.work` belongs to another training, or a directory cannot be written
             to; see `train` too.
@@ -119,9 +120,7 @@ def make_demo(
     return measured.bits_per_byte
 
 
-def _first_model(
-    paths: DemoPaths, tokenizer: Tokenizer, seed: int, device: str
-) -> Transformer:
+def _first_model(paths: DemoPaths, tokenizer: Tokenizer, seed: int, device: str) -> Transformer:
     if paths.start is None:
         config = demo_config(tokenizer.get_vocab_size()).replace(name=paths.output.name)
         return random_model(config, seed=seed, device=device)
@@ -139,6 +138,9 @@ def _prepare(paths: DemoPaths, corpus: Corpus) -> tuple[Tokenizer, Tensor, Tenso
             f"the text is not the one that the training in {paths.work} began with; allowed: the "
             "same packages, Python version and start, or another directory"
         )
+    for part in PARTS:
+        if not corpus.texts(part):
+            raise CorpusError(f"no document of the corpus is in the part {part!r}; add some")
     if recorded.exists():
         tokens = load_file(tokens_file)
         return Tokenizer.from_file(str(tokenizer_file)), tokens["train"], tokens["validation"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from models.cpu.library import has_feature
 from models.errors import ConfigError, TrainingError
 from models.heads.metrics import repeat_losses
 from models.train.config import TrainConfig
@@ -71,9 +72,7 @@ def train(
     with head_temperatures(model) if config.head_temperature else nullcontext():
         model.train().requires_grad_(True)
         try:
-            return _train(
-                model, rows, validation, config, state_file, on_step, should_stop
-            )
+            return _train(model, rows, validation, config, state_file, on_step, should_stop)
         finally:
             model.eval().requires_grad_(False)
 
@@ -202,4 +201,4 @@ def _optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return device.type != "cpu" or has_feature("avx512_bf16")

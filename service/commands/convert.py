@@ -138,9 +138,7 @@ def _report(
         return
     out.print(f"heads   {original.head_label} -> {config.head_label}")
     out.print(f"kv      {before:,} -> {after:,} bytes per token, {1 - after / before:.0%} less")
-    out.print(
-        f"loss    {fidelity.original_loss:.4f} -> {fidelity.changed_loss:.4f} nats per token"
-    )
+    out.print(f"loss    {fidelity.original_loss:.4f} -> {fidelity.changed_loss:.4f} nats per token")
     out.print(f"kl      {fidelity.kl:.4f} nats, same first choice {fidelity.agreement:.1%}")
     if is_ready:
         out.print(f"ready   {output}")

@@ -21,7 +21,7 @@ TEXT = "the cat sat on the mat; the dog — größer — lay on the log.\n" * 40
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small corpus and model in place of those that take hours."""
     documents = tuple(
-        Document(STANDARD_LIBRARY.name, f"{index}.py", TEXT[index:]) for index in range(130)
+        Document(STANDARD_LIBRARY.name, f"{index}.py", TEXT[index:]) for index in range(200)
     )
     monkeypatch.setattr(
         corpus, "build_corpus", lambda cache, sources: Corpus((STANDARD_LIBRARY,), documents)

@@ -49,7 +49,9 @@ def hide(model: Transformer, *, turned: bool = True) -> tuple[Transformer, list[
         order = torch.randperm(NUM_HEADS, generator=generator)
         query = weights.query.flatten(0, 1)[order]
         output = weights.output.flatten(0, 1)[order]
-        key, value = (w.repeat_interleave(group, dim=0)[order] for w in (weights.key, weights.value))
+        key, value = (
+            w.repeat_interleave(group, dim=0)[order] for w in (weights.key, weights.value)
+        )
         if turned:
             for head in range(NUM_HEADS):
                 turn, basis = random_turn(attention.heads, generator), orthogonal(8, generator)

@@ -18,7 +18,9 @@ def test_sums_over_all_tokens() -> None:
     ]
     targets = torch.cat([ids[:, 1:].flatten() for ids in batches])
     found = compare(one, other, batches)
-    assert found.original_loss == pytest.approx(float(-logs[0][range(20), targets].mean()), rel=1e-5)
+    assert found.original_loss == pytest.approx(
+        float(-logs[0][range(20), targets].mean()), rel=1e-5
+    )
     assert found.changed_loss == pytest.approx(float(-logs[1][range(20), targets].mean()), rel=1e-5)
     kl = (logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1).mean()
     assert found.kl == pytest.approx(float(kl), rel=1e-4)

@@ -35,8 +35,7 @@ chmod +x "$1/usr/bin/bible"
 mkdir -p "$1/usr/share/wordnet"
 cd "$1/usr/share/wordnet"
 echo '  1 This software and database is provided' > data.adv
-echo '00019900 02 r 02 con_brio 0 with_fire 1 001 ;c 07020895 n 0000 | with liveliness or spirit  ' \
-  >> data.adv
+echo '00019900 02 r 02 con_brio 0 with_fire 1 000 | with liveliness or spirit  ' >> data.adv
 for part in adj noun verb; do : > data.$part; done
 """,
 }

@@ -9,7 +9,10 @@ from models.train.config import TrainConfig
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_tokens": 1000}, "batch_tokens is 1000; allowed: a multiple of 256 and 1024 tokens"),
+        (
+            {"batch_tokens": 1000},
+            "batch_tokens is 1000; allowed: a multiple of 256 and 1024 tokens",
+        ),
         ({"num_tokens": 100}, "num_tokens is 100; allowed: 1024 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; allowed: a finite number above 0"),
         ({"head_dropout": 1.0}, "head_dropout is 1.0; allowed: 0 or more, below 1"),

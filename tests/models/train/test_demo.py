@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from models import load_model
 from models.checkpoints.loader import check_checkpoint
-from models.errors import CheckpointError, TrainingError
+from models.errors import CheckpointError, CorpusError, TrainingError
 from models.tokenizer import Tokenizer
 from models.train import demo as demo_module
 from models.train.config import TrainConfig
@@ -37,12 +37,16 @@ def _small_model() -> object:
         patch.setattr(
             demo_module,
             "demo_config",
-            lambda size: tiny.llama(vocab_size=size, max_position_embeddings=64, eos_token_ids=(1,)),
+            lambda size: tiny.llama(
+                vocab_size=size, max_position_embeddings=64, eos_token_ids=(1,)
+            ),
         )
         yield
 
 
-def make(paths: DemoPaths, *, corpus: Corpus = CORPUS, num_steps: int | None = None) -> float | None:
+def make(
+    paths: DemoPaths, *, corpus: Corpus = CORPUS, num_steps: int | None = None
+) -> float | None:
     steps: list[int] = []
     return make_demo(
         paths,
@@ -123,6 +127,15 @@ def test_another_text_is_refused(tmp_path: Path) -> None:
         make(paths, corpus=other)
 
 
+def test_a_corpus_without_a_part_is_refused(tmp_path: Path) -> None:
+    train_only = tuple(d for d in CORPUS.documents if d.part == "train")
+    with pytest.raises(CorpusError, match="no document of the corpus is in the part 'validation'"):
+        make(
+            DemoPaths(tmp_path / "small", tmp_path / "work"),
+            corpus=Corpus(CORPUS.sources, train_only),
+        )
+
+
 def test_a_model_can_go_on_from_another(made: Made, tmp_path: Path) -> None:
     directory, bpb = made
     further = make(DemoPaths(tmp_path / "further", tmp_path / "work", start=directory))
@@ -130,7 +143,9 @@ def test_a_model_can_go_on_from_another(made: Made, tmp_path: Path) -> None:
     assert further < bpb
     card = (tmp_path / "further/MODEL_CARD.md").read_text(encoding="utf-8")
     assert "was made of `small` and then has read python-standard-library" in card
-    tokenizers = [(path / "tokenizer.json").read_text() for path in (directory, tmp_path / "further")]
+    tokenizers = [
+        (path / "tokenizer.json").read_text() for path in (directory, tmp_path / "further")
+    ]
     assert tokenizers[0] == tokenizers[1]
     with pytest.raises(CheckpointError, match=r"none/tokenizer\.json is missing"):
         make(DemoPaths(tmp_path / "third", tmp_path / "work 3", start=tmp_path / "none"))

@@ -1,4 +1,4 @@
-"""Training learns, is decided by its seed, and goes on after an interruption as if there were none."""
+"""Training learns, is decided by its seed, and goes on as if it had not been interrupted."""
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.errors import ConfigError, TrainingError
 from models.train.config import TrainConfig
+from models.train.head_options import HeadSimilarity
 from models.train.rows import Rows
 from models.train.state import Point
 from models.train.tokenizer import encode_documents, train_tokenizer
@@ -142,6 +143,17 @@ def test_running_layers_again_changes_nothing(rows: Rows, tmp_path: Path) -> Non
     kept, *_ = learn(rows, tmp_path / "kept", config)
     again, *_ = learn(rows, tmp_path / "again", dataclasses.replace(config, recompute=True))
     assert equal(kept, again)
+
+
+def test_heads_can_be_pulled_apart(rows: Rows, tmp_path: Path) -> None:
+    means = []
+    for diversity in (0.0, 1.0):
+        config = dataclasses.replace(QUICK, head_diversity=diversity)
+        model, *_ = learn(rows, tmp_path / str(diversity), config)
+        similarity = HeadSimilarity()
+        model.forward_dense(validation_of(rows), edit=similarity)
+        means.append(float(similarity.mean))
+    assert means[1] < means[0] - 0.05
 
 
 def test_the_rate_warms_up_and_ends_at_a_tenth(
