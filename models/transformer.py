@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import Attention
 from models.attention_metadata import AttentionMetadata
 from models.config import ModelConfig
 from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
@@ -254,6 +255,11 @@ class Transformer(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits `[batch, tokens, vocab]`, float32, of int64 `[batch, tokens]`; uses no cache."""
         return self.project_to_vocab(self.forward_dense(input_ids))
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention modules, layer by layer."""
+        return [layer.attention for layer in self._decoder_layers]
 
     @property
     def _decoder_layers(self) -> Iterable[DecoderLayer]:

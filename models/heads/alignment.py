@@ -44,7 +44,8 @@ def nearest_orthogonal(cross: Tensor) -> Tensor:
     """The orthogonal R `[d, d]` that brings R·y nearest to x, where `cross` is the sum of x·yᵀ
     (Schönemann 1966)."""
     left, _, right = torch.linalg.svd(cross)
-    return left @ right
+    nearest: Tensor = left @ right
+    return nearest
 
 
 def key_turn(cross: Tensor, heads: HeadConfig) -> Tensor:

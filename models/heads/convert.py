@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from models.config import HeadConfig, ModelConfig
-from models.decoder_layer import DecoderLayer
 from models.errors import ConfigError
 from models.heads.alignment import align, similarity
 from models.heads.grouping import contiguous_groups, similar_groups
@@ -73,7 +72,7 @@ def convert(
             all_groups.append([[head] for head in range(count)])
             continue
         changed.append(index)
-        attention = cast(DecoderLayer, model.layers[index]).attention
+        attention = model.attentions[index]
         weights, gram = HeadWeights.of(attention), grams[index]
         groups = contiguous_groups(heads.num_kv_heads, count)
         if regroup:

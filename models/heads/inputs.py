@@ -1,11 +1,10 @@
 """What the heads of a model see: inputs, queries, keys, values and weights of each layer."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from models.decoder_layer import DecoderLayer
 from models.kernels import reference
 from models.transformer import Transformer
 
@@ -35,8 +34,7 @@ def head_inputs(model: Transformer, input_ids: Tensor) -> list[HeadInputs]:
         hidden, before = arguments
         seen.append(hidden if before is None else before(hidden))
 
-    layers = [cast(DecoderLayer, layer) for layer in model.layers]
-    handles = [layer.attention.qkv.register_forward_pre_hook(watch) for layer in layers]
+    handles = [each.qkv.register_forward_pre_hook(watch) for each in model.attentions]
     try:
         model.forward_dense(input_ids)
     finally:
@@ -45,12 +43,12 @@ def head_inputs(model: Transformer, input_ids: Tensor) -> list[HeadInputs]:
     positions = torch.arange(num_tokens, device=input_ids.device).repeat(batch)
     lengths = torch.full_like(positions, num_tokens)
     inputs: list[HeadInputs] = []
-    for layer, hidden in zip(layers, seen, strict=True):
-        rope = layer.attention.heads.rope
+    for attention, hidden in zip(model.attentions, seen, strict=True):
+        rope = attention.heads.rope
         rotation = None if rope is None else model.rotation(rope, positions, lengths)
         query, key, value = (
             part.unflatten(0, (batch, num_tokens)).transpose(1, 2)
-            for part in layer.attention.project(hidden, rotation)
+            for part in attention.project(hidden, rotation)
         )
         inputs.append(HeadInputs(hidden.unflatten(0, (batch, num_tokens)), query, key, value))
     return inputs
@@ -64,8 +62,8 @@ def attention_weights(model: Transformer, input_ids: Tensor) -> list[Tensor]:
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     weights: list[Tensor] = []
-    for layer, inputs in zip(model.layers, head_inputs(model, input_ids), strict=True):
-        scoring = cast(DecoderLayer, layer).attention.scoring
+    for attention, inputs in zip(model.attentions, head_inputs(model, input_ids), strict=True):
+        scoring = attention.scoring
         attended = reference.attend(
             inputs.query,
             inputs.key,

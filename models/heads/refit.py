@@ -1,12 +1,10 @@
 """Output projections for heads that have changed."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from models.decoder_layer import DecoderLayer
 from models.heads.inputs import head_inputs
 from models.transformer import Transformer
 
@@ -34,9 +32,7 @@ def refit_outputs(
         lengths = torch.full_like(positions, num_tokens)
         inputs = head_inputs(original, ids)
         for index in layers:
-            old, new = (
-                cast(DecoderLayer, model.layers[index]).attention for model in (original, changed)
-            )
+            old, new = original.attentions[index], changed.attentions[index]
             hidden = inputs[index].hidden.flatten(0, 1)
             rope = old.heads.rope
             rotation = None if rope is None else original.rotation(rope, positions, lengths)
@@ -56,6 +52,4 @@ def refit_outputs(
         gram = grams[index]
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype).to(gram)
         change = torch.linalg.solve(gram + ridge, errors[index])
-        cast(DecoderLayer, changed.layers[index]).attention.output.weight += change.T.to(
-            changed.dtype
-        )
+        changed.attentions[index].output.weight += change.T.to(changed.dtype)

@@ -17,7 +17,7 @@ _LINES = (
 def loss_curve(points: Sequence[Point], title: str) -> str:
     """An SVG: losses in nats per token over steps, from 0 up to the highest one."""
     last = max(point.step for point in points)
-    highest = math.ceil(max(getattr(p, field) for p in points for field, _, _ in _LINES))
+    highest: int = math.ceil(max(getattr(p, field) for p in points for field, _, _ in _LINES))
     width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
     def x(step: float) -> float:

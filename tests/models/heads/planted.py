@@ -27,7 +27,7 @@ def grouped_model(config: ModelConfig, *, dtype: torch.dtype = torch.float32) ->
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if name.endswith("qkv.weight"):
-            parameter *= 2.0
+            parameter.mul_(2.0)
         elif name.endswith("bias"):
             parameter.normal_(0.0, 0.3, generator=generator)
     return model
@@ -42,8 +42,7 @@ def hide(model: Transformer, *, turned: bool = True) -> tuple[Transformer, list[
     )
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     copies: list[list[list[int]]] = []
-    for index, layer in enumerate(model.layers):
-        attention = layer.attention
+    for index, attention in enumerate(model.attentions):
         weights = HeadWeights.of(attention)
         group = attention.heads.num_queries_per_kv
         order = torch.randperm(NUM_HEADS, generator=generator)
@@ -74,7 +73,8 @@ def hide(model: Transformer, *, turned: bool = True) -> tuple[Transformer, list[
 
 def orthogonal(size: int, generator: torch.Generator) -> Tensor:
     matrix = torch.randn(size, size, dtype=torch.float64, generator=generator)
-    return torch.linalg.qr(matrix).Q
+    basis: Tensor = torch.linalg.qr(matrix).Q
+    return basis
 
 
 def random_turn(heads: HeadConfig, generator: torch.Generator) -> Tensor:

@@ -76,8 +76,7 @@ def test_the_same_number_is_the_same_model() -> None:
 def test_alignment_alone_changes_nothing(name: str) -> None:
     model, _ = hide(grouped_model(SHAPES[name].replace(dtype="float64"), dtype=torch.float64))
     state = model.state_dict()
-    for index, layer in enumerate(model.layers):
-        attention = layer.attention
+    for index, attention in enumerate(model.attentions):
         hidden = head_inputs(model, BATCHES[0])[index].hidden.flatten(0, 1)
         if attention.qkv.bias is not None:
             hidden = torch.cat((hidden, torch.ones(len(hidden), 1)), dim=1)
@@ -96,7 +95,7 @@ def test_alignment_alone_changes_nothing(name: str) -> None:
 def test_more_heads_and_more_work_lose_less() -> None:
     model = grouped_model(shape(num_kv_heads=NUM_HEADS))
     losses = {
-        name: compare(model, convert(model, count, BATCHES, **how).model, BATCHES).kl  # type: ignore[arg-type]
+        name: compare(model, convert(model, count, BATCHES, **how).model, BATCHES).kl
         for name, count, how in (
             ("6", 6, {}),
             ("3", 3, {}),
@@ -121,8 +120,7 @@ def test_refitting_cannot_be_worse_on_the_calibration_text() -> None:
         assert rope is not None
         rotation = model.rotation(rope, torch.arange(24).repeat(4))
         outputs = [
-            m.layers[0].attention.forward_dense(inputs.flatten(0, 1), rotation, 4)
-            for m in (model, found)
+            m.attentions[0].forward_dense(inputs.flatten(0, 1), rotation, 4) for m in (model, found)
         ]
         errors[refit] = float((outputs[0] - outputs[1]).square().mean())
     assert errors[True] < 0.9 * errors[False]
@@ -133,18 +131,19 @@ def test_layers_may_differ() -> None:
     found = convert(model, [3, 6], BATCHES)
     assert [heads.num_kv_heads for heads in found.model.config.layers] == [3, 6]
     assert found.model.config.kv_bytes_per_token() == 9 / 12 * model.config.kv_bytes_per_token()
-    weights = [m.layers[1].attention.qkv.weight for m in (model, found.model)]
-    assert torch.equal(*weights)
+    one, other = (m.attentions[1].qkv.weight for m in (model, found.model))
+    assert torch.equal(one, other)
 
 
 def test_sinks_and_temperatures_move_with_their_heads() -> None:
     config = shape(learned_sinks=True, temperature=(0.5, 0.8, 1.0, 1.2, 1.5, 2.0), num_kv_heads=6)
     model = grouped_model(config)
     generator = torch.Generator().manual_seed(0)
-    for layer in model.layers:
-        layer.attention.sinks.normal_(generator=generator)
+    for attention in model.attentions:
+        assert attention.sinks is not None
+        attention.sinks.normal_(generator=generator)
         # Heads in pairs whose members are far apart.
-        key, value = layer.attention.qkv.weight.split(48)[1:]
+        key, value = attention.qkv.weight.split(48)[1:]
         key[24:], value[24:] = key[:24].clone(), value[:24].clone()
     found = convert(model, 3, BATCHES, refit=False)
     assert found.groups == [[[0, 3], [1, 4], [2, 5]]] * 2

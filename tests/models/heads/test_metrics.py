@@ -70,10 +70,10 @@ def test_weights_are_those_of_each_head_alone(model: Transformer, ids: Tensor) -
     rope = model.config.layers[0].rope
     assert rope is not None
     rotation = model.rotation(rope, torch.arange(ids.shape[1]))
-    for layer, seen, of_layer in zip(model.layers, inputs, weights, strict=True):
+    for attention, seen, of_layer in zip(model.attentions, inputs, weights, strict=True):
         assert of_layer.sum(dim=-1).sub(1).abs().max() <= 1e-6
         for row in range(len(ids)):
-            split = split_attention(layer.attention, seen.hidden[row], rotation)
+            split = split_attention(attention, seen.hidden[row], rotation)
             assert (split.weights - of_layer[row]).abs().max() <= 1e-6
 
 
@@ -99,6 +99,6 @@ def test_an_ablated_head_is_one_whose_output_columns_are_zero(
     ablated = repeat_losses(model, ids, [(0, 1), (1, 3), (0, 2)])
     zeroed = random_model(model.config, seed=0).requires_grad_(False)
     for layer, head in ((0, 1), (1, 3), (0, 2)):
-        zeroed.layers[layer].attention.output.weight[:, 8 * head : 8 * head + 8] = 0.0
+        zeroed.attentions[layer].output.weight[:, 8 * head : 8 * head + 8] = 0.0
     assert ablated == pytest.approx(repeat_losses(zeroed, ids), abs=1e-6)
     assert ablated != pytest.approx(repeat_losses(model, ids), abs=1e-4)
