@@ -21,7 +21,7 @@ tools:  ## programs that tests run: Prometheus, Chromium
 	tests/install-tools.sh
 
 test: install tools  ## all tests; those that measure times come last, one after the other
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone"
 	$(BIN)/python -m pytest -m alone
 
 lint: install node_modules/.installed  ## format, style, types, layers, protos
