@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from models.config import HeadConfig
-from models.kernels import KernelName
 from models.gpu.decode_graphs import memory_bytes
+from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.transformer import Transformer, random_model
 from service.engine import memory
