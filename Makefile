@@ -10,7 +10,7 @@ install: $(VENV)/.installed  ## a virtual environment with everything
 
 $(VENV)/.installed: requirements.lock pyproject.toml setup.py $(wildcard models/cpu/*.cpp models/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -74,8 +74,15 @@ parity: install  ## compare every family with transformers; writes docs/parity.m
 mutations: install  ## break the code on purpose, expect red tests; writes docs/mutations.md
 	$(BIN)/python -m tests.mutations
 
-demo: install  ## train the bundled model again
-	$(BIN)/headroom train-demo --output models/demo
+demo: install  ## train the bundled models again: hours on processors; goes on where it stopped
+	$(BIN)/headroom train-demo --output models/demo/mha
+	for heads in gqa:2 mqa:1; do \
+	  name=$${heads%:*}; merged=models/demo/$$name.merged; \
+	  test -f $$merged/config.json || $(BIN)/headroom convert \
+	    --model models/demo/mha --kv-heads $${heads#*:} --output $$merged || exit 1; \
+	  $(BIN)/headroom train-demo --start $$merged --tokens 0.3 --learning-rate 5e-4 \
+	    --output models/demo/$$name || exit 1; \
+	done
 
 image:  ## the container image; TARGET=cpu, loadtests or cuda
 	deploy/docker/build.sh $(or $(TARGET),cpu)

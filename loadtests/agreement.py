@@ -27,7 +27,8 @@ from loadtests.options import DEFAULT_TARGET
 from loadtests.run import LoadError, run_load
 from loadtests.workload import Workload
 from service.bench import machine
-from service.client import Client, HeadroomError
+from service.client import HeadroomError
+from service.commands.connection import TlsCa, TlsCert, TlsKey, TokenFile, connect
 from service.console import err, fail, out
 
 RESULTS = Path(__file__).parent / "results"
@@ -82,17 +83,29 @@ def main(
     requests: Annotated[int, typer.Option(help="Of each run.")] = 48,
     prompt: Annotated[str, typer.Option(help="Lengths.")] = "fixed:32",
     output: Annotated[str, typer.Option(help="Lengths.")] = "fixed:32",
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     results: Annotated[Path, typer.Option(help="Where the result files go.")] = RESULTS,
 ) -> None:
     """Run both clients in turn, and compare what they saw."""
     try:
         spec = LoadSpec(
-            target, Workload.parse(prompt, output), users, application, num_requests=requests
+            target,
+            Workload.parse(prompt, output),
+            users,
+            application,
+            num_requests=requests,
+            token_file=token_file,
+            tls_ca=tls_ca,
+            tls_client_cert=tls_cert,
+            tls_client_key=tls_key,
         )
     except ValueError as error:
         fail(str(error), code=2)
     try:
-        with Client(target, application=application) as client:
+        with connect(target, application, token_file, tls_ca, tls_cert, tls_key) as client:
             model = client.get_model()
         runs = measure(spec, rounds)
     except (HeadroomError, LoadError) as error:

@@ -15,6 +15,7 @@ from loadtests.run import LoadError, locust_command, run_load
 from loadtests.stages import Shape
 from loadtests.tables import stage_table, summary_table
 from loadtests.workload import Workload
+from service.commands.connection import TlsCa, TlsCert, TlsKey, TokenFile
 from service.console import err, fail, out
 
 _FAILED, _CLIENT_BOUND = 1, 3
@@ -38,13 +39,10 @@ def _command(
     shape: Annotated[Shape, typer.Option(help="Of the load over --seconds.")] = "steady",
     processes: Annotated[int, typer.Option(help="Of the load generator.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds until a client gives up.")] = 600.0,
-    token_file: Annotated[
-        str | None,
-        typer.Option(help="Holds the bearer token. [default: the variable HEADROOM_TOKEN]"),
-    ] = None,
-    tls_ca: Annotated[
-        str | None, typer.Option(help="Certificates of who vouches for the server, for TLS.")
-    ] = None,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     samples: Annotated[
         Path | None, typer.Option(help="File for one line per request, gzip JSON lines.")
     ] = None,
@@ -73,6 +71,8 @@ def _command(
             timeout=timeout,
             token_file=token_file,
             tls_ca=tls_ca,
+            tls_client_cert=tls_cert,
+            tls_client_key=tls_key,
         )
         if not web and requests is None and seconds is None:
             raise ValueError("requests and seconds are missing; allowed: at least one of them")

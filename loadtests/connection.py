@@ -1,7 +1,6 @@
 """How load clients reach a server: whom they trust, and what each of their calls carries."""
 
 import os
-from pathlib import Path
 
 import grpc
 
@@ -20,7 +19,7 @@ def metadata(spec: LoadSpec) -> tuple[tuple[str, str], ...]:
     """
     token = os.environ.get("HEADROOM_TOKEN")
     if spec.token_file is not None:
-        token = Path(spec.token_file).read_text(encoding="utf-8").strip()
+        token = spec.token_file.read_text(encoding="utf-8").strip()
     application = (("application", spec.application),)
     return application if token is None else (*application, ("authorization", f"Bearer {token}"))
 
@@ -31,17 +30,25 @@ def open_channel(spec: LoadSpec) -> grpc.Channel:
     Raises:
         OSError: the file of certificates cannot be read.
     """
-    if spec.tls_ca is None:
+    credentials = _credentials(spec)
+    if credentials is None:
         return grpc.insecure_channel(spec.target, options=_OPTIONS)
-    return grpc.secure_channel(spec.target, _trusting(spec.tls_ca), options=_OPTIONS)
+    return grpc.secure_channel(spec.target, credentials, options=_OPTIONS)
 
 
 def open_async_channel(spec: LoadSpec) -> grpc.aio.Channel:
     """The same for an event loop."""
-    if spec.tls_ca is None:
+    credentials = _credentials(spec)
+    if credentials is None:
         return grpc.aio.insecure_channel(spec.target, options=_OPTIONS)
-    return grpc.aio.secure_channel(spec.target, _trusting(spec.tls_ca), options=_OPTIONS)
+    return grpc.aio.secure_channel(spec.target, credentials, options=_OPTIONS)
 
 
-def _trusting(tls_ca: str) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(Path(tls_ca).read_bytes())
+def _credentials(spec: LoadSpec) -> grpc.ChannelCredentials | None:
+    if spec.tls_ca is None:
+        return None
+    key, certificate = (
+        None if path is None else path.read_bytes()
+        for path in (spec.tls_client_key, spec.tls_client_cert)
+    )
+    return grpc.ssl_channel_credentials(spec.tls_ca.read_bytes(), key, certificate)

@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from loadtests.stages import SHAPES, Shape, Stage, stages
 from loadtests.workload import Workload
@@ -30,6 +31,7 @@ class LoadSpec:
         timeout: seconds after which the client gives a request up.
         token_file: holds the bearer token; without it, the variable HEADROOM_TOKEN may.
         tls_ca: certificates (PEM) of who vouches for the server, whose connections are then TLS.
+        tls_client_cert, tls_client_key: the clients' certificate and its key (PEM), for mTLS.
     """
 
     target: str
@@ -42,8 +44,10 @@ class LoadSpec:
     shape: Shape = "steady"
     processes: int = 1
     timeout: float = 600.0
-    token_file: str | None = None
-    tls_ca: str | None = None
+    token_file: Path | None = None
+    tls_ca: Path | None = None
+    tls_client_cert: Path | None = None
+    tls_client_key: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError, with one line for each field that is wrong."""
@@ -62,6 +66,11 @@ class LoadSpec:
                 ("token_file", self.token_file, "a file that can be read",
                  _is_readable(self.token_file)),
                 ("tls_ca", self.tls_ca, "a file that can be read", _is_readable(self.tls_ca)),
+                ("tls_client_cert", self.tls_client_cert,
+                 "a file that can be read, with tls_client_key and tls_ca",
+                 _is_readable(self.tls_client_cert) and self._is_whole_tls),
+                ("tls_client_key", self.tls_client_key, "a file that can be read",
+                 _is_readable(self.tls_client_key)),
                 ("shape", repr(self.shape), ", ".join(SHAPES), self.shape in SHAPES),
                 ("shape", repr(self.shape), "steady, unless seconds are given",
                  self.shape == "steady" or self.seconds is not None),
@@ -72,12 +81,17 @@ class LoadSpec:
             raise ValueError("\n".join(wrong))
 
     @property
+    def _is_whole_tls(self) -> bool:
+        own = (self.tls_client_cert, self.tls_client_key)
+        return own == (None, None) or None not in (*own, self.tls_ca)
+
+    @property
     def stages(self) -> list[Stage]:
         """The load over time."""
         return stages(self.shape, self.rate or self.users, self.seconds or math.inf)
 
 
-def _is_readable(path: str | None) -> bool:
+def _is_readable(path: Path | None) -> bool:
     return path is None or os.access(path, os.R_OK)
 
 

@@ -14,13 +14,16 @@ _IDLE_SECONDS = 300.0
 class LoadWatch:
     """Asks GetLoad ten times a second, between `with` and its end.
 
+    Args:
+        client: of the server; it stays open.
+
     Attributes:
         max_waiting: most requests that waited at once.
     """
 
-    def __init__(self, target: str, application: str) -> None:
+    def __init__(self, client: Client) -> None:
         self.max_waiting = 0
-        self._client = Client(target, application=application)
+        self._client = client
         self._idle_since: float | None = None
         self._changed = threading.Condition()
         self._stopped = threading.Event()
@@ -38,7 +41,6 @@ class LoadWatch:
     ) -> None:
         self._stopped.set()
         self._thread.join()
-        self._client.close()
 
     def wait_until_idle(self, after: float) -> float:
         """When the server had nothing to do, at that moment or later, in seconds since 1970.

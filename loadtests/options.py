@@ -2,6 +2,7 @@
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from loadtests.load import LoadSpec
@@ -11,6 +12,13 @@ from loadtests.workload import Workload
 DEFAULT_TARGET = "127.0.0.1:9000"
 # Of options that mean "no limit"; locust's web page knows no empty numbers.
 _OFF = 0
+# Fields of the spec that name files; an empty option is none.
+_FILES = {
+    "token_file": "File that holds the bearer token; else the variable HEADROOM_TOKEN.",
+    "tls_ca": "Certificates (PEM) of who vouches for the server; it is TLS then.",
+    "tls_client_cert": "The clients' certificate (PEM), for mTLS.",
+    "tls_client_key": "Its key (PEM).",
+}
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -33,11 +41,8 @@ def add_options(parser: ArgumentParser) -> None:
         "--shape", default="steady", choices=SHAPES, help="Of the load over the seconds.",
         include_in_web_ui=False,
     )  # fmt: skip
-    for name, text in (
-        ("--token-file", "File that holds the bearer token; else the variable HEADROOM_TOKEN."),
-        ("--tls-ca", "Certificates (PEM) of who vouches for the server; it is TLS then."),
-    ):
-        add(name, default="", help=text, include_in_web_ui=False)
+    for field, text in _FILES.items():
+        add(f"--{field.replace('_', '-')}", default="", help=text, include_in_web_ui=False)
     add("--timeout", type=float, default=600.0, help="Seconds until a client gives up.")
     add(
         "--samples", default="", help="File for one line per request, gzip JSON lines.",
@@ -63,8 +68,7 @@ def to_options(spec: LoadSpec) -> list[str]:
         "seconds": spec.seconds or _OFF,
         "shape": spec.shape,
         "timeout": spec.timeout,
-        "token-file": spec.token_file or "",
-        "tls-ca": spec.tls_ca or "",
+        **{field.replace("_", "-"): getattr(spec, field) or "" for field in _FILES},
     }
     processes = [f"--processes={spec.processes}"] if spec.processes > 1 else []
     return [f"--{name}={value}" for name, value in values.items()] + processes
@@ -89,6 +93,5 @@ def from_options(options: Namespace, *, target: str) -> LoadSpec:
         shape=options.shape,
         processes=options.processes or 1,
         timeout=options.timeout,
-        token_file=options.token_file or None,
-        tls_ca=options.tls_ca or None,
+        **{field: Path(value) for field in _FILES if (value := getattr(options, field))},
     )

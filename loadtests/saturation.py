@@ -32,6 +32,7 @@ from loadtests.summary import summarize_stage
 from loadtests.workload import Workload
 from service.bench import machine
 from service.client import Client, HeadroomError
+from service.commands.connection import TlsCa, TlsCert, TlsKey, TokenFile, connect
 from service.console import err, fail, out
 
 RESULTS = Path(__file__).parent / "results" / "saturation"
@@ -118,9 +119,8 @@ class Saturation:
 
 
 def saturate(
-    target: str,
-    application: str,
-    workload: Workload,
+    client: Client,
+    base: LoadSpec,
     *,
     max_waiting: int,
     ramp_seconds: float,
@@ -129,19 +129,21 @@ def saturate(
 ) -> Saturation:
     """Run the scenario.
 
+    Args:
+        client: of the same server, for questions.
+        base: where the server is, and what each request asks.
+
     Raises:
         LoadError: locust failed.
         HeadroomError: the server does not say what it serves.
         RuntimeError: the server served nothing, or was still busy long after the load.
     """
-    with Client(target, application=application) as client:
-        model = client.get_model()
+    model = client.get_model()
     task = progress.add_task("", total=5)
 
     def load(description: str, users: int, path: Path | None = None, **fields: Any) -> LoadSummary:
         progress.update(task, description=description)
-        spec = LoadSpec(target, workload, users, application, **fields)
-        summary = run_load(spec, path)
+        summary = run_load(dataclasses.replace(base, users=users, **fields), path)
         progress.advance(task)
         return summary
 
@@ -156,7 +158,7 @@ def saturate(
         if not sustained.served_per_s:
             raise RuntimeError("the server ended no request of the ramp")
         rate = OVERLOAD * sustained.served_per_s
-        with LoadWatch(target, application) as watch:
+        with LoadWatch(client) as watch:
             overload = load("overload", users, path, rate=rate, seconds=overload_seconds)
             end = overload.began + overload_seconds
             recovered = watch.wait_until_idle(after=end)
@@ -201,20 +203,35 @@ def main(
     ramp_seconds: Annotated[float, typer.Option(min=1)] = 60.0,
     overload_seconds: Annotated[float, typer.Option(min=1)] = 60.0,
     seed: Annotated[int, typer.Option()] = 0,
+    token_file: TokenFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
     results: Annotated[Path, typer.Option(help="Where the result files go.")] = RESULTS,
 ) -> None:
     """Find the sustainable rate, offer twice as much, and check what the service does."""
     try:
-        workload = Workload.parse(prompt, output, seed=seed)
+        base = LoadSpec(
+            target,
+            Workload.parse(prompt, output, seed=seed),
+            users=1,
+            application=application,
+            token_file=token_file,
+            tls_ca=tls_ca,
+            tls_client_cert=tls_cert,
+            tls_client_key=tls_key,
+        )
         server_settings = yaml.safe_load(settings.read_text()) if settings else None
     except (ValueError, yaml.YAMLError) as error:
         fail(str(error), code=2)
     try:
-        with Progress(console=err, disable=not err.is_terminal) as progress:
+        with (
+            connect(target, application, token_file, tls_ca, tls_cert, tls_key) as client,
+            Progress(console=err, disable=not err.is_terminal) as progress,
+        ):
             found = saturate(
-                target,
-                application,
-                workload,
+                client,
+                base,
                 max_waiting=max_waiting,
                 ramp_seconds=ramp_seconds,
                 overload_seconds=overload_seconds,

@@ -222,8 +222,14 @@ class Attention(nn.Module):
         batch: int,
         before: BeforeLinear | None = None,
         residual: Tensor | None = None,
+        edit: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The same without a cache; `hidden` is `[batch * tokens, hidden]`, of equal lengths."""
+        """The same without a cache; `hidden` is `[batch * tokens, hidden]`, of equal lengths.
+
+        Args:
+            edit: is done to what the heads read, `[batch, heads, tokens, head_dim]`, before the
+                output projection.
+        """
         query, key, value = (
             part.unflatten(0, (batch, -1)).transpose(1, 2)
             for part in self.project(hidden, rotation, before)
@@ -241,5 +247,7 @@ class Attention(nn.Module):
                 visible=scoring.visible(positions, positions),
                 bias=scoring.bias(positions),
             )
+        if edit is not None:
+            attended = edit(attended)
         attended = attended.transpose(1, 2).flatten(0, 1).flatten(-2)
         return self.output(attended, None, residual)  # type: ignore[no-any-return]

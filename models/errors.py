@@ -6,7 +6,9 @@ ModelError
 │   ├── ShapeError     their shapes do not fit each other, or only after a transposition
 │   └── MaskError      a mask has another shape, type or polarity than it must have
 ├── CheckpointError    the files do not hold the model that the configuration describes
-└── TokenizerError     the tokenizer is missing, unreadable or does not belong to the model
+├── TokenizerError     the tokenizer is missing, unreadable or does not belong to the model
+├── CorpusError        text to train on is missing, or is not what was recorded
+└── TrainingError      a training cannot begin, go on, or be kept
 """
 
 
@@ -56,6 +58,14 @@ class CheckpointError(ModelError):
 
 class TokenizerError(ModelError):
     """The tokenizer is missing, unreadable, or does not fit the model."""
+
+
+class CorpusError(ModelError):
+    """Text to train on is missing, or is not what was recorded."""
+
+
+class TrainingError(ModelError):
+    """A training cannot begin, go on, or be kept."""
 
 
 def _message(field: str, found: str, allowed: str, meant: str | None) -> str:

@@ -1,12 +1,15 @@
 """The model: embed, run the layers, project to the vocabulary."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
 
+from models.attention import Attention
 from models.attention_metadata import AttentionMetadata
 from models.config import ModelConfig
 from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
@@ -20,6 +23,8 @@ from models.positions import RopeConfig
 from models.rope import rotation
 
 Rotations = dict[RopeConfig | None, tuple[Tensor, Tensor]]
+# Layer index and what its heads read, `[batch, heads, tokens, head_dim]`, to what they hand on.
+HeadEdit = Callable[[int, Tensor], Tensor]
 
 
 class Transformer(nn.Module):
@@ -196,19 +201,29 @@ class Transformer(nn.Module):
             )
         return self._finish(hidden)
 
-    def forward_dense(self, input_ids: Tensor) -> Tensor:
-        """Hidden states `[batch, tokens, hidden]` of `[batch, tokens]`, without a cache."""
+    def forward_dense(
+        self, input_ids: Tensor, *, edit: HeadEdit | None = None, recompute: bool = False
+    ) -> Tensor:
+        """Hidden states `[batch, tokens, hidden]` of `[batch, tokens]`, without a cache.
+
+        Args:
+            edit: changes what the heads of a layer read, before its output projection.
+            recompute: keep only the inputs of layers for the backward pass and run each layer
+                once more there (Chen et al. 2016): less memory, a third more work.
+        """
         batch, num_tokens = input_ids.shape
         positions = torch.arange(num_tokens, device=input_ids.device).repeat(batch)
         hidden = self._embed(input_ids.flatten(), positions)
         rotations = self._rotations(positions, torch.full_like(positions, num_tokens))
-        for layer in self._decoder_layers:
+        for index, layer in enumerate(self._decoder_layers):
             attention = layer.attention
-            hidden = layer(
+            edit_layer = None if edit is None else functools.partial(edit, index)
+            run = functools.partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            hidden = run(
                 hidden,
-                lambda x, before=None, residual=None, /, attention=attention: (
+                lambda x, before=None, residual=None, /, attention=attention, edit=edit_layer: (
                     attention.forward_dense(
-                        x, rotations.get(attention.heads.rope), batch, before, residual
+                        x, rotations.get(attention.heads.rope), batch, before, residual, edit
                     )
                 ),
             )
@@ -240,6 +255,11 @@ class Transformer(nn.Module):
     def logits(self, input_ids: Tensor) -> Tensor:
         """Logits `[batch, tokens, vocab]`, float32, of int64 `[batch, tokens]`; uses no cache."""
         return self.project_to_vocab(self.forward_dense(input_ids))
+
+    @property
+    def attentions(self) -> list[Attention]:
+        """The attention modules, layer by layer."""
+        return [layer.attention for layer in self._decoder_layers]
 
     @property
     def _decoder_layers(self) -> Iterable[DecoderLayer]:

@@ -7,6 +7,7 @@ import typer
 
 from loadtests.sweep.command import sweep
 from service.commands.bench import bench
+from service.commands.convert import convert
 from service.commands.doctor import doctor
 from service.commands.generate import generate
 from service.commands.health import health
@@ -53,6 +54,9 @@ app.command(
 )(plan)
 app.command(epilog="Example: headroom sweep --heads 12 --kv-heads 12,4,1 --clients 1,8,32")(sweep)
 app.command(epilog="Example: headroom token alice --scope generate --days 90 >> tokens.yaml")(token)
-app.command("train-demo", epilog="Example: headroom train-demo --minutes 25 --output models/demo")(
-    train_demo
-)
+app.command(
+    epilog="Example: headroom convert --model ./llama-1b --kv-heads 4 --output ./llama-1b-gqa4"
+)(convert)
+app.command(
+    "train-demo", epilog="Example: headroom train-demo --tokens 6 --output models/demo/mha"
+)(train_demo)

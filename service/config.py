@@ -51,6 +51,7 @@ class ServiceConfig(BaseSettings):
             each; 0 is nowhere.
         metrics_targets: a file to write for Prometheus that names all replicas' metrics.
         replicas: processes that each hold the model, under Ray Serve; of each application.
+        ray_address: HOST:PORT of a running Ray cluster to serve on; None starts one here.
         max_message_bytes: a larger gRPC message is refused before it is parsed.
         attend_max_bytes: inputs, scores and answer of one AttentionService call; more is refused.
         drain_seconds: how long open requests may go on after the server was told to stop.
@@ -82,6 +83,7 @@ class ServiceConfig(BaseSettings):
     metrics_targets: Path | None = None
     runtime: Literal["ray", "standalone"] = "ray"
     replicas: int = Field(1, ge=1, le=64)
+    ray_address: str | None = Field(None, pattern=r"^[^/\s]+:[0-9]+$")
     max_message_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=2**31 - 1)
     attend_max_bytes: int = Field(64 * 1024 * 1024, ge=1024, le=2**40)
     drain_seconds: float = Field(30.0, ge=0, le=3600)
@@ -113,6 +115,11 @@ class ServiceConfig(BaseSettings):
             )
             for index, (name, model) in enumerate(self.model.items())
         )
+
+    @property
+    def num_replicas(self) -> int:
+        """Of all applications."""
+        return self.replicas * len(self.applications)
 
     @property
     def metrics_ports(self) -> range:
@@ -160,6 +167,14 @@ class ServiceConfig(BaseSettings):
                 f"model names {len(self.applications)} applications; allowed: 1 with the "
                 "standalone runtime"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _cluster_of_ray(self) -> Self:
+        if self.ray_address is not None and self.runtime == "standalone":
+            raise ValueError("ray_address is set; allowed: only with the Ray runtime")
+        if self.ray_address is not None and self.metrics_targets is not None:
+            raise ValueError("metrics_targets is set; allowed: only without ray_address")
         return self
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 import datetime
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,25 +33,31 @@ class Pair:
 class Authority:
     """Issues certificates for 127.0.0.1."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, expires: datetime.timedelta = _DAY) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = _name(name)
         constraints = x509.BasicConstraints(ca=True, path_length=None)
         self._certificate = (
-            _builder(self._name, self._name, self._key, expires=_DAY)
+            _builder(self._name, self._name, self._key, expires=expires)
             .add_extension(constraints, critical=True)
             .sign(self._key, hashes.SHA256())
         )
         self.pem = self._certificate.public_bytes(serialization.Encoding.PEM)
 
-    def issue(self, name: str, *, expires: datetime.timedelta = _DAY) -> Pair:
-        """A certificate that expires so long from now, or before it."""
+    def issue(
+        self,
+        name: str,
+        *,
+        starts: datetime.timedelta = -2 * _DAY,
+        expires: datetime.timedelta = _DAY,
+        extensions: Sequence[x509.ExtensionType] = (x509.SubjectAlternativeName([_LOOPBACK]),),
+    ) -> Pair:
+        """A certificate that starts and expires so long from now, or before it."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = (
-            _builder(_name(name), self._name, key, expires=expires)
-            .add_extension(x509.SubjectAlternativeName([_LOOPBACK]), critical=False)
-            .sign(self._key, hashes.SHA256())
-        )
+        builder = _builder(_name(name), self._name, key, starts=starts, expires=expires)
+        for extension in extensions:
+            builder = builder.add_extension(extension, critical=False)
+        certificate = builder.sign(self._key, hashes.SHA256())
         return Pair(
             certificate.public_bytes(serialization.Encoding.PEM),
             key.private_bytes(
@@ -70,6 +77,7 @@ def _builder(
     issuer: x509.Name,
     key: ec.EllipticCurvePrivateKey,
     *,
+    starts: datetime.timedelta = -2 * _DAY,
     expires: datetime.timedelta,
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
@@ -79,6 +87,6 @@ def _builder(
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - 2 * _DAY)
+        .not_valid_before(now + starts)
         .not_valid_after(now + expires)
     )

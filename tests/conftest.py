@@ -1,6 +1,7 @@
 """What all tests share: determinism, and one thread so that small models are not slower."""
 
 import os
+from pathlib import Path
 
 # Before torch or Ray is imported anywhere.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -19,6 +20,12 @@ if not torch.cuda.is_available():
 
 settings.register_profile("headroom", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("headroom")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start servers come first, so that processes that share the files end together."""
+    folders = {Path(__file__).parent / name for name in ("integration", "loadtests")}
+    items.sort(key=lambda item: folders.isdisjoint(item.path.parents))
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,10 @@ sys.meta_path.insert(0, Missing())
 for package in ("models", "service.engine", "loadtests.gpu"):
     module = importlib.import_module(package)
     for found in pkgutil.walk_packages(module.__path__, package + "."):
-        if "._operations" not in found.name:  # a library of torch, no module
-            importlib.import_module(found.name)
-            print(found.name)
+        if "._operations" in found.name:  # libraries of operations, not modules of Python
+            continue
+        importlib.import_module(found.name)
+        print(found.name)
 Missing.names -= set(sys.argv[2].split(","))
 importlib.import_module("service.runtimes.standalone")
 """

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # deploy/docker/test.sh: runs the image as it is run in production (not root, nothing writable but
-# /tmp, no capabilities), asks for health and a text over both runtimes, and reports its size.
+# /tmp, no capabilities), asks for health and a text over both runtimes, with tokens and TLS, and
+# reports its size.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source deploy/docker/engine.sh
-require podman runc jq
+require podman runc jq openssl
 configure
 image=localhost/headroom:cpu
 name=headroom-image-test
@@ -20,7 +21,16 @@ fail() {
     podman logs "$name" 2>&1 | tail -20 >&2
     exit 1
 }
-trap 'podman rm --force --time 0 "$name" > /dev/null 2>&1 || true' EXIT
+secrets=$(mktemp -d)
+trap 'podman rm --force --time 0 "$name" > /dev/null 2>&1 || true; rm -r "$secrets"' EXIT
+
+# As docs/deploy.md says for compose; the image makes the token.
+openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=headroom -addext subjectAltName=IP:127.0.0.1 \
+    -keyout "$secrets/tls.key" -out "$secrets/tls.crt" 2> /dev/null
+podman run --rm "${confined[@]}" --network none "$image" token test > "$secrets/tokens.yaml" 2> "$secrets/all"
+grep -E '^[A-Za-z0-9_-]{40,}$' "$secrets/all" > "$secrets/token"
+chmod -R a+rX "$secrets"
+client="--tls-ca /secrets/tls.crt --token-file /secrets/token"
 
 port() {
     python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
@@ -31,9 +41,9 @@ try() {
     port=$(port) http_port=$(port) metrics_port=$(port)
     podman rm --force --time 0 "$name" > /dev/null 2>&1 || true
     podman run --detach --name "$name" "${confined[@]}" --network host --memory 4g --shm-size 256m \
-        --health-cmd "headroom health --target 127.0.0.1:$port" \
-        "$image" serve --runtime "$runtime" --port "$port" --http-port "$http_port" \
-        --metrics-port "$metrics_port" > /dev/null
+        --volume "$secrets:/secrets:ro" --health-cmd "headroom health --target 127.0.0.1:$port $client" \
+        "$image" serve --runtime "$runtime" --port "$port" --http-port "$http_port" --metrics-port "$metrics_port" \
+        --tokens /secrets/tokens.yaml --tls-cert /secrets/tls.crt --tls-key /secrets/tls.key > /dev/null
     for _ in $(seq 120); do
         podman logs "$name" 2>&1 | grep -q '^ready' && break
         [ "$(podman inspect "$name" --format '{{.State.Running}}')" = true ] || fail "$runtime ended"
@@ -41,7 +51,8 @@ try() {
     done
     # Without systemd nobody asks by itself.
     podman healthcheck run "$name" > /dev/null || fail "$runtime: not healthy"
-    text=$(podman exec "$name" headroom generate --target "127.0.0.1:$port" --max-tokens 16 --json 'def main(') \
+    # shellcheck disable=SC2086 # several words
+    text=$(podman exec "$name" headroom generate --target "127.0.0.1:$port" $client --max-tokens 16 --json 'def main(') \
         || fail "$runtime: no text"
     [ "$(jq '.token_ids | length' <<< "$text")" -gt 0 ] || fail "$runtime: an empty text"
 

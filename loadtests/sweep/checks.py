@@ -43,7 +43,8 @@ def _check_positions(plan: Plan, source: Source) -> None:
 
 
 def _check_budget(plan: Plan, source: Source) -> None:
-    budget = plan.engine.kv_cache_bytes
+    """One mistake, told by the load and configuration that need most."""
+    short: list[tuple[int, str]] = []
     for one in plan.configurations:
         for load in plan.loads:
             if load.prompt + load.output > one.model.max_position_embeddings:
@@ -51,12 +52,19 @@ def _check_budget(plan: Plan, source: Source) -> None:
             holds = plan.max_concurrent(one.model, load)
             wanted = 1 if load.waiting else load.clients
             if holds < wanted:
-                source.refuse(
-                    ("engine", "kv_cache_bytes"),
-                    f"is {budget}, which holds {holds} sequences of load {load.name} in "
-                    f"configuration {one.name}; needed: {wanted}"
-                    + ("" if load.waiting else ", or `waiting: true` in the load"),
+                text = (
+                    f"holds {holds} sequences of load {load.name} in configuration {one.name}; "
+                    f"needed: {wanted}{', or `waiting: true` in the load' if holds else ''}"
                 )
+                tokens = wanted * (load.prompt + load.output)
+                short.append((tokens * one.model.kv_bytes_per_token(), text))
+    if short:
+        _, worst = max(short)
+        others = f"; {len(short) - 1} more do not fit either" if len(short) > 1 else ""
+        source.refuse(
+            ("engine", "kv_cache_bytes"),
+            f"is {plan.engine.kv_cache_bytes}, which {worst}{others}",
+        )
 
 
 def _check_memory(plan: Plan, source: Source) -> None:

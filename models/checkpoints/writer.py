@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,8 +19,14 @@ from models.transformer import Transformer
 _ACTIVATION_NAMES = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
-def save_model(model: Transformer, path: str | Path) -> None:
+def save_model(
+    model: Transformer, path: str | Path, *, stored_as: torch.dtype | None = None
+) -> None:
     """Write config.json and model.safetensors into a directory, made if it is missing.
+
+    Args:
+        stored_as: type of the weights in the file, if another than that of the model, which
+            config.json names and loading goes back to.
 
     Raises:
         ConfigError: the format cannot say what the configuration says; nothing was written.
@@ -29,7 +36,10 @@ def save_model(model: Transformer, path: str | Path) -> None:
     fields = _llama_fields(model.config.replace(dtype=dtype))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    save_file(_tensors(model), directory / "model.safetensors", metadata={"format": "pt"})
+    tensors = {
+        name: tensor.to(stored_as or model.dtype) for name, tensor in _tensors(model).items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:

@@ -1,1 +1,1 @@
-"""Operations in C++ for processors with AVX-512, where the package was compiled with them."""
+"""Operations in C++ for processors with AVX2 or AVX-512, where they were compiled."""

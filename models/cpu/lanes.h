@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -240,6 +241,16 @@ void multiply(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, 
   block.template operator()<4>();
   block.template operator()<2>();
   block.template operator()<1>();
+}
+
+// Calls a function on as many threads as so many products of lanes keep busy for longer than they take
+// to start and to wait for each other, which on a busy machine is long.
+template <typename F>
+void on_threads(int64_t products, F&& function) {
+  constexpr int64_t kWorthAThread = 1 << 16;
+  const int64_t threads =
+      std::clamp<int64_t>(products / kWorthAThread, 1, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { function(); });
 }
 
 // Calls a function of the element type of a tensor.

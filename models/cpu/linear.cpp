@@ -78,7 +78,7 @@ void multiply_panels_by(const uint32_t* input, int64_t rows, int depth, const T*
   const int64_t panels = (outputs + kPanel - 1) / kPanel, tiles = (rows + kTile - 1) / kTile;
   const int64_t inputs = (int64_t)depth * Lane<T>::kValues;
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+  on_threads(rows * outputs * depth, [&] {
     alignas(64) float sums[kTile * kPanel];
     Product product;
     for (int64_t task; (task = next.fetch_add(1)) < panels * tiles;) {

@@ -331,11 +331,11 @@ class Worker {
 // Calls `work(worker, index, next index)` on all threads until all are done. Neighbours stay on one
 // thread for a while: they lie side by side in memory, and a thread knows what it will do next.
 template <typename T, typename Kept, typename F>
-void in_parallel(const Call<T, Kept>& call, int64_t count, F&& work) {
+void in_parallel(const Call<T, Kept>& call, int64_t count, int64_t products, F&& work) {
   const int64_t num_threads = at::get_num_threads();
   const int64_t batch = std::clamp<int64_t>(count / (num_threads * kBatches), 1, kMaxBatch);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
+  on_threads(products, [&] {
     Worker<T, Kept> worker(call, workspace());
     for (int64_t index; (index = next.fetch_add(batch)) < count;) {
       const int64_t end = std::min(count, index + batch);
@@ -350,12 +350,16 @@ void attend(const Call<T, Kept>& call) {
   const Division division = divide(call);
   const std::vector<Task>& tasks = division.tasks;
   const auto partials = std::make_unique_for_overwrite<float[]>(division.partial_size);
-  in_parallel(call, (int64_t)tasks.size(), [&](auto& worker, int64_t index, int64_t next) {
+  int64_t products = 0;  // of both products; keys and values are packed once for all rows
+  for (const Task& task : tasks)
+    products += 2 * (task.num_rows + 1) * (task.end_chunk - task.first_chunk) * kChunk * call.width();
+  in_parallel(call, (int64_t)tasks.size(), products, [&](auto& worker, int64_t index, int64_t next) {
     const Task* expected = next < (int64_t)tasks.size() ? &tasks[next] : nullptr;
     worker.run(tasks[index], expected, partials.get());
   });
   if (division.pieces.empty()) return;
-  in_parallel(call, (int64_t)division.pieces.size(), [&](auto& worker, int64_t index, int64_t) {
+  in_parallel(call, (int64_t)division.pieces.size(), division.partial_size,
+              [&](auto& worker, int64_t index, int64_t) {
     const auto [first, end] = division.pieces[index];
     const Task& task = tasks[first];
     const Running total = Running::in(partials.get() + task.partial, task.num_rows);

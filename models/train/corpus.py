@@ -1,62 +1,81 @@
-"""Text that every Python installation carries: the sources of its standard library (PSF-2.0)."""
+"""The corpus: documents of all sources, split the same way everywhere."""
 
 import hashlib
-import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from models.train.packages import unpack
+from models.train.sources import SOURCES, Source
 
-_SKIPPED_PARTS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-)
-_HELD_OUT_OF_256 = 5
+Part: TypeAlias = Literal["train", "validation", "held_out"]
+PARTS: tuple[Part, ...] = ("train", "validation", "held_out")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    source: str
+    name: str
+    text: str
+
+    @property
+    def part(self) -> Part:
+        """By a hash of the name: 2 % held out, 1 % for validation, the rest to train on."""
+        digest = hashlib.sha256(f"{self.source}/{self.name}".encode()).digest()
+        number = int.from_bytes(digest[:4], "big") % 100
+        return "held_out" if number < 2 else "validation" if number == 2 else "train"
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Texts to train on, and texts of other files to measure with."""
+    """Documents in a fixed order."""
 
-    train: tuple[str, ...]
-    held_out: tuple[str, ...]
+    sources: tuple[Source, ...]
+    documents: tuple[Document, ...]
+
+    def texts(self, part: Part, source: str | None = None) -> list[str]:
+        return [
+            document.text
+            for document in self.documents
+            if document.part == part and source in (None, document.source)
+        ]
+
+    def describe(self) -> list[dict[str, object]]:
+        """Each source with licence, notice, packages, and size and SHA-256 of each part."""
+        described: list[dict[str, object]] = []
+        for source in self.sources:
+            parts: dict[str, object] = {}
+            for part in PARTS:
+                data = "".join(self.texts(part, source.name)).encode()
+                parts[part] = {
+                    "documents": len(self.texts(part, source.name)),
+                    "bytes": len(data),
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+            described.append(
+                {
+                    "name": source.name,
+                    "licence": source.licence,
+                    "notice": source.notice,
+                    "packages": [
+                        {"name": p.name, "version": p.version, "sha256": p.sha256}
+                        for p in source.packages
+                    ],
+                    **parts,
+                }
+            )
+        return described
 
 
-def standard_library() -> Corpus:
-    """Every UTF-8 source file of the standard library except its tests, about 12 MB.
+def build_corpus(cache: Path, sources: Sequence[Source] = SOURCES) -> Corpus:
+    """Read all sources; packages are fetched into `cache` and unpacked there.
 
-    About 2 % of the files are held out, chosen by a hash of their path, so the choice is the same
-    everywhere.
+    Raises:
+        CorpusError: a source is missing, or its package is not the recorded one.
     """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    train: list[str] = []
-    held_out: list[str] = []
-    for file in sorted(root.rglob("*.py")):
-        relative = file.relative_to(root)
-        if _SKIPPED_PARTS.intersection(relative.parts):
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        digest = hashlib.sha256(relative.as_posix().encode()).digest()
-        (held_out if digest[0] < _HELD_OUT_OF_256 else train).append(text)
-    return Corpus(tuple(train), tuple(held_out))
-
-
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE whose texts begin with `<bos>`; `<bos>` is id 0 and `<eos>` id 1."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<bos>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 0)]
-    )
-    return tokenizer
+    documents: list[Document] = []
+    for source in sources:
+        root = unpack(source.packages, cache)
+        documents += [Document(source.name, *item) for item in sorted(source.read(root).items())]
+    return Corpus(tuple(sources), tuple(documents))

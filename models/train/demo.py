@@ -1,70 +1,59 @@
-"""The bundled demo model, from nothing to a checkpoint directory with its card."""
+"""The bundled demo models, from text to a checkpoint directory with its card."""
 
-import bz2
-import gzip
-import lzma
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.checkpoints.loader import load_model
 from models.checkpoints.writer import save_model
 from models.config import HeadConfig, ModelConfig
+from models.errors import CheckpointError, CorpusError, TrainingError
 from models.positions import RopeConfig
-from models.train.corpus import Corpus, standard_library, train_tokenizer
-from models.train.trainer import (
-    TrainConfig,
-    TrainProgress,
-    bits_per_byte,
-    encode_documents,
-    train,
-)
+from models.train.card import measure, write_card
+from models.train.config import TrainConfig
+from models.train.corpus import PARTS, Corpus, Part
+from models.train.curve import loss_curve
+from models.train.evaluate import validation_rows
+from models.train.rows import Rows
+from models.train.tokenizer import EOS, encode_documents, train_tokenizer
+from models.train.trainer import TrainProgress, train
 from models.transformer import Transformer, random_model
 
-_CARD = """---
-model-index:
-- name: demo
-  results:
-  - task:
-      type: text-generation
-    dataset:
-      name: Python standard library, held-out files
-      type: python-standard-library
-    metrics:
-    - type: bits_per_byte
-      value: {bpb:.3f}
----
-
-# Demo model
-
-A {parameters:.2f} M parameter Llama-format decoder that has read the sources of the Python
-standard library and writes text that looks like them. It exists so that everything here runs
-without a download; it knows nothing and must not be used for anything else.
-
-| | |
-|---|---|
-| heads | `{heads}` (grouped-query), {layers} layers, hidden {hidden}, FFN {ffn}, tied embeddings |
-| context | {context} tokens; trained on windows of {seq_len}, at the end of {final_seq_len} |
-| tokenizer | byte-level BPE, {vocab} tokens, `<bos>` 0, `<eos>` 1 |
-| data | Python standard library without tests, {train_mb:.1f} MB in {num_train} files (PSF-2.0) |
-| training | {tokens:.1f} M tokens in {minutes:.0f} minutes on {cpus} CPU cores, seed {seed} |
-| held-out bits per byte | **{bpb:.3f}** on {num_held_out} files, {held_out_mb:.2f} MB |
-| the same files, compressed | gzip {gzip:.3f}, bzip2 {bzip2:.3f}, xz {xz:.3f} bits per byte |
-
-Made with `headroom train-demo --minutes {minutes:.0f} --output DIR`.
-
-| step | loss (nats per token) |
-|---|---|
-{losses}
-"""
+VOCAB_SIZE = 4096
+_NUM_VALIDATION_ROWS = 32
+_TRAINED: tuple[Part, ...] = ("train", "validation")
 
 
-def demo_config(vocab_size: int = 2048) -> ModelConfig:
-    """2.8 M parameters, grouped-query: three query heads share a key/value head."""
+@dataclass(frozen=True, slots=True)
+class DemoPaths:
+    """Where a training reads and writes.
+
+    Attributes:
+        output: the checkpoint.
+        work: what makes the training resumable; may be deleted when it has ended.
+        start: a checkpoint to go on from; None begins with random weights.
+    """
+
+    output: Path
+    work: Path
+    start: Path | None = None
+
+
+def demo_config(vocab_size: int = VOCAB_SIZE) -> ModelConfig:
+    """5.1 M parameters, multi-head: what conversions and pruning start from."""
     return ModelConfig(
         family="llama",
         vocab_size=vocab_size,
-        hidden_size=192,
-        intermediate_size=512,
-        layers=(HeadConfig(6, 2, 32, rope=RopeConfig(theta=10_000.0, rotary_dim=32)),) * 6,
+        hidden_size=256,
+        intermediate_size=704,
+        layers=(HeadConfig(8, 8, 32, rope=RopeConfig(theta=10_000.0, rotary_dim=32)),) * 5,
         max_position_embeddings=1024,
         norm="rms_norm",
         norm_eps=1e-5,
@@ -74,80 +63,104 @@ def demo_config(vocab_size: int = 2048) -> ModelConfig:
         output_bias=False,
         mlp_bias=False,
         tie_word_embeddings=True,
-        eos_token_ids=(1,),
+        eos_token_ids=(EOS,),
         name="demo",
     )
 
 
 def make_demo(
-    output: Path,
-    config: TrainConfig,
-    *,
-    num_threads: int,
-    on_step: Callable[[TrainProgress], None],
-    corpus: Corpus | None = None,
-) -> float:
-    """Train the demo model into a directory; returns its held-out bits per byte.
-
-    Args:
-        corpus: what to read; None is the standard library.
-    """
-    corpus = corpus or standard_library()
-    model_config = demo_config()
-    tokenizer = train_tokenizer(corpus.train, model_config.vocab_size)
-    model_config = model_config.replace(vocab_size=tokenizer.get_vocab_size())
-    tokens = encode_documents(tokenizer, corpus.train)
-    model = random_model(model_config, seed=config.seed)
-    losses: list[TrainProgress] = []
-
-    def record(progress: TrainProgress) -> None:
-        losses.append(progress)
-        on_step(progress)
-
-    seen = train(model, tokens, config, record)
-    bpb = bits_per_byte(model, tokenizer, corpus.held_out)
-    save_model(model, output)
-    tokenizer.save(str(output / "tokenizer.json"))
-    card = _card(model, corpus, config, losses, seen=seen, bpb=bpb, num_threads=num_threads)
-    (output / "MODEL_CARD.md").write_text(card, encoding="utf-8")
-    return bpb
-
-
-def _card(
-    model: Transformer,
+    paths: DemoPaths,
     corpus: Corpus,
     config: TrainConfig,
-    losses: Sequence[TrainProgress],
     *,
-    seen: int,
-    bpb: float,
-    num_threads: int,
-) -> str:
-    held_out = "".join(corpus.held_out).encode()
-    every = max(len(losses) // 10, 1)
-    shown = [*losses[every - 1 :: every]]
-    shape = model.config
-    return _CARD.format(
-        parameters=model.num_parameters / 1e6,
-        heads=shape.head_label,
-        layers=shape.num_layers,
-        hidden=shape.hidden_size,
-        ffn=shape.intermediate_size,
-        context=shape.max_position_embeddings,
-        seq_len=config.seq_len,
-        final_seq_len=config.final_seq_len,
-        vocab=shape.vocab_size,
-        train_mb=sum(len(text.encode()) for text in corpus.train) / 1e6,
-        num_train=len(corpus.train),
-        tokens=seen / 1e6,
-        minutes=config.max_seconds / 60,
-        cpus=num_threads,
-        seed=config.seed,
-        bpb=bpb,
-        num_held_out=len(corpus.held_out),
-        held_out_mb=len(held_out) / 1e6,
-        gzip=8 * len(gzip.compress(held_out, 9)) / len(held_out),
-        bzip2=8 * len(bz2.compress(held_out, 9)) / len(held_out),
-        xz=8 * len(lzma.compress(held_out, preset=9)) / len(held_out),
-        losses="\n".join(f"| {point.step} | {point.loss:.3f} |" for point in shown),
+    command: str,
+    on_step: Callable[[TrainProgress], None],
+    should_stop: Callable[[], bool] = lambda: False,
+    device: str = "cpu",
+) -> float | None:
+    """Train a model into a directory; returns its held-out bits per byte, or None if it was
+    stopped before its end. The same call goes on where it was stopped.
+
+    Args:
+        command: what makes the model again, for the card.
+
+    Raises:
+        CorpusError: a part of the corpus is empty.
+        CheckpointError, ConfigError: the model to start from cannot be loaded.
+        TrainingError: `paths.work` belongs to another training, or a directory cannot be written
+            to; see `train` too.
+    """
+    tokenizer, tokens, validation = _prepare(paths, corpus)
+    model = _first_model(paths, tokenizer, config.seed, device)
+    points = train(
+        model,
+        Rows(tokens, tokenizer, config.seed),
+        validation_rows(validation, _NUM_VALIDATION_ROWS, config.seq_len),
+        config,
+        state_file=paths.work / "state.pt",
+        on_step=on_step,
+        should_stop=should_stop,
     )
+    if points is None:
+        return None
+    try:
+        # Half the size; config.json says float32, which is what computes everywhere.
+        save_model(model, paths.output, stored_as=torch.bfloat16)
+        tokenizer.save(str(paths.output / "tokenizer.json"))
+        described = json.dumps(corpus.describe(), indent=2) + "\n"
+        (paths.output / "corpus.json").write_text(described, encoding="utf-8")
+        curve = loss_curve(points, f"{paths.output.name}: losses while it was trained")
+        (paths.output / "loss.svg").write_text(curve, encoding="utf-8")
+        measured = measure(load_model(paths.output, device=device), tokenizer, corpus)
+        write_card(paths.output, config, points, measured, corpus, command, paths.start)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{paths.output} cannot be written to: {error}; what was learned is in {paths.work}"
+        ) from error
+    return measured.bits_per_byte
+
+
+def _first_model(paths: DemoPaths, tokenizer: Tokenizer, seed: int, device: str) -> Transformer:
+    if paths.start is None:
+        config = demo_config(tokenizer.get_vocab_size()).replace(name=paths.output.name)
+        return random_model(config, seed=seed, device=device)
+    return load_model(paths.start, dtype=torch.float32, device=device)
+
+
+def _prepare(paths: DemoPaths, corpus: Corpus) -> tuple[Tokenizer, Tensor, Tensor]:
+    """The tokenizer, and tokens to train on and to validate with; kept for the next part of the
+    training."""
+    described = json.dumps({"corpus": corpus.describe(), "start": str(paths.start)}, indent=2)
+    recorded, tokens_file = paths.work / "corpus.json", paths.work / "tokens.safetensors"
+    tokenizer_file = paths.work / "tokenizer.json"
+    if recorded.exists() and recorded.read_text(encoding="utf-8") != described:
+        raise TrainingError(
+            f"the text is not the one that the training in {paths.work} began with; allowed: the "
+            "same packages, Python version and start, or another directory"
+        )
+    for part in PARTS:
+        if not corpus.texts(part):
+            raise CorpusError(f"no document of the corpus is in the part {part!r}; add some")
+    if recorded.exists():
+        tokens = load_file(tokens_file)
+        return Tokenizer.from_file(str(tokenizer_file)), tokens["train"], tokens["validation"]
+    if paths.start is None:
+        tokenizer = train_tokenizer(corpus.texts("train"), VOCAB_SIZE)
+    else:
+        tokenizer = _tokenizer_of(paths.start)
+    tokens = {part: encode_documents(tokenizer, corpus.texts(part)) for part in _TRAINED}
+    try:
+        paths.work.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(tokenizer_file))
+        save_file(tokens, tokens_file)
+        recorded.write_text(described, encoding="utf-8")
+    except Exception as error:  # the libraries raise errors of their own for a full disk
+        raise TrainingError(f"{paths.work} cannot be written to: {error}") from error
+    return tokenizer, tokens["train"], tokens["validation"]
+
+
+def _tokenizer_of(directory: Path) -> Tokenizer:
+    file = directory / "tokenizer.json"
+    if not file.exists():
+        raise CheckpointError(f"{file} is missing")
+    return Tokenizer.from_file(str(file))

@@ -1,132 +1,204 @@
-"""Trains a small decoder on texts: AdamW, warm-up and cosine, bf16 where it is faster."""
+"""Trains a small decoder on texts: AdamW, warm-up and cosine, resumable at any step."""
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models.transformer import Transformer
+from models.cpu.library import has_feature
+from models.errors import ConfigError, TrainingError
+from models.heads.metrics import repeat_losses
+from models.train.config import TrainConfig
+from models.train.evaluate import validation_loss
+from models.train.head_options import HeadSimilarity, head_dropout, head_temperatures
+from models.train.rows import IGNORED, Rows, repeated
+from models.train.state import Point, TrainState, load_state, save_state
+from models.transformer import HeadEdit, Transformer
 
-_EOS = 1
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """How long and how fast to learn.
-
-    Attributes:
-        max_seconds: the learning-rate schedule ends after this wall time.
-        batch_tokens: tokens per step.
-        seq_len: tokens per row, short because attention over long rows is slow to train.
-        final_seq_len: tokens per row for the last `final_share` of the time, so that the model
-            meets every position of its context.
-        learning_rate: its peak; the schedule ends at a tenth of it.
-    """
-
-    max_seconds: float
-    batch_tokens: int = 8192
-    seq_len: int = 256
-    final_seq_len: int = 1024
-    final_share: float = 0.2
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    warmup_share: float = 0.02
-    seed: int = 0
+_SECONDS_BETWEEN_SAVES = 60.0
+_NUM_POINTS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class TrainProgress:
-    """Where a training is; `share` is the part of its time that has passed."""
+    """Where a training is.
+
+    Attributes:
+        point: what was measured at this step, if something was.
+        seconds_left: at the mean speed of this part of the training.
+    """
 
     step: int
-    share: float
+    num_steps: int
     loss: float
     tokens_per_second: float
-
-
-def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """All documents behind one another, each as `<bos> ... <eos>`; int64 `[tokens]`."""
-    ids: list[int] = []
-    for encoding in tokenizer.encode_batch(list(texts)):
-        ids.extend(encoding.ids)
-        ids.append(_EOS)
-    return torch.tensor(ids, dtype=torch.int64)
+    seconds_left: float
+    point: Point | None
 
 
 def train(
     model: Transformer,
-    tokens: Tensor,
+    rows: Rows,
+    validation: Tensor,
     config: TrainConfig,
+    *,
+    state_file: Path,
     on_step: Callable[[TrainProgress], None],
-) -> int:
-    """Train in place on int64 `[tokens]`; returns the number of tokens seen."""
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Point] | None:
+    """Train in place; returns what was measured on the way, or None if it was stopped before.
+
+    Goes on from `state_file` if it exists, and then ends with the same weights as a training that
+    was never interrupted. The state is saved each minute, and when it is stopped.
+
+    Args:
+        validation: int64 `[rows, tokens]` of text that is not trained on.
+        should_stop: is asked between steps.
+
+    Raises:
+        ConfigError: rows are longer than the model's context or the text.
+        TrainingError: the state cannot be read or written; or the loss is no number any more.
+    """
+    longest = max(config.seq_len, config.final_seq_len)
+    allowed = min(model.config.max_position_embeddings, len(rows.tokens) - 1)
+    if longest > allowed:
+        raise ConfigError("seq_len", longest, f"up to {allowed}, of the context and the text")
     model.unpack_weights()
-    model.train().requires_grad_(True)
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    kept = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW(
+    with head_temperatures(model) if config.head_temperature else nullcontext():
+        model.train().requires_grad_(True)
+        try:
+            return _train(model, rows, validation, config, state_file, on_step, should_stop)
+        finally:
+            model.eval().requires_grad_(False)
+
+
+def _train(
+    model: Transformer,
+    rows: Rows,
+    validation: Tensor,
+    config: TrainConfig,
+    state_file: Path,
+    on_step: Callable[[TrainProgress], None],
+    should_stop: Callable[[], bool],
+) -> list[Point] | None:
+    optimizer = _optimizer(model, config)
+    step, earlier, loss_sum = 0, 0.0, 0.0
+    points: list[Point] = []
+    if (state := load_state(state_file, config)) is not None:
+        model.load_state_dict(state.model)
+        optimizer.load_state_dict(state.optimizer)
+        step, earlier, loss_sum, points = state.step, state.seconds, state.loss_sum, state.points
+    first, started = step, time.monotonic()
+    saved = started
+    every = max(config.num_steps // _NUM_POINTS, 1)
+    probe = repeat_probe(model, config.seed, batch=4).to(model.device)
+
+    def save() -> None:
+        seconds = earlier + time.monotonic() - started
+        now = TrainState(
+            step, seconds, loss_sum, points, model.state_dict(), optimizer.state_dict()
+        )
+        save_state(state_file, config, now)
+
+    while step < config.num_steps:
+        if should_stop():
+            save()
+            return None
+        loss = _step(model, optimizer, rows, config, step)
+        if not loss < float("inf"):
+            raise TrainingError(
+                f"the loss of step {step} is {loss}; train with a learning rate below "
+                f"{config.learning_rate:g}"
+            )
+        step += 1
+        loss_sum += loss
+        elapsed = time.monotonic() - started
+        point = None
+        if step % every == 0 or step == config.num_steps:
+            num_steps = step - (points[-1].step if points else 0)
+            point = Point(
+                step,
+                loss_sum / num_steps,
+                validation_loss(model, validation),
+                repeat_losses(model, probe)[1],
+                earlier + elapsed,
+            )
+            points.append(point)
+            loss_sum = 0.0
+        rate = (step - first) / elapsed
+        left = (config.num_steps - step) / rate
+        speed = rate * config.batch_tokens
+        on_step(TrainProgress(step, config.num_steps, loss, speed, left, point))
+        if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES or step == config.num_steps:
+            save()
+            saved = time.monotonic()
+    return points
+
+
+def repeat_probe(model: Transformer, seed: int, *, batch: int) -> Tensor:
+    """`<bos>` and random tokens that come twice, int64 `[batch, 1 + 2 * period]`; 50 tokens, as in
+    most of the literature, or what the context has room for."""
+    period = min(50, (model.config.max_position_embeddings - 1) // 2)
+    generator = torch.Generator().manual_seed(seed)
+    return repeated(batch, period, 2 * period, model.config.vocab_size, generator)
+
+
+def _step(
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    rows: Rows,
+    config: TrainConfig,
+    step: int,
+) -> float:
+    """One step; returns its loss, without the term for diversity."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate_at(step)
+    seq_len = config.seq_len_at(step)
+    inputs, targets = (
+        part.to(model.device) for part in rows.at(step, config.batch_tokens // seq_len, seq_len)
+    )
+    similarity = HeadSimilarity() if config.head_diversity else None
+    edits: list[HeadEdit] = [] if similarity is None else [similarity]
+    if config.head_dropout:
+        edits.append(head_dropout(config.head_dropout, config.seed * 1_000_003 + step))
+
+    def edit(layer: int, attended: Tensor) -> Tensor:
+        for one in edits:
+            attended = one(layer, attended)
+        return attended
+
+    # On processors, only those with instructions for bfloat16 are faster with it.
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=_has_bfloat16(model.device)):
+        hidden = model.forward_dense(
+            inputs, edit=edit if edits else None, recompute=config.recompute
+        )
+        logits = model.project_to_vocab(hidden)
+    loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+    total = loss if similarity is None else loss + config.head_diversity * similarity.mean
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    return torch.optim.AdamW(
         [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": kept, "weight_decay": 0.0},
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
         betas=(0.9, 0.95),
         fused=True,
     )
-    generator = torch.Generator().manual_seed(config.seed)
-    started = time.monotonic()
-    step = seen = 0
-    while (share := (time.monotonic() - started) / config.max_seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(share, config.warmup_share)
-        seq_len = config.seq_len if share < 1 - config.final_share else config.final_seq_len
-        starts = torch.randint(
-            0, len(tokens) - seq_len, (config.batch_tokens // seq_len, 1), generator=generator
-        )
-        rows = tokens[starts + torch.arange(seq_len + 1)].to(model.device)
-        loss = _loss(model, rows)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        seen += rows.numel() - len(rows)
-        rate = seen / (time.monotonic() - started)
-        on_step(TrainProgress(step, share, float(loss.detach()), rate))
-    model.eval().requires_grad_(False)
-    return seen
 
 
-@torch.inference_mode()
-def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """Compression of texts by the model: its loss in bits over the UTF-8 bytes of the texts.
-
-    Long texts are cut into windows of the model's context, each scored on its own.
-    """
-    nats = 0.0
-    window = model.config.max_position_embeddings
-    for encoding in tokenizer.encode_batch(list(texts)):
-        ids = torch.tensor(encoding.ids, dtype=torch.int64, device=model.device)
-        for start in range(0, len(ids) - 1, window - 1):
-            part = ids[start : start + window]
-            logits = model.logits(part[None, :-1])[0]
-            nats += float(cross_entropy(logits, part[1:], reduction="sum"))
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
-
-
-def _loss(model: Transformer, rows: Tensor) -> Tensor:
-    with torch.autocast(model.device.type, torch.bfloat16):
-        logits = model.project_to_vocab(model.forward_dense(rows[:, :-1]))
-    return cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-
-
-def _schedule(share: float, warmup_share: float) -> float:
-    if share < warmup_share:
-        return share / warmup_share
-    remaining = (share - warmup_share) / (1 - warmup_share)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * remaining))
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type != "cpu" or has_feature("avx512_bf16")

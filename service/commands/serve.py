@@ -38,6 +38,12 @@ def serve(
         Literal["ray", "standalone"] | None, typer.Option(help="What hosts it. [default: ray]")
     ] = None,
     replicas: Annotated[int | None, typer.Option(help="Ray replicas. [default: 1]")] = None,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of a running Ray cluster to serve on. [default: one of its own]"
+        ),
+    ] = None,
     tokens: Annotated[
         Path | None,
         typer.Option(help="File of bearer tokens (`headroom token`); every RPC then needs one."),
@@ -77,6 +83,7 @@ def serve(
             metrics_targets=metrics_targets,
             runtime=runtime,
             replicas=replicas,
+            ray_address=ray_address,
             tokens=tokens,
             tls_cert=tls_cert,
             tls_key=tls_key,

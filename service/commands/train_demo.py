@@ -1,41 +1,161 @@
-"""`headroom train-demo`: the bundled model, once more."""
+"""`headroom train-demo`: the bundled models, once more."""
 
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
-from service.console import err, out
+from models.errors import ModelError
+from service.console import err, fail, out
+
+if TYPE_CHECKING:
+    from models.train.config import TrainConfig
+    from models.train.demo import DemoPaths
+    from models.train.trainer import TrainProgress
+
+_CACHE = Path("~/.cache/headroom/corpus")
 
 
 def train_demo(
     output: Annotated[Path, typer.Option(help="Directory for the checkpoint.")],
-    minutes: Annotated[float, typer.Option(min=0.01, help="Training time.")] = 25.0,
+    tokens: Annotated[
+        float, typer.Option(help="Tokens to train on, in millions.", min=0.001)
+    ] = 6.0,
+    start: Annotated[
+        Path | None, typer.Option(help="Checkpoint to go on from, such as a converted one.")
+    ] = None,
+    minimal: Annotated[
+        bool, typer.Option("--minimal", help="Read the Python standard library alone.")
+    ] = False,
+    corpus: Annotated[Path, typer.Option(help="Directory for the Debian packages.")] = _CACHE,
+    work: Annotated[
+        Path | None, typer.Option(help="Directory for the state [default: OUTPUT.training].")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
+    head_dropout: Annotated[float, typer.Option(help="Probability to leave out a head.")] = 0.0,
+    head_diversity: Annotated[
+        float, typer.Option(help="Factor of a term that pulls heads apart.")
+    ] = 0.0,
+    head_temperature: Annotated[
+        bool, typer.Option("--head-temperature", help="Learn a factor on each head's scores.")
+    ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more work.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Train the bundled demo model again, from the sources of the Python standard library."""
-    import torch
+    """Train a small model on openly licensed text of Python and Debian packages.
 
-    from models.train.demo import make_demo
-    from models.train.trainer import TrainConfig, TrainProgress
+    Ctrl-C keeps what was learned; the same command goes on from there.
+    """
+    from models.train.config import TrainConfig
+    from models.train.corpus import build_corpus
+    from models.train.demo import DemoPaths, make_demo
+    from models.train.sources import SOURCES, STANDARD_LIBRARY
 
+    paths = DemoPaths(output, work or output.with_name(f"{output.name}.training"), start)
     columns = (
-        *Progress.get_default_columns()[:-1],
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[state]}"),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[state]}"),
     )
-    with Progress(*columns, console=err) as progress:
-        task = progress.add_task("training", total=1.0, state="")
-
-        def show(now: TrainProgress) -> None:
-            state = f"loss {now.loss:.3f}, {now.tokens_per_second:,.0f} tokens/s"
-            progress.update(task, completed=now.share, state=state)
-
-        bpb = make_demo(
-            output,
-            TrainConfig(max_seconds=60 * minutes, seed=seed),
-            num_threads=torch.get_num_threads(),
-            on_step=show,
+    try:
+        config = TrainConfig(
+            num_tokens=round(tokens * 1e6),
+            learning_rate=learning_rate,
+            head_dropout=head_dropout,
+            head_diversity=head_diversity,
+            head_temperature=head_temperature,
+            recompute=recompute,
+            seed=seed,
         )
+        sources = (STANDARD_LIBRARY,) if minimal else SOURCES
+        texts = build_corpus(corpus.expanduser(), sources)
+        with Progress(*columns, console=err) as progress, _stop_signal() as should_stop:
+            task = progress.add_task("training", total=config.num_steps, state="")
+
+            def show(now: "TrainProgress") -> None:
+                state = (
+                    f"loss {now.loss:.3f}, {now.tokens_per_second:,.0f} tokens/s, "
+                    f"{_duration(now.seconds_left)} left"
+                )
+                progress.update(task, completed=now.step, state=state)
+                if now.point is not None:
+                    progress.console.print(
+                        f"step {now.step}: loss {now.point.loss:.3f}, validation "
+                        f"{now.point.validation_loss:.3f}, repeats {now.point.repeat_loss:.3f}, "
+                        f"{state}"
+                    )
+
+            bpb = make_demo(
+                paths,
+                texts,
+                config,
+                command=_command(config, paths, minimal=minimal),
+                on_step=show,
+                should_stop=should_stop,
+                device=device,
+            )
+    except ModelError as error:
+        fail(str(error), code=2)
+    if bpb is None:
+        fail(f"interrupted; the state is in {paths.work}, and the same command goes on", code=130)
     out.print(f"{output}: {bpb:.3f} bits per byte on held-out files")
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; the second one ends the process as usual."""
+    stopped = False
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(_signal: int, _frame: object) -> None:
+        nonlocal stopped
+        stopped = True
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield lambda: stopped
+    finally:
+        restore()
+
+
+def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str:
+    """What makes the model again; where packages and state lie does not matter to it."""
+    parts = ["headroom", "train-demo", "--output", str(paths.output)]
+    parts += ["--tokens", f"{config.num_tokens / 1e6:g}"]
+    parts += ["--learning-rate", f"{config.learning_rate:g}", "--seed", str(config.seed)]
+    if paths.start is not None:
+        parts += ["--start", str(paths.start)]
+    for option, value in (
+        ("--head-dropout", config.head_dropout),
+        ("--head-diversity", config.head_diversity),
+    ):
+        if value:
+            parts += [option, f"{value:g}"]
+    for option, is_on in (
+        ("--minimal", minimal),
+        ("--head-temperature", config.head_temperature),
+        ("--recompute", config.recompute),
+    ):
+        if is_on:
+            parts.append(option)
+    return shlex.join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

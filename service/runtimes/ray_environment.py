@@ -1,7 +1,7 @@
 """The environment variables that Ray and Ray Serve read when they are imported.
 
 They have to be set before `ray` is imported, in the driver; a local cluster passes them on to its
-processes. On a cluster that is already running, its nodes must have been started with them.
+processes. A cluster that is already running must have been started with those of its nodes.
 """
 
 import contextlib
@@ -31,35 +31,43 @@ _REPLICA_PORTS = {"GRPC": range(40_000, 41_000), "HTTP": range(30_000, 31_000)}
 _SPARE_PORTS = 8
 
 
+def node_environment(config: ServiceConfig) -> dict[str, str]:
+    """Variables that Ray has to be started with on every node of a cluster."""
+    return {
+        **dict.fromkeys(_REQUIRED, "1"),
+        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
+        # Processes accept each other by a token; without it they run what anybody sends them.
+        "RAY_AUTH_MODE": "token",
+    }
+
+
 def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
-    """Variables for one server.
+    """Variables for one server with a cluster of its own.
 
     Args:
         directory: where HAProxy keeps its files; one per server, so that several can run.
     """
     stats_port, metrics_port, http_port, grpc_port = free_ports(4)
-    num_replicas = config.replicas * len(config.applications)
     replica_ports = {}
     for protocol, ports in _REPLICA_PORTS.items():
-        own = _free_range(ports, 2 * num_replicas + _SPARE_PORTS)
+        own = _free_range(ports, 2 * config.num_replicas + _SPARE_PORTS)
         replica_ports[f"RAY_SERVE_DIRECT_INGRESS_MIN_{protocol}_PORT"] = str(own[0])
         replica_ports[f"RAY_SERVE_DIRECT_INGRESS_MAX_{protocol}_PORT"] = str(own[-1])
     return {
-        **dict.fromkeys(_REQUIRED, "1"),
+        **node_environment(config),
         **replica_ports,
-        "RAY_SERVE_GRPC_MAX_MESSAGE_SIZE": str(config.max_message_bytes),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(http_port),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
-        # Processes of the cluster accept each other by a token that exists only in their memory.
-        "RAY_AUTH_MODE": "token",
+        # It exists only in the memory of the cluster's processes.
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         # Workers would be nice: any other process of the machine would slow every step.
         "RAY_worker_niceness": "0",
@@ -69,9 +77,14 @@ def ray_environment(config: ServiceConfig, directory: Path) -> dict[str, str]:
 
 
 def set_ray_environment(config: ServiceConfig) -> Path:
-    """Set the variables, except those that are set already; returns HAProxy's directory."""
+    """Set the variables, except those that are set already; returns HAProxy's directory.
+
+    For a cluster that is running: what concerns all, since ports, files and token are its nodes'.
+    """
     directory = Path(tempfile.mkdtemp(prefix="headroom-"))
-    for name, value in ray_environment(config, directory).items():
+    joins = config.ray_address is not None
+    variables = node_environment(config) if joins else ray_environment(config, directory)
+    for name, value in variables.items():
         if name in _REQUIRED:
             os.environ[name] = value
         else:

@@ -8,6 +8,7 @@ of `ray_environment` are set.
 import asyncio
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import signal
@@ -39,7 +40,7 @@ from service.replica import (
     make_tracing,
     start_engine,
 )
-from service.runtimes import autoscaling
+from service.runtimes import autoscaling, ray_cluster
 from service.runtimes.edge import Addresses, Edge
 from service.runtimes.ray_environment import DEREGISTER_SECONDS, free_ports
 from service.servicer import HeadroomServicer
@@ -54,7 +55,6 @@ SERVICER_FUNCTIONS = [
 ]
 # Room for calls that do not queue in the engine, such as health checks and GetLoad.
 _OTHER_CALLS = 64
-_OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _WATCH_SECONDS = 5.0
 _STOP_MARGIN_SECONDS = 10.0
 _POLL_SECONDS = 0.1
@@ -137,28 +137,19 @@ def build_app(config: ServiceConfig) -> Application:
 
 
 def start(config: ServiceConfig, addresses: Addresses) -> Path:
-    """Start a local cluster and deploy; returns when all replicas are ready.
+    """Start or join a cluster and deploy; returns when all replicas are ready.
 
     Args:
         addresses: where Serve's own HAProxy listens.
 
     Returns:
-        The folder of the cluster's log files.
+        The folder of the cluster's log files on this machine.
 
     Raises:
-        RuntimeError: the application did not become ready.
+        RuntimeError: the cluster cannot be used, or the application did not become ready.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    context = ray.init(
-        address="local",  # never a cluster that somebody else has started
-        # Replicas share the cores by threads; a rolling update needs room for one more.
-        num_cpus=2 * _num_replicas(config) + 1,
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-        namespace="headroom",
-    )
+    logs = ray_cluster.connect(config, on_gpu=_device(config) == "cuda")
     serve.start(
         http_options=HTTPOptions(host=addresses.host, port=addresses.http_port),
         grpc_options=gRPCOptions(
@@ -170,7 +161,7 @@ def start(config: ServiceConfig, addresses: Addresses) -> Path:
         logging_config=_LOGGING,
     )
     deploy(config)
-    return Path(context.address_info["session_dir"]) / "logs"
+    return logs
 
 
 def deploy(config: ServiceConfig) -> None:
@@ -189,7 +180,7 @@ def deploy(config: ServiceConfig) -> None:
 
 
 def stop(config: ServiceConfig) -> None:
-    """Drain the replicas and end every process of the local cluster."""
+    """Drain the replicas and end every process of the local cluster, or of Serve on another."""
     if not ray.is_initialized():
         return
     # Shutting Serve down at once would end HAProxy, and with it every open stream. Without its
@@ -256,7 +247,8 @@ def check_devices(config: ServiceConfig) -> None:
             f"engine.device is {config.engine.device!r}; allowed with Ray: auto, cpu, cuda: Ray "
             "gives each replica a GPU of its own"
         )
-    if _device(config) == "cuda" and _num_replicas(config) > torch.cuda.device_count():
+    own = config.ray_address is None
+    if own and _device(config) == "cuda" and config.num_replicas > torch.cuda.device_count():
         raise ValueError(
             f"replicas is {config.replicas}, of {len(config.applications)} applications; allowed: "
             f"at most {torch.cuda.device_count()} in all, one per GPU of this machine"
@@ -269,9 +261,7 @@ def _device(config: ServiceConfig) -> str:
     return resolve_device(device).type if device == "auto" else device
 
 
-def _num_replicas(config: ServiceConfig) -> int:
-    return config.replicas * len(config.applications)
-
-
 def _threads_per_replica(config: ServiceConfig) -> int:
-    return max(len(os.sched_getaffinity(0)) // _num_replicas(config), 1)
+    """Nodes are taken to have as many cores as this machine, and to share the replicas."""
+    per_node = math.ceil(config.num_replicas / ray_cluster.num_nodes())
+    return max(len(os.sched_getaffinity(0)) // per_node, 1)

@@ -16,6 +16,7 @@ import yaml
 from grpc_health.v1 import health_pb2
 from typer.testing import CliRunner
 
+from loadtests.options import add_options
 from protos.headroom.v1 import attention_pb2, generation_pb2, models_pb2
 from service.cli import app
 from service.config import ServiceConfig
@@ -31,6 +32,7 @@ from tests.deploy.manifests import (
     unknown_keys,
 )
 from tests.deploy.test_manifests import ALONE, HEAD, ON_RAY, REPLICA
+from tests.loadtests.test_load import Parser
 
 ROOT = DEPLOY.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -331,7 +333,8 @@ def test_compose_mounts_what_exists_and_asks_the_ports_of_the_settings() -> None
     for service in services.values():
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
-            assert source in ("./secrets", "prometheus", "grafana") or (directory / source).exists()
+            named = source in ("prometheus", "grafana") or source.startswith("./secrets")
+            assert named or (directory / source).exists()
         if "build" in service:
             target = service["build"]["target"]
             assert f"FROM runtime AS {target}\n" in DOCKERFILE
@@ -346,10 +349,46 @@ def test_compose_mounts_what_exists_and_asks_the_ports_of_the_settings() -> None
         "labels": {"application": config.application},
     }
     assert services["grafana"]["environment"]["PROMETHEUS_URL"] == "http://prometheus:9090"
-    local = Path(services["locust"]["command"][2]).relative_to(
-        "/opt/headroom/lib/python3.11/site-packages"
-    )
+
+
+def test_compose_gives_locust_what_its_server_asks_for() -> None:
+    """By the certificate that docs/deploy.md makes, and with the options that locust has."""
+    services = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())["services"]
+    locust, (_, _, file, *options) = services["locust"], services["locust"]["command"]
+    local = Path(file).relative_to("/opt/headroom/lib/python3.11/site-packages")
     assert (ROOT / local).is_file()
+    parser = Parser()
+    add_options(parser)
+    parser.add_argument("--host")
+    given = parser.parse_args(options)
+    mounts = [volume.split(":") for volume in locust["volumes"]]
+    assert {inside: outside for outside, inside, _ in mounts} == {
+        given.tls_ca: "./secrets/tls.crt",
+        given.token_file: "./secrets/locust.token",
+    }
+    host, _, port = given.host.partition(":")
+    config = ServiceConfig(**yaml.safe_load((DEPLOY / "docker" / "settings.yaml").read_text()))
+    assert (services[host]["image"], int(port)) == ("headroom:cpu", config.port)
+    assert config.tls_cert is not None
+    assert config.client_ca is None
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    assert f"subjectAltName=DNS:localhost,DNS:{host} " in page
+    assert "tokens.yaml 2> deploy/docker/secrets/locust.token" in page
+
+
+def test_the_image_is_built_from_every_package_and_its_data() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = [ROOT / line[1:] for line in lines if line.startswith("!")]
+    packages = [name.rstrip("*") for name in setuptools["packages"]["find"]["include"]]
+    needed = [ROOT / name / "__init__.py" for name in packages]
+    for name, patterns in setuptools["package-data"].items():
+        for pattern in patterns:
+            found = list((ROOT / name).glob(pattern))
+            assert found, f"{name}/{pattern}"
+            needed += found
+    for path in needed:
+        assert any(path.is_relative_to(folder) for folder in kept), path
 
 
 def test_the_image_has_what_the_tests_ran_with() -> None:

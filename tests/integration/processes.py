@@ -56,6 +56,10 @@ class Process:
                 process.kill()
 
     @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
     def output(self) -> str:
         return "\n".join(self.lines)
 
@@ -66,7 +70,7 @@ class Process:
         except psutil.NoSuchProcess:
             return []
 
-    def wait_for(self, wanted: Callable[[str], bool], seconds: float = 90) -> str:
+    def wait_for(self, wanted: Callable[[str], bool], seconds: float = 180) -> str:
         """The first line that is wanted; fails if the child ends before it, or too late."""
 
         def found() -> str | None:
@@ -90,7 +94,7 @@ class Process:
         assert self._popen.stdin is not None
         self._popen.stdin.close()
 
-    def wait(self, seconds: float = 90) -> int:
+    def wait(self, seconds: float = 180) -> int:
         code = self._popen.wait(seconds)
         self._reader.join()
         return code

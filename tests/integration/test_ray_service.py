@@ -29,6 +29,7 @@ def _environment(config: ServiceConfig, directory: Path) -> list[str]:
     pods = {each["name"]: each["value"] for each in container["env"]}
     tls = {name for name in pods if "TLS" in name}
     merged = ray_environment(config, directory) | {k: v for k, v in pods.items() if k not in tls}
+    merged["RAY_ADDRESS"] = "local"  # not the cluster of another test
     return [f"{name}={value}" for name, value in merged.items()]
 
 
@@ -83,7 +84,7 @@ def test_the_configuration_serves_and_scales_with_the_queue(
 
 
 def _until(reached: Callable[[], bool], server: Process) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not reached():
         assert time.monotonic() < deadline, server.output
         time.sleep(0.1)

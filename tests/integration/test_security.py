@@ -15,16 +15,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
 import numpy as np
 import psutil
 import pytest
+import typer
 import yaml
 
-from loadtests import asyncio_client, run
-from loadtests.load import LoadSpec
+from loadtests import agreement, asyncio_client, run, saturation
+from loadtests.load import LoadSpec, LoadSummary
 from loadtests.workload import Workload
 from service.auth.tokens import digest_of
 from service.certificates import CertificateFiles
@@ -168,14 +170,33 @@ async def test_load_clients_are_answered(server: Secured, monkeypatch: pytest.Mo
         Workload.parse("fixed:4", "fixed:4"),
         users=2,
         num_requests=4,
-        token_file=str(file),
-        tls_ca=str(ca),
+        token_file=file,
+        tls_ca=ca,
     )
     locust = await asyncio.to_thread(run.run_load, spec)
     monkeypatch.setenv("HEADROOM_TOKEN", "t-generate")
     other = await asyncio_client.run_load(dataclasses.replace(spec, token_file=None))
     for summary in (locust, other):
         assert (summary.requests, summary.failures) == (4, {}), summary.failure_messages
+
+
+@pytest.mark.parametrize("command", [agreement, saturation])
+def test_what_measures_a_server_is_answered(
+    server: Secured, command: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its first question over TLS and with a token, and then a load with the same files."""
+    ca, file = _trusted(server, "t-generate")
+    loads: list[LoadSpec] = []
+
+    def load(spec: LoadSpec, *_: object) -> LoadSummary:
+        loads.append(spec)
+        raise run.LoadError("enough was seen")
+
+    monkeypatch.setattr(agreement, "_CLIENTS", {"locust": load})
+    monkeypatch.setattr(saturation, "run_load", load)
+    with pytest.raises(typer.Exit):
+        command.main(server.target, token_file=file, tls_ca=ca, results=tmp_path)
+    assert [(spec.token_file, spec.tls_ca) for spec in loads] == [(file, ca)]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +256,32 @@ async def test_no_method_of_any_service_answers_without_a_token(server: Secured)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.stream_unary(path, bytes, bytes)(iter([b""]))
             assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, path
+
+
+async def test_a_replica_asks_for_tokens_on_its_own_port(server: Secured) -> None:
+    """In the clear, on all interfaces; docs/security.md says what Ray itself answers there."""
+    if server.runtime == "standalone":
+        pytest.skip("of Ray")
+    (replica,) = (one for one in server.process.family() if one.name().startswith("ray::ServeRep"))
+    listening = [one.laddr.port for one in replica.net_connections("tcp") if not one.raddr]
+    (port,) = (port for port in listening if 40_000 <= port < 41_000)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for method in METHODS:
+            code, _ = await outcome(channel, method, [])
+            assert code is grpc.StatusCode.UNAUTHENTICATED, method.full_name
+        path = "/ray.serve.RayServeAPIService"
+        assert await channel.unary_unary(f"{path}/Healthz", bytes, bytes)(b"") == b"\n\x07success"
+        names = await channel.unary_unary(f"{path}/ListApplications", bytes, bytes)(b"")
+        assert names == b"\n\x08headroom"
+    # Replicas also take calls of other deployments, as pickles: with the cluster's token alone.
+    refused = 0
+    for port in listening:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest", bytes, bytes)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call(b"")
+            refused += caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert refused == 1
 
 
 def test_a_client_that_does_not_trust_is_not_connected(server: Secured) -> None:
@@ -353,6 +400,24 @@ async def test_an_expired_certificate_is_not_trusted(server: Secured) -> None:
     await _until(server, "t-admin", server.authority, answered=True)
 
 
+async def _check_load(target: str, directory: Path, pair: Pair) -> None:
+    """Clients of load tests have certificates too."""
+    pair.write(directory / "me.crt", directory / "me.key")
+    (directory / "token").write_text("t-generate")
+    spec = LoadSpec(
+        target,
+        Workload.parse("fixed:4", "fixed:4"),
+        users=1,
+        num_requests=1,
+        token_file=directory / "token",
+        tls_ca=directory / "server-ca.crt",
+        tls_client_cert=directory / "me.crt",
+        tls_client_key=directory / "me.key",
+    )
+    summary = await asyncio_client.run_load(spec)
+    assert (summary.requests, summary.failures) == (1, {}), summary.failure_messages
+
+
 @contextlib.contextmanager
 def _mutual(server: Secured, model: Path, directory: Path, clients: Authority) -> Iterator[str]:
     """The target of a server that asks clients for certificates: of Ray, a second edge is one."""
@@ -381,7 +446,7 @@ def _behind_the_edge(process: Process) -> list[int]:
     return [int(port) for port in found]
 
 
-def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
+async def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
     """Who has no certificate of the authority of clients is refused, whatever the token."""
     clients = Authority("clients")
     expired = clients.issue("me", expires=timedelta(days=-1))
@@ -395,6 +460,7 @@ def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
 
         with client(clients.issue("me"), "t-generate") as known:
             assert len(known.complete([1], max_tokens=3, ignore_eos=True).token_ids) == 3
+        await _check_load(target, tmp_path, clients.issue("me"))
         for pair in (None, Authority("another").issue("me"), expired):
             assert _refused(client(pair, "t-admin")).code is grpc.StatusCode.UNAVAILABLE
         error = _refused(client(clients.issue("me"), None))

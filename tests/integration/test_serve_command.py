@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
 
+from service.cli import app
 from service.client import Client
 from service.runtimes.ray_environment import free_ports
 from tests.integration.processes import Process
@@ -25,8 +27,19 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("runtime", ["standalone", pytest.param("ray", marks=pytest.mark.ray)])
-def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
+def _refused(*arguments: str) -> Result:
+    """What ends before it starts anything needs no process of its own."""
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "stop"),
+    [
+        ("standalone", signal.SIGINT),
+        pytest.param("ray", signal.SIGTERM, marks=pytest.mark.ray),
+    ],
+)
+def test_serve_generate_and_stop(model_path: Path, runtime: str, stop: signal.Signals) -> None:
     port, http_port, metrics_port = free_ports(3)
     target = f"127.0.0.1:{port}"
     ports = ["--port", port, "--http-port", http_port, "--metrics-port", metrics_port]
@@ -56,7 +69,14 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
         assert "sampling.temperature is 200; allowed: 0 to 100" in refused.stderr
 
         family = server.family()
-        server.signal(signal.SIGINT)
+        with Client(target) as client:
+            stream = client.generate([1], max_tokens=600, temperature=0, ignore_eos=True)
+            texts = iter(stream)
+            next(texts)
+            server.signal(stop)
+            for _ in texts:  # an open stream finishes
+                pass
+        assert len(stream.token_ids) == 600
         assert server.wait() == 0, server.output
         assert server.lines[-1] == "stopped"
         assert psutil.wait_procs(family, timeout=20)[1] == []
@@ -67,32 +87,14 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str) -> None:
         assert gone.stderr.startswith("error: UNAVAILABLE: ")
 
 
-@pytest.mark.parametrize("runtime", ["standalone", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_stop_signal_lets_an_open_stream_finish(model_path: Path, runtime: str) -> None:
-    port, http_port = free_ports(2)
-    ports = ["--port", port, "--http-port", http_port, "--metrics-port", 0]
-    arguments = ["--runtime", runtime, *map(str, ports)]
-    with Process(*_CLI, "serve", "--model", str(model_path), *arguments) as server:
-        server.wait_for(lambda line: line.startswith("ready"))
-        with Client(f"127.0.0.1:{port}") as client:
-            stream = client.generate([1], max_tokens=600, temperature=0, ignore_eos=True)
-            texts = iter(stream)
-            next(texts)
-            server.signal(signal.SIGTERM)
-            for _ in texts:
-                pass
-        assert len(stream.token_ids) == 600
-        assert server.wait() == 0, server.output
-
-
 @pytest.mark.parametrize("flag", ["--port", "--http-port", "--metrics-port"])
 def test_a_taken_port_is_named(model_path: Path, flag: str) -> None:
     ports = dict(zip(("--port", "--http-port", "--metrics-port"), free_ports(3), strict=True))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports[flag] = taken.getsockname()[1]
         arguments = [part for name, port in ports.items() for part in (name, str(port))]
-        answer = _run("serve", "--model", str(model_path), *arguments)
-    assert answer.returncode == 1
+        answer = _refused("serve", "--model", str(model_path), *arguments)
+    assert answer.exit_code == 1
     expected = f"cannot listen on 127.0.0.1:{ports[flag]} ({flag}): Address already in use"
     assert answer.stderr == f"error: {expected}\n"
 
@@ -152,8 +154,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(
 ) -> None:
     path = _copy(model_path, tmp_path / "damaged")
     expected = damage(path)
-    answer = _run("serve", "--model", str(path), "--port", str(free_ports(1)[0]))
-    assert answer.returncode == 1
+    answer = _refused("serve", "--model", str(path), "--port", str(free_ports(1)[0]))
+    assert answer.exit_code == 1
     assert answer.stderr.startswith("error: ")
     assert expected in answer.stderr
     assert answer.stderr.count("\n") == 1
@@ -177,8 +179,8 @@ def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -
         (["--runtime", "docker"], "docker"),
         (["--modle", "x"], "--modle"),
     ):
-        answer = _run("serve", "--model", str(model_path), *arguments)
-        assert answer.returncode == 2, arguments
+        answer = _refused("serve", "--model", str(model_path), *arguments)
+        assert answer.exit_code == 2, arguments
         assert expected in answer.stderr
 
 
@@ -193,23 +195,23 @@ def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -
 )
 def test_applications_that_are_wrong_exit_with_2(models: str, expected: str) -> None:
     arguments = [part for model in models.split() for part in ("--model", model)]
-    answer = _run("serve", *arguments)
-    assert answer.returncode == 2
+    answer = _refused("serve", *arguments)
+    assert answer.exit_code == 2
     assert expected in answer.stderr
 
 
 def test_limits_that_the_model_cannot_keep_are_refused(model_path: Path, tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("engine:\n  max_model_len: 5000\n")
-    answer = _run("serve", "--model", str(model_path), "--config", str(file))
-    assert answer.returncode == 1
+    answer = _refused("serve", "--model", str(model_path), "--config", str(file))
+    assert answer.exit_code == 1
     assert "max_model_len is 5000; allowed: at most 4096" in answer.stderr
 
 
 def test_every_command_explains_itself_with_an_example() -> None:
     for command in ("serve", "generate", "model", "health", "bench", "train-demo"):
-        answer = _run(command, "--help")
-        assert answer.returncode == 0
+        answer = _refused(command, "--help")
+        assert answer.exit_code == 0
         assert f"Example: headroom {command}" in answer.stdout
 
 
@@ -223,7 +225,7 @@ def test_every_command_explains_itself_with_an_example() -> None:
 def test_files_of_secrets_that_cannot_be_used_are_named(
     model_path: Path, flags: list[str], expected: str
 ) -> None:
-    answer = _run("serve", "--model", str(model_path), *flags)
-    assert answer.returncode == 1
+    answer = _refused("serve", "--model", str(model_path), *flags)
+    assert answer.exit_code == 1
     assert expected in answer.stderr
     assert answer.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import math
 from argparse import ArgumentParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,15 @@ class Parser(ArgumentParser):
         ({"timeout": 0}, "timeout is 0"),
         ({"token_file": "/no/file"}, "token_file is /no/file; allowed: a file that can be read"),
         ({"tls_ca": "/no/file"}, "tls_ca is /no/file"),
+        ({"tls_client_key": "/no/file"}, "tls_client_key is /no/file"),
+        (
+            {"tls_ca": __file__, "tls_client_cert": __file__},
+            f"tls_client_cert is {__file__}; allowed: a file",
+        ),
+        (
+            {"tls_client_cert": __file__, "tls_client_key": __file__},
+            "with tls_client_key and tls_ca",
+        ),
         ({"shape": "wave"}, "shape is 'wave'"),
         ({"shape": "ramp", "num_requests": 5}, "shape is 'ramp'; allowed: steady, unless seconds"),
     ],
@@ -75,8 +85,10 @@ def test_all_wrong_fields_are_named_at_once() -> None:
             shape="spike",
             processes=2,
             timeout=30.0,
-            token_file=__file__,
-            tls_ca=__file__,
+            token_file=Path(__file__),
+            tls_ca=Path(__file__).with_name("conftest.py"),
+            tls_client_cert=Path(__file__).with_name("test_run.py"),
+            tls_client_key=Path(__file__).with_name("test_feed.py"),
         ),
     ],
 )

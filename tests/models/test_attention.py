@@ -95,7 +95,7 @@ def test_shared_heads_equal_repeated_heads(num_kv_heads: int, kernel: KernelName
     assert (dense - repeated.forward_dense(hidden, turns(), batch=1)).abs().max() <= 1e-6
     through_cache = paged(shared, hidden, num_kv_heads)
     assert (through_cache - paged(repeated, hidden, num_kv_heads=6)).abs().max() <= 1e-6
-    assert (through_cache - dense).abs().max() <= 2e-6
+    assert (through_cache - dense).abs().max() <= 1e-6 * dense.abs().max()
     assert dense.std() > 0.1, "outputs that vanish prove nothing"
 
 

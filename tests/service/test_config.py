@@ -45,6 +45,12 @@ def test_flags_win_over_environment_over_file_over_defaults(
         ("model: {}", "allowed: a directory, or one for each application"),
         ("model: {'a b': x}", "should match pattern"),
         ("runtime: standalone\nmodel: {a: x, b: y}", "model names 2 applications; allowed: 1"),
+        ("runtime: standalone\nray_address: a:1", "ray_address is set; allowed: only with the Ray"),
+        (
+            "ray_address: a:1\nmetrics_targets: x",
+            "metrics_targets is set; allowed: only without ray_address",
+        ),
+        ("ray_address: ray://a", "ray_address"),
         ("tls_cert: x", "tls_cert and tls_key belong together; allowed: both or none"),
         ("tls_key: x", "tls_cert and tls_key belong together"),
         ("client_ca: x", "client_ca is set; allowed: only with tls_cert and tls_key"),

@@ -183,7 +183,11 @@ def test_a_kv_budget_that_does_not_hold_the_largest_load_is_refused() -> None:
     ]
     waiting = plan(too_small + "    waiting: true\n")
     assert waiting.max_concurrent(waiting.configurations[0].model, waiting.loads[-1]) == 3
-    assert mistakes(edited("64MiB", "64KiB") + "    waiting: true\n")
+    # Three configurations, two lengths, two numbers of clients: said once, by what needs most.
+    assert mistakes(edited("64MiB", "8KiB")) == [
+        "sweep.yaml:4: engine.kv_cache_bytes is 8192, which holds 0 sequences of load "
+        "c4-p128-o8 in configuration h4kv4d16; needed: 4; 10 more do not fit either"
+    ]
 
 
 def test_more_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

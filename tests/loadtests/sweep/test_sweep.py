@@ -59,33 +59,6 @@ def sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_sweep_from_the_file_to_the_report(tmp_path: Path) -> None:
-    file = tmp_path / "tiny.yaml"
-    file.write_text(SWEEP)
-    answer = sweep(tmp_path, str(file), "--json")
-    assert answer.returncode == 0, answer.stderr
-    assert "2 configurations, 1 loads, 1 repeats: 2 runs, 0 of them measured" in answer.stderr
-    assert "2 runs will take about" in answer.stderr
-    folder = tmp_path / "tiny"
-    document = json.loads((folder / "sweep.json").read_text())
-    assert json.loads(answer.stdout) == document
-    for run in document["runs"]:
-        _check_run(run, folder)
-    windowed = document["points"][1]["decode"]
-    # Float32 keys and values of one head of width 8, at most 8 tokens of 2 sequences.
-    assert 0 < windowed["kv_bytes"] <= 2 * 8 * 2 * 8 * 4
-    dom, console = open_page(folder / "report.html", tmp_path / "profile")
-    assert console == []
-    assert "h4kv1d8w8" in dom
-
-    written = {path: path.stat().st_mtime_ns for path in (folder / "samples").iterdir()}
-    again = sweep(tmp_path, str(file))
-    assert again.returncode == 0, again.stderr
-    assert "2 runs, 2 of them measured already" in again.stderr
-    assert {path: path.stat().st_mtime_ns for path in (folder / "samples").iterdir()} == written
-    assert again.stdout.startswith("# tiny, ")
-
-
 def _check_run(run: dict[str, Any], folder: Path) -> None:
     """Clients, samples and server tell the same."""
     assert run["why_not_counted"] is None
@@ -122,19 +95,37 @@ def test_ctrl_c_ends_the_servers_even_if_a_shell_ignored_it(tmp_path: Path) -> N
     interrupted(tmp_path, signal.SIGINT, after="warming ")
 
 
-def test_an_interrupted_sweep_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_goes_on_to_the_report(tmp_path: Path) -> None:
     file = interrupted(tmp_path, signal.SIGTERM, after="1/2 ")
     folder = tmp_path / "tiny"
-    (run,) = json.loads((folder / "sweep.json").read_text())["runs"]
-    samples = folder / run["samples"]
-    written = (samples.stat().st_mtime_ns, samples.read_bytes())
-    again = sweep(tmp_path, str(file), "--json")
-    assert again.returncode == 0, again.stderr
-    assert "2 runs, 1 of them measured already" in again.stderr
-    assert (samples.stat().st_mtime_ns, samples.read_bytes()) == written
-    runs = json.loads(again.stdout)["runs"]
-    assert len(runs) == 2
-    assert runs[0] == run
+    (first,) = json.loads((folder / "sweep.json").read_text())["runs"]
+    (samples,) = (folder / "samples").iterdir()
+    assert samples == folder / first["samples"]
+    written = samples.stat().st_mtime_ns
+
+    answer = sweep(tmp_path, str(file), "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert "2 configurations, 1 loads, 1 repeats: 2 runs, 1 of them measured" in answer.stderr
+    assert "1 runs will take about" in answer.stderr
+    document = json.loads((folder / "sweep.json").read_text())
+    assert json.loads(answer.stdout) == document
+    assert document["runs"][0] == first
+    assert samples.stat().st_mtime_ns == written
+    for run in document["runs"]:
+        _check_run(run, folder)
+    windowed = document["points"][1]["decode"]
+    # Float32 keys and values of one head of width 8, at most 8 tokens of 2 sequences.
+    assert 0 < windowed["kv_bytes"] <= 2 * 8 * 2 * 8 * 4
+    dom, console = open_page(folder / "report.html", tmp_path / "profile")
+    assert console == []
+    assert "h4kv1d8w8" in dom
+
+    before = {path: path.stat().st_mtime_ns for path in (folder / "samples").iterdir()}
+    again = CliRunner().invoke(app, ["sweep", str(file), "--results", str(tmp_path)])
+    assert again.exit_code == 0, again.stderr
+    assert "2 runs, 2 of them measured already" in again.stderr
+    assert again.stdout.startswith("# tiny, ")
+    assert {path: path.stat().st_mtime_ns for path in (folder / "samples").iterdir()} == before
 
 
 def test_a_load_that_fails_is_one_line(
@@ -160,8 +151,8 @@ def test_flags_name_their_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     arguments = ("--heads", "12", "--clients", "1", "--kv-cache", "64MiB", "--name", "mine")
-    answer = sweep(tmp_path, *arguments)
-    assert (answer.returncode, answer.stderr) == (
+    answer = CliRunner().invoke(app, ["sweep", *arguments, "--results", str(tmp_path)])
+    assert (answer.exit_code, answer.stderr) == (
         2, f"error: {tmp_path / 'mine'} holds files of something else; name the sweep otherwise\n"
     )  # fmt: skip
 
@@ -187,6 +178,7 @@ def test_flags_name_their_folder(tmp_path: Path) -> None:
 def test_bad_usage_ends_with_2_before_anything_starts(
     arguments: tuple[str, ...], expected: str, tmp_path: Path
 ) -> None:
-    answer = sweep(tmp_path / "results", *arguments)
-    assert (answer.returncode, answer.stderr) == (2, expected)
+    results = str(tmp_path / "results")
+    answer = CliRunner().invoke(app, ["sweep", *arguments, "--results", results])
+    assert (answer.exit_code, answer.stderr) == (2, expected)
     assert not (tmp_path / "results").exists()

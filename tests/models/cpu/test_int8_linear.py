@@ -16,7 +16,7 @@ from models.config import HeadConfig
 from models.cpu.linear import PackedWeight, pack
 from models.errors import ConfigError
 from models.linear import Linear
-from models.train.trainer import bits_per_byte
+from models.train.evaluate import bits_per_byte
 from service.config import DEMO_DIRECTORY
 from tests.models import tiny
 from tests.models.kernels import needs_library

@@ -1,92 +1,167 @@
-"""The demo model is made in one go, and what is on disk is what the card says."""
+"""A demo model is made in one go or in parts, and what is on disk is what the card says."""
 
 import json
+import lzma
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer as Backend
 
 from models import load_model
 from models.checkpoints.loader import check_checkpoint
-from models.tokenizer import IncrementalDetokenizer, Tokenizer
-from models.train.corpus import Corpus
-from models.train.demo import demo_config, make_demo
-from models.train.trainer import TrainConfig, TrainProgress, bits_per_byte
+from models.errors import CheckpointError, CorpusError, TrainingError
+from models.tokenizer import Tokenizer
+from models.train import demo as demo_module
+from models.train.config import TrainConfig
+from models.train.corpus import Corpus, Document
+from models.train.demo import DemoPaths, demo_config, make_demo
+from models.train.evaluate import bits_per_byte
+from models.train.sources import STANDARD_LIBRARY
 from models.transformer import Transformer
-from tests.models.train.test_trainer import TEXT
+from tests.models import tiny
 
-CORPUS = Corpus(train=(TEXT, TEXT, TEXT), held_out=("the dog sat — on the mat.\n" * 4,))
-CONFIG = TrainConfig(max_seconds=1.5, batch_tokens=64, seq_len=16, final_seq_len=32, seed=3)
+TEXT = "the cat sat on the mat; the dog — größer — lay on the log.\n" * 12
+CORPUS = Corpus(
+    (STANDARD_LIBRARY,),
+    tuple(Document(STANDARD_LIBRARY.name, f"{index}.py", TEXT[index:]) for index in range(200)),
+)
+CONFIG = TrainConfig(60 * 64, batch_tokens=64, seq_len=16, final_seq_len=32, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_model() -> object:
+    """The shape of the demo model is checked by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            demo_module,
+            "demo_config",
+            lambda size: tiny.llama(
+                vocab_size=size, max_position_embeddings=64, eos_token_ids=(1,)
+            ),
+        )
+        yield
+
+
+def make(
+    paths: DemoPaths, *, corpus: Corpus = CORPUS, num_steps: int | None = None
+) -> float | None:
+    steps: list[int] = []
+    return make_demo(
+        paths,
+        corpus,
+        CONFIG,
+        command="headroom train-demo --output here",
+        on_step=lambda now: steps.append(now.step),
+        should_stop=lambda: len(steps) == num_steps,
+    )
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, list[TrainProgress]]:
-    directory = tmp_path_factory.mktemp("made") / "demo"
-    progress: list[TrainProgress] = []
-    bpb = make_demo(directory, CONFIG, num_threads=7, on_step=progress.append, corpus=CORPUS)
-    return directory, bpb, progress
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    directory = tmp_path_factory.mktemp("made")
+    bpb = make(DemoPaths(directory / "small", directory / "work"))
+    assert bpb is not None
+    return directory / "small", bpb
 
 
-Made = tuple[Path, float, list[TrainProgress]]
+Made = tuple[Path, float]
 
 
-def test_the_directory_loads(demo: Made) -> None:
-    directory, _, _ = demo
+def test_the_directory_loads_in_float32_and_stores_half(made: Made) -> None:
+    directory, _ = made
     model = load_model(directory)
-    tokenizer = Tokenizer.for_model(directory, model.config)
     assert check_checkpoint(directory) == model.config
-    assert model.config.name == "demo"
-    assert model.config.vocab_size == tokenizer.vocab_size < 2048, "a small corpus has few words"
-    assert model.config.layers == demo_config().layers
-    assert model.config.eos_token_ids == (1,)
-    assert tokenizer.token_of(0) == "<bos>"
-    assert tokenizer.encode("the")[0] == 0
-    detokenizer = IncrementalDetokenizer(tokenizer)
-    assert detokenizer.push(tokenizer.encode("the — mat")) == "the — mat"
+    assert (model.config.name, model.config.dtype) == ("small", "float32")
+    assert model.config.vocab_size == Tokenizer.for_model(directory, model.config).vocab_size
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
 
 
-def test_the_measured_bits_are_those_of_the_written_model(demo: Made) -> None:
-    directory, bpb, _ = demo
+def test_the_measured_bits_are_those_of_the_written_model(made: Made) -> None:
+    directory, bpb = made
     tokenizer = Backend.from_file(str(directory / "tokenizer.json"))
-    measured = bits_per_byte(load_model(directory), tokenizer, CORPUS.held_out)
+    measured = bits_per_byte(load_model(directory), tokenizer, CORPUS.texts("held_out"))
     assert measured == pytest.approx(bpb, rel=1e-6)
 
 
-def test_the_card_says_what_was_measured(demo: Made) -> None:
-    directory, bpb, progress = demo
+def test_the_card_says_what_was_measured(made: Made) -> None:
+    directory, bpb = made
     card = (directory / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert f"| held-out bits per byte | **{bpb:.3f}** on 1 files" in card
-    assert "`h6kv2d32`" in card
-    assert "on 7 CPU cores, seed 3" in card
-    assert f"{load_model(directory).num_parameters / 1e6:.2f} M parameter" in card
-    assert f"byte-level BPE, {load_model(directory).config.vocab_size} tokens" in card
-    shown = [line for line in card.splitlines() if line.startswith("| ") and line[2].isdigit()]
-    losses = {f"| {point.step} | {point.loss:.3f} |" for point in progress}
-    assert shown
-    assert losses.issuperset(shown)
+    assert f"| **this model** | **{bpb:.3f}** |" in card
+    assert f"value: {bpb:.3f}\n" in card
+    assert "`h4kv2d8`" in card
+    assert "0.00 M tokens in 60 steps of 64, " in card
+    data = "".join(CORPUS.texts("held_out")).encode()
+    xz = 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+    assert f", {xz:.3f} |" in card
+    assert "headroom train-demo --output here" in card
+    assert "Missed: the induction score" in card
     assert "{" not in card, "every blank is filled"
 
 
-def test_training_was_reported_and_learned(demo: Made) -> None:
-    _, bpb, progress = demo
-    assert len(progress) >= 3
-    assert progress[-1].loss < progress[0].loss
-    assert 0 < bpb < 20
-
-
-def test_only_plain_files_are_written(demo: Made) -> None:
-    directory, _, _ = demo
+def test_what_belongs_to_the_model_lies_beside_it(made: Made) -> None:
+    directory, _ = made
     assert sorted(path.name for path in directory.iterdir()) == [
-        "MODEL_CARD.md", "config.json", "model.safetensors", "tokenizer.json",
+        "MODEL_CARD.md", "config.json", "corpus.json", "loss.svg", "model.safetensors",
+        "tokenizer.json",
     ]  # fmt: skip
-    assert json.loads((directory / "config.json").read_text())["model_type"] == "llama"
+    assert json.loads((directory / "corpus.json").read_text()) == CORPUS.describe()
+
+
+def test_parts_make_the_same_model(made: Made, tmp_path: Path) -> None:
+    paths = DemoPaths(tmp_path / "small", tmp_path / "work")
+    assert make(paths, num_steps=20) is None
+    assert not paths.output.exists()
+    assert make(paths) == made[1]
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (paths.output / name).read_bytes() == (made[0] / name).read_bytes()
+
+
+def test_another_text_is_refused(tmp_path: Path) -> None:
+    paths = DemoPaths(tmp_path / "small", tmp_path / "work")
+    make(paths, num_steps=1)
+    other = Corpus(CORPUS.sources, CORPUS.documents[:150])
+    with pytest.raises(TrainingError, match=r"the text is not the one that the training in .* beg"):
+        make(paths, corpus=other)
+
+
+def test_a_corpus_without_a_part_is_refused(tmp_path: Path) -> None:
+    train_only = tuple(d for d in CORPUS.documents if d.part == "train")
+    with pytest.raises(CorpusError, match="no document of the corpus is in the part 'validation'"):
+        make(
+            DemoPaths(tmp_path / "small", tmp_path / "work"),
+            corpus=Corpus(CORPUS.sources, train_only),
+        )
+
+
+def test_a_model_can_go_on_from_another(made: Made, tmp_path: Path) -> None:
+    directory, bpb = made
+    further = make(DemoPaths(tmp_path / "further", tmp_path / "work", start=directory))
+    assert further is not None
+    assert further < bpb
+    card = (tmp_path / "further/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "was made of `small` and then has read python-standard-library" in card
+    tokenizers = [
+        (path / "tokenizer.json").read_text() for path in (directory, tmp_path / "further")
+    ]
+    assert tokenizers[0] == tokenizers[1]
+    with pytest.raises(CheckpointError, match=r"none/tokenizer\.json is missing"):
+        make(DemoPaths(tmp_path / "third", tmp_path / "work 3", start=tmp_path / "none"))
 
 
 def test_the_demo_has_the_size_that_it_claims() -> None:
-    config = demo_config()
     with torch.device("meta"):
-        model = Transformer(config)
-    assert model.num_parameters == pytest.approx(2.8e6, rel=0.05)
-    assert config.layers[0].kind == "gqa"
-    assert config.layers[0].num_queries_per_kv == 3
+        model = Transformer(demo_config())
+    assert model.num_parameters == pytest.approx(5.07e6, rel=0.01)
+    assert model.config.layers[0].kind == "mha"
+
+
+def test_an_output_that_cannot_be_written_to_loses_nothing(made: Made, tmp_path: Path) -> None:
+    paths = DemoPaths(tmp_path / "small", tmp_path / "work")
+    paths.output.write_text("a file")
+    with pytest.raises(TrainingError, match=r"small cannot be written to: .*learned is in .*work"):
+        make(paths)
+    paths.output.unlink()
+    assert make(paths) == made[1]

@@ -1,8 +1,8 @@
-"""Training learns, is decided by its seed, and is measured in bits per byte of text."""
+"""Training learns, is decided by its seed, and goes on as if it had not been interrupted."""
 
-import itertools
+import dataclasses
 import math
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +10,18 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models.config import ModelConfig
-from models.train.corpus import train_tokenizer
-from models.train.trainer import (
-    TrainConfig,
-    TrainProgress,
-    bits_per_byte,
-    encode_documents,
-    train,
-)
+from models.errors import ConfigError, TrainingError
+from models.train.config import TrainConfig
+from models.train.head_options import HeadSimilarity
+from models.train.rows import Rows
+from models.train.state import Point
+from models.train.tokenizer import encode_documents, train_tokenizer
+from models.train.trainer import TrainProgress, train
 from models.transformer import Transformer, random_model
 from tests.models import tiny
 
 TEXT = "the cat sat on the mat; the dog — größer — lay on the log.\n" * 12
+QUICK = TrainConfig(num_tokens=40 * 128, batch_tokens=128, seq_len=16, final_seq_len=32)
 
 
 @pytest.fixture(scope="module")
@@ -30,112 +30,134 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def tokens(tokenizer: Tokenizer) -> Tensor:
-    return encode_documents(tokenizer, [TEXT, TEXT, TEXT])
+def rows(tokenizer: Tokenizer) -> Rows:
+    return Rows(encode_documents(tokenizer, [TEXT, TEXT, TEXT]), tokenizer, seed=0)
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time that passes by one second per look, so that a training has a fixed number of steps."""
-    now = itertools.count()
-    monkeypatch.setattr(
-        "models.train.trainer.time", SimpleNamespace(monotonic=lambda: float(next(now)))
-    )
-
-
-def config_for(tokenizer: Tokenizer, **changes: object) -> ModelConfig:
-    return tiny.llama(vocab_size=tokenizer.get_vocab_size()).replace(**changes)
+def config_for(rows: Rows, **changes: object) -> ModelConfig:
+    return tiny.llama(vocab_size=rows.tokenizer.get_vocab_size()).replace(**changes)
 
 
 def learn(
-    model: Transformer, tokens: Tensor, config: TrainConfig
-) -> tuple[int, list[TrainProgress]]:
+    rows: Rows,
+    directory: Path,
+    config: TrainConfig = QUICK,
+    *,
+    stop_after: int | None = None,
+    model: Transformer | None = None,
+) -> tuple[Transformer, list[Point] | None, list[TrainProgress]]:
+    model = model or random_model(config_for(rows), seed=0)
     progress: list[TrainProgress] = []
-    return train(model, tokens, config, progress.append), progress
-
-
-QUICK = TrainConfig(max_seconds=80, batch_tokens=128, seq_len=16, final_seq_len=32)
-
-
-def test_documents_lie_behind_one_another(tokenizer: Tokenizer) -> None:
-    first, second = "the cat", "größer"
-    expected = [*tokenizer.encode(first).ids, 1, *tokenizer.encode(second).ids, 1]
-    ids = encode_documents(tokenizer, [first, second])
-    assert ids.dtype == torch.int64
-    assert ids.tolist() == expected
-    assert ids.tolist().count(0) == ids.tolist().count(1) == 2
-
-
-@pytest.mark.usefixtures("clock")
-def test_training_lowers_the_loss_and_the_bits(tokenizer: Tokenizer, tokens: Tensor) -> None:
-    model = random_model(config_for(tokenizer), seed=0)
-    before = bits_per_byte(model, tokenizer, [TEXT])
-    _, progress = learn(
-        model, tokens, TrainConfig(200, batch_tokens=128, seq_len=16, final_seq_len=32)
+    points = train(
+        model,
+        rows,
+        validation_of(rows),
+        config,
+        state_file=directory / "state.pt",
+        on_step=progress.append,
+        should_stop=lambda: len(progress) == stop_after,
     )
-    assert progress[0].loss == pytest.approx(math.log(tokenizer.get_vocab_size()), rel=0.2)
-    assert progress[-1].loss < 0.2 * progress[0].loss
-    assert bits_per_byte(model, tokenizer, [TEXT]) < 0.2 * before
+    return model, points, progress
+
+
+def validation_of(rows: Rows) -> Tensor:
+    return rows.tokens[:48].long().view(3, 16)
+
+
+def equal(one: Transformer, other: Transformer) -> bool:
+    states = one.state_dict(), other.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_training_lowers_all_losses(rows: Rows, tmp_path: Path) -> None:
+    config = dataclasses.replace(QUICK, num_tokens=100 * 128, learning_rate=3e-3)
+    model, points, progress = learn(rows, tmp_path, config)
+    assert points is not None
+    assert progress[0].loss == pytest.approx(math.log(model.config.vocab_size), rel=0.2)
+    assert points[-1].loss < 0.3 * points[0].loss
+    assert points[-1].validation_loss < 0.3 * points[0].validation_loss
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.usefixtures("clock")
-def test_progress_counts_steps_and_time(tokenizer: Tokenizer, tokens: Tensor) -> None:
-    seen, progress = learn(random_model(config_for(tokenizer), seed=0), tokens, QUICK)
-    # Two looks at the clock per step: one for the share, one for the rate.
-    assert [point.step for point in progress] == list(range(1, 41))
-    assert [point.share for point in progress] == pytest.approx(
-        [(2 * step + 1) / 80 for step in range(40)]
+def test_progress_and_points_count_steps(rows: Rows, tmp_path: Path) -> None:
+    config = dataclasses.replace(QUICK, num_tokens=85 * 128)
+    _, points, progress = learn(rows, tmp_path, config)
+    assert points is not None
+    assert [now.step for now in progress] == list(range(1, 86))
+    assert [point.step for point in points] == [*range(2, 85, 2), 85]
+    assert [now.point for now in progress if now.point is not None] == points
+    losses = [now.loss for now in progress]
+    assert points[0].loss == pytest.approx((losses[0] + losses[1]) / 2)
+    assert points[-1].loss == pytest.approx(losses[-1])
+    assert progress[-1].seconds_left == 0
+    assert progress[9].tokens_per_second == pytest.approx(
+        128 * 75 / progress[9].seconds_left, rel=1e-6
     )
-    assert seen == 40 * 128
-    assert progress[-1].tokens_per_second == pytest.approx(seen / 80)
 
 
-@pytest.mark.usefixtures("clock")
-def test_rows_are_longer_at_the_end(
-    tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "changes", [{}, {"head_dropout": 0.3, "head_temperature": True}], ids=["plain", "options"]
+)
+def test_an_interrupted_training_ends_like_a_whole_one(
+    rows: Rows, tmp_path: Path, changes: dict[str, float]
 ) -> None:
-    shapes: list[tuple[int, ...]] = []
-    forward = Transformer.forward_dense
-
-    def record(self: Transformer, input_ids: Tensor) -> Tensor:
-        shapes.append(tuple(input_ids.shape))
-        return forward(self, input_ids)
-
-    monkeypatch.setattr(Transformer, "forward_dense", record)
-    learn(random_model(config_for(tokenizer), seed=0), tokens, QUICK)
-    assert shapes == [(8, 16)] * 32 + [(4, 32)] * 8
-
-
-@pytest.mark.usefixtures("clock")
-def test_the_seed_decides_the_result(tokenizer: Tokenizer, tokens: Tensor) -> None:
-    def result(seed: int, global_seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(global_seed)
-        model = random_model(config_for(tokenizer), seed=0)
-        config = TrainConfig(12, batch_tokens=64, seq_len=16, final_seq_len=16, seed=seed)
-        learn(model, tokens, config)
-        return model.state_dict()
-
-    first, again, other = result(1, 10), result(1, 20), result(2, 10)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["embed_tokens.weight"], other["embed_tokens.weight"])
+    config = dataclasses.replace(QUICK, **changes)  # type: ignore[arg-type]
+    whole, points, _ = learn(rows, tmp_path / "whole", config)
+    torch.manual_seed(5)
+    _, nothing, first = learn(rows, tmp_path / "parts", config, stop_after=7)
+    assert nothing is None
+    # The first weights of the second part do not matter.
+    other = random_model(config_for(rows), seed=9)
+    resumed, again, second = learn(rows, tmp_path / "parts", config, model=other)
+    assert [len(first), len(second)] == [7, 33]
+    assert equal(whole, resumed)
+    assert points is not None
+    assert again is not None
+    for one, two in zip(points, again, strict=True):
+        assert dataclasses.replace(one, seconds=0.0) == dataclasses.replace(two, seconds=0.0)
+    assert [p.seconds for p in again] == sorted(p.seconds for p in again)
 
 
-@pytest.mark.usefixtures("clock")
-def test_every_parameter_is_trained(tokenizer: Tokenizer, tokens: Tensor) -> None:
-    config = config_for(tokenizer, qkv_bias=True, output_bias=True, mlp_bias=True)
+def test_the_seed_decides_the_result(rows: Rows, tmp_path: Path) -> None:
+    first, *_ = learn(rows, tmp_path / "1")
+    torch.manual_seed(7)
+    again, *_ = learn(rows, tmp_path / "2")
+    other, *_ = learn(dataclasses.replace(rows, seed=2), tmp_path / "3")
+    assert equal(first, again)
+    assert not equal(first, other)
+
+
+def test_every_parameter_is_trained(rows: Rows, tmp_path: Path) -> None:
+    config = config_for(rows, qkv_bias=True, output_bias=True, mlp_bias=True)
     model = random_model(config, seed=0)
     before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
-    learn(model, tokens, QUICK)
+    learn(rows, tmp_path, model=model)
     after = model.state_dict()
     assert not [name for name in before if torch.equal(before[name], after[name])]
     assert all(parameter.isfinite().all() for parameter in after.values())
 
 
-@pytest.mark.usefixtures("clock")
+def test_running_layers_again_changes_nothing(rows: Rows, tmp_path: Path) -> None:
+    config = dataclasses.replace(QUICK, head_dropout=0.3)
+    kept, *_ = learn(rows, tmp_path / "kept", config)
+    again, *_ = learn(rows, tmp_path / "again", dataclasses.replace(config, recompute=True))
+    assert equal(kept, again)
+
+
+def test_heads_can_be_pulled_apart(rows: Rows, tmp_path: Path) -> None:
+    means = []
+    for diversity in (0.0, 1.0):
+        config = dataclasses.replace(QUICK, head_diversity=diversity)
+        model, *_ = learn(rows, tmp_path / str(diversity), config)
+        similarity = HeadSimilarity()
+        model.forward_dense(validation_of(rows), edit=similarity)
+        means.append(float(similarity.mean))
+    assert means[1] < means[0] - 0.05
+
+
 def test_the_rate_warms_up_and_ends_at_a_tenth(
-    tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: list[float] = []
     step = torch.optim.AdamW.step
@@ -147,43 +169,48 @@ def test_the_rate_warms_up_and_ends_at_a_tenth(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
     config = TrainConfig(
-        200, batch_tokens=16, seq_len=16, final_seq_len=16, learning_rate=1e-2, warmup_share=0.1
-    )
-    learn(random_model(config_for(tokenizer), seed=0), tokens, config)
-    highest = rates.index(max(rates))
-    assert rates[0] == pytest.approx(1e-2 * (1 / 200) / 0.1)
-    assert rates[:highest] == sorted(rates[:highest])
-    assert highest == 10
-    assert max(rates) == pytest.approx(1e-2, rel=1e-3)
-    assert rates[highest:] == sorted(rates[highest:], reverse=True)
-    assert rates[-1] == pytest.approx(1e-3, rel=1e-2)
+        100 * 16, batch_tokens=16, seq_len=16, final_seq_len=16, learning_rate=1e-2,
+        warmup_share=0.1,
+    )  # fmt: skip
+    learn(rows, tmp_path, config)
+    assert len(rates) == 100
+    assert rates[:10] == pytest.approx([1e-3 * (i + 1) for i in range(10)])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[54] == pytest.approx(5.5e-3), "half of the cosine"
+    assert rates[-1] == pytest.approx(1e-3)
 
 
-# --- bits per byte -----------------------------------------------------------------------------
+def test_rows_are_longer_at_the_end(
+    rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, int]] = []
+    at = Rows.at
+
+    def record(self: Rows, step: int, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        shapes.append((num_rows, seq_len))
+        return at(self, step, num_rows, seq_len)
+
+    monkeypatch.setattr(Rows, "at", record)
+    learn(rows, tmp_path)
+    assert shapes == [(8, 16)] * 34 + [(4, 32)] * 6
 
 
-def test_a_model_that_knows_nothing_needs_the_whole_alphabet(tokenizer: Tokenizer) -> None:
-    config = config_for(tokenizer)
-    model = random_model(config, seed=0)
-    assert model.lm_head is not None
-    torch.nn.init.zeros_(model.lm_head.weight)
-    texts = ["größer", TEXT, "—"]
-    assert len(tokenizer.encode(TEXT).ids) > 2 * config.max_position_embeddings
-    num_predicted = sum(len(tokenizer.encode(text).ids) - 1 for text in texts)
-    num_bytes = sum(len(text.encode()) for text in texts)
-    expected = num_predicted * math.log2(tokenizer.get_vocab_size()) / num_bytes
-    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(expected, rel=1e-6)
+def test_rows_that_do_not_fit_are_refused(rows: Rows, tmp_path: Path) -> None:
+    config = TrainConfig(128, batch_tokens=128, seq_len=16, final_seq_len=128)
+    with pytest.raises(ConfigError, match="seq_len is 128; allowed: up to 64"):
+        learn(rows, tmp_path, config)
+    short = dataclasses.replace(rows, tokens=rows.tokens[:20])
+    with pytest.raises(ConfigError, match="seq_len is 32; allowed: up to 19"):
+        train(
+            random_model(config_for(rows), seed=0), short, validation_of(rows), QUICK,
+            state_file=tmp_path / "state.pt", on_step=lambda _: None,
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("window", [7, 16, 64])
-def test_each_token_is_scored_once_in_its_window(tokenizer: Tokenizer, window: int) -> None:
-    model = random_model(config_for(tokenizer, max_position_embeddings=window), seed=0)
-    text = TEXT[:150]
-    ids = tokenizer.encode(text).ids
-    nats = 0.0
-    for index in range(1, len(ids)):
-        start = (index - 1) // (window - 1) * (window - 1)
-        logits = model.logits(torch.tensor([ids[start:index]]))[0, -1]
-        nats -= float(logits.double().log_softmax(dim=-1)[ids[index]])
-    expected = nats / math.log(2) / len(text.encode())
-    assert bits_per_byte(model, tokenizer, [text]) == pytest.approx(expected, rel=1e-5)
+def test_a_loss_that_is_no_number_ends_the_training(rows: Rows, tmp_path: Path) -> None:
+    config = dataclasses.replace(QUICK, learning_rate=1e20)
+    with pytest.raises(
+        TrainingError, match=r"the loss of step \d+ is nan; train with a learning rate below 1e\+20"
+    ):
+        learn(rows, tmp_path, config)
+    assert not (tmp_path / "state.pt").exists(), "what is broken is not kept"

@@ -89,10 +89,15 @@ def test_another_ray_is_refused(
     )
 
 
+def test_certificates_that_make_no_server_are_named(tmp_path: Path) -> None:
+    found = findings(tls_cert=tmp_path / "none", tls_key=tmp_path / "none")["certificates"]
+    assert (found.level, found.fact.split()[0]) == ("error", "tls_cert")
+
+
 def test_too_little_memory_is_counted_for_all_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.doctor.available_memory", lambda: 3 * 2**30)
+    monkeypatch.setattr("service.doctor.checks.available_memory", lambda: 3 * 2**30)
     assert findings(replicas=1)["memory"].level == "ok"
-    monkeypatch.setattr("service.doctor.available_memory", lambda: 2**30)
+    monkeypatch.setattr("service.doctor.checks.available_memory", lambda: 2**30)
     found = findings(replicas=1)["memory"]
     assert found.level == "error"
     assert found.fact.startswith("1.0 GiB available, 1.5 GiB needed")
@@ -113,7 +118,7 @@ def test_full_disks_and_few_files_are_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_missing_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("service.doctor.why_unavailable", lambda: "it was not compiled")
+    monkeypatch.setattr("service.doctor.checks.why_unavailable", lambda: "it was not compiled")
     found = findings()["operations in C++"]
     assert (found.level, found.fact) == ("warning", "it was not compiled")
     assert "compiler" in found.advice

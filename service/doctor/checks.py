@@ -1,7 +1,4 @@
-"""What stands between this machine and a server that runs well: each fact, and what to do about it.
-
-Checks only look; nothing is started or changed.
-"""
+"""Versions, settings, model, memory, ports and limits of this machine."""
 
 import importlib.metadata
 import os
@@ -12,19 +9,17 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 
 from models.cpu.library import multiplies_by_amx, vectors_in_use, why_unavailable
 from models.errors import ModelError
 from service.config import ServiceConfig
+from service.doctor.certificates import examine_certificates
+from service.doctor.finding import Finding
 from service.engine.memory import available_memory, resolve_device
 from service.replica import check_model
-
-Level: TypeAlias = Literal["ok", "warning", "error"]
 
 _PYTHONS = ((3, 11), (3, 12))
 _RAY_VERSIONS = ((2, 60), (2, 61))  # from, and before
@@ -36,21 +31,6 @@ _LEAST_TEMPORARY = 512 * 2**20
 _RAY_MEMORY = 1536 * 2**20
 # Values that make threads sleep between operations; None is any.
 _SLOW_OPENMP = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": None}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One fact.
-
-    Attributes:
-        check: what was looked at.
-        advice: what to do; empty if it is as it should be.
-    """
-
-    check: str
-    level: Level
-    fact: str
-    advice: str = ""
 
 
 def examine(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -68,6 +48,7 @@ def examine(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[F
     yield _memory(config)
     if config.runtime == "ray":
         yield from _ray(environment)
+    yield from examine_certificates(config)
     for name, port in _ports(config).items():
         yield _port(config.host, name, port)
     yield _open_files()
@@ -153,7 +134,7 @@ def _ray(environment: Mapping[str, str]) -> Iterator[Finding]:
         advice = f"install ray[serve]>={least[0]}.{least[1]},<{below[0]}.{below[1]}"
         yield Finding("ray", "error", version, advice)
     if "RAY_ADDRESS" in environment:
-        advice = "it is ignored: `headroom serve` starts a cluster of its own"
+        advice = "it is ignored: `headroom serve` joins a cluster by --ray-address only"
         yield Finding("RAY_ADDRESS", "warning", environment["RAY_ADDRESS"], advice)
     for name in ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED"):
         if environment.get(name, "1") != "1":

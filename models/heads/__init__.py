@@ -1,0 +1,1 @@
+"""Sees and changes heads of a model."""

@@ -1,0 +1,281 @@
+"""What a trained model is measured by, and its card."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from models.heads.inputs import attention_weights
+from models.heads.metrics import (
+    induction_score,
+    previous_token_score,
+    repeat_losses,
+    sink_score,
+)
+from models.train.config import TrainConfig
+from models.train.corpus import Corpus
+from models.train.evaluate import (
+    bits_per_byte,
+    compressors_bits_per_byte,
+    xz_after_training_text,
+)
+from models.train.rows import NEEDLE_SHARE, REPEAT_SHARE
+from models.train.state import Point
+from models.train.trainer import repeat_probe
+from models.transformer import Transformer
+
+_NUM_RANDOM_HEADS = 8
+_XZ_GATE = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class BestHead:
+    """The head with the highest score."""
+
+    layer: int
+    head: int
+    score: float
+
+    def __str__(self) -> str:
+        return f"{self.score:.3f} (layer {self.layer}, head {self.head})"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A trained model in numbers.
+
+    Attributes:
+        by_source: held-out bits per byte of each source.
+        compressors: of the same files behind one another.
+        xz_after_training: bits per byte that these files add to an xz file of the training text.
+        repeat_losses: nats per token of the first and second half of random tokens that come twice.
+        ablated: loss of the second half without the best induction head.
+        randomly_ablated: the same without one of several other heads drawn at random, each alone;
+            their mean.
+    """
+
+    shape: Transformer
+    bits_per_byte: float
+    by_source: dict[str, float]
+    compressors: dict[str, float]
+    xz_after_training: float
+    induction: BestHead
+    previous_token: BestHead
+    sink: BestHead
+    repeat_losses: tuple[float, float]
+    ablated: float
+    randomly_ablated: float
+
+
+def measure(model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> Measured:
+    """Everything that the card says of a model, on held-out text and on random tokens."""
+    held_out = corpus.texts("held_out")
+    texts = {source.name: corpus.texts("held_out", source.name) for source in corpus.sources}
+    sizes = {name: sum(len(text.encode()) for text in part) for name, part in texts.items()}
+    by_source = {
+        name: bits_per_byte(model, tokenizer, part) for name, part in texts.items() if sizes[name]
+    }
+    total = sum(bits * sizes[name] for name, bits in by_source.items()) / sum(sizes.values())
+    probe = repeat_probe(model, seed=1, batch=16).to(model.device)
+    period = (probe.shape[1] - 1) // 2
+    weights = attention_weights(model, probe[:, :-1])
+    induction = _best([induction_score(layer, period) for layer in weights])
+    others = [
+        (layer, head)
+        for layer, heads in enumerate(model.config.layers)
+        for head in range(heads.num_heads)
+        if (layer, head) != (induction.layer, induction.head)
+    ]
+    drawn = random.Random(1).sample(others, min(_NUM_RANDOM_HEADS, len(others)))  # noqa: S311
+    randomly = [repeat_losses(model, probe, [place])[1] for place in drawn]
+    return Measured(
+        shape=model,
+        bits_per_byte=total,
+        by_source=by_source,
+        compressors=compressors_bits_per_byte(held_out),
+        xz_after_training=xz_after_training_text(corpus.texts("train"), held_out),
+        induction=induction,
+        previous_token=_best([previous_token_score(layer) for layer in weights]),
+        sink=_best([sink_score(layer) for layer in weights]),
+        repeat_losses=repeat_losses(model, probe),
+        ablated=repeat_losses(model, probe, [(induction.layer, induction.head)])[1],
+        randomly_ablated=sum(randomly) / len(randomly),
+    )
+
+
+def _best(scores: Sequence[torch.Tensor]) -> BestHead:
+    layer = max(range(len(scores)), key=lambda index: float(scores[index].max()))
+    head = int(scores[layer].argmax())
+    return BestHead(layer, head, float(scores[layer][head]))
+
+
+_CARD = """---
+model-index:
+- name: {name}
+  results:
+  - task:
+      type: text-generation
+    dataset:
+      name: held-out files of Python and Debian packages
+      type: python-and-debian-packages
+    metrics:
+    - type: bits_per_byte
+      value: {bpb:.3f}
+---
+
+# {name}
+
+A {parameters:.2f} M parameter Llama-format decoder, small enough to be trained on two processor
+cores, which {origin}. It exists so that heads can be looked at, removed and shared without a
+download; it knows little and must not be used for anything else.
+
+| | |
+|---|---|
+| heads | `{heads}`, {layers} layers, hidden {hidden}, FFN {ffn}, tied embeddings |
+| weights | bfloat16 in the file, float32 when loaded |
+| context | {context} tokens; trained on rows of {seq_len}, at the end of {final_seq_len} |
+| tokenizer | byte-level BPE, {vocab} tokens, `<bos>` 0, `<eos>` 1, `<pad>` 2 |
+| training | {tokens:.2f} M tokens in {steps} steps of {batch}, {minutes:.0f} minutes, seed {seed} |
+| recipe | AdamW (0.9, 0.95), weight decay {decay}, rate {rate:g}, cosine to a tenth, clip 1.0 |
+| options of heads | dropout {dropout:g}, diversity {diversity:g}, temperature {temperature} |
+| mixed in | {repeats:.0%} of rows are random tokens that repeat, {needles:.0%} keys in text |
+| loss at the end | {loss:.3f} nats per token, validation {validation:.3f} |
+
+![losses](loss.svg)
+
+## Held-out text
+
+No document is in two parts: a hash of its name decides. `corpus.json` lists sources, licences,
+notices, sizes and SHA-256.
+
+| bits per byte | |
+|---|---|
+| **this model** | **{bpb:.3f}** |
+{by_source}
+| gzip, bzip2, xz of the same files behind one another | {gzip:.3f}, {bzip2:.3f}, {xz:.3f} |
+| xz, what the same files add to the training text | {xz_after:.3f} |
+
+{gate}
+
+## Heads
+
+Measured on {probe} sequences of `<bos>` and 50 random tokens that come twice; layers and heads
+are counted from 0.
+
+| | | asked for |
+|---|---|---|
+| best induction score | {induction} | 0.8 or more |
+| best previous-token score | {previous} | 0.5 or more |
+| highest weight of the first token | {sink} | |
+| loss of the first half | {first:.2f} nats per token | 5 or more |
+| loss of the second half | {second:.3f} nats per token | 0.5 or less |
+| without the best induction head | {ablated:+.3f} nats | |
+| without another head, mean of {random_heads} | {random:+.4f} nats | a twentieth of that or less |
+
+{heads_verdict}
+
+## Make it again
+
+```sh
+{command}
+```
+
+The same seed gives the same losses on the same machine with the same number of threads; the
+command goes on where it was interrupted. NOTICE of the texts: see `corpus.json`.
+"""
+
+
+def write_card(
+    output: Path,
+    config: TrainConfig,
+    points: Sequence[Point],
+    measured: Measured,
+    corpus: Corpus,
+    command: str,
+    start: Path | None,
+) -> None:
+    """Write MODEL_CARD.md into a directory."""
+    shape = measured.shape.config
+    first, second = measured.repeat_losses
+    names = ", ".join(source.name for source in corpus.sources)
+    origin = (
+        f"has read {names}"
+        if start is None
+        else f"was made of `{start.name}` and then has read {names}"
+    )
+    card = _CARD.format(
+        name=output.name,
+        origin=origin,
+        bpb=measured.bits_per_byte,
+        parameters=measured.shape.num_parameters / 1e6,
+        heads=shape.head_label,
+        layers=shape.num_layers,
+        hidden=shape.hidden_size,
+        ffn=shape.intermediate_size,
+        context=shape.max_position_embeddings,
+        seq_len=config.seq_len,
+        final_seq_len=config.final_seq_len,
+        vocab=shape.vocab_size,
+        tokens=config.num_steps * config.batch_tokens / 1e6,
+        steps=config.num_steps,
+        batch=config.batch_tokens,
+        minutes=points[-1].seconds / 60,
+        seed=config.seed,
+        decay=config.weight_decay,
+        rate=config.learning_rate,
+        dropout=config.head_dropout,
+        diversity=config.head_diversity,
+        temperature="learned" if config.head_temperature else "none",
+        repeats=REPEAT_SHARE,
+        needles=NEEDLE_SHARE,
+        loss=points[-1].loss,
+        validation=points[-1].validation_loss,
+        by_source="\n".join(
+            f"| of it {n} | {bits:.3f} |" for n, bits in measured.by_source.items()
+        ),
+        **measured.compressors,
+        xz_after=measured.xz_after_training,
+        gate=_gate(measured),
+        probe=16,
+        induction=measured.induction,
+        previous=measured.previous_token,
+        sink=measured.sink,
+        first=first,
+        second=second,
+        ablated=measured.ablated - second,
+        random=measured.randomly_ablated - second,
+        random_heads=_NUM_RANDOM_HEADS,
+        heads_verdict=_verdict(measured),
+        command=command,
+    )
+    (output / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+
+
+def _gate(measured: Measured) -> str:
+    ratio = measured.bits_per_byte / measured.compressors["xz"]
+    after = measured.bits_per_byte / measured.xz_after_training
+    verdict = "below" if ratio < _XZ_GATE else "NOT below"
+    return (
+        f"That is {ratio:.2f} of xz on the same files, {verdict} the {_XZ_GATE} asked for, and "
+        f"{after:.2f} of what xz needs for them once it has seen the training text."
+    )
+
+
+def _verdict(measured: Measured) -> str:
+    first, second = measured.repeat_losses
+    hurt, other = measured.ablated - second, measured.randomly_ablated - second
+    missed = [
+        text
+        for is_met, text in (
+            (measured.induction.score >= 0.8, "the induction score"),
+            (measured.previous_token.score >= 0.5, "the previous-token score"),
+            (first >= 5, "the loss of the first half"),
+            (second <= 0.5, "the loss of the second half"),
+            (hurt >= 20 * other, "what the induction head is worth beside others"),
+        )
+        if not is_met
+    ]
+    return f"Missed: {', '.join(missed)}." if missed else "All of it is met."

@@ -1,0 +1,108 @@
+"""What a training step reads. A row depends on seed, step and place only, so any step can be
+made again after an interruption."""
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from models.train.tokenizer import BOS, SPECIAL_TOKENS
+
+IGNORED = -100  # cross_entropy leaves such targets out
+REPEAT_SHARE = 0.10
+NEEDLE_SHARE = 0.02
+_MIN_PERIOD, _MAX_PERIOD = 16, 256
+_NUM_NEEDLES = 4
+_VALUES = (
+    "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet",
+    "kilo", "lima", "mike", "november", "oscar", "papa", "quebec", "romeo", "sierra", "tango",
+    "uniform", "victor", "whiskey", "yankee", "zulu",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a step: text, with some sequences that only induction or retrieval can predict.
+
+    Attributes:
+        tokens: int32 `[tokens]`, all text.
+        seed: decides everything that is drawn.
+    """
+
+    tokens: Tensor
+    tokenizer: Tokenizer
+    seed: int
+
+    def at(self, step: int, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step, int64 `[num_rows, seq_len]`; targets that nothing can
+        predict are `IGNORED`."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        kinds = torch.rand(num_rows, generator=generator).tolist()
+        rows = [self._row(kind, seq_len, generator) for kind in kinds]
+        inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
+        return inputs, targets
+
+    def _row(self, kind: float, seq_len: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if kind < REPEAT_SHARE:
+            longest = min(_MAX_PERIOD, seq_len // 2)
+            period = _draw(min(_MIN_PERIOD, longest), longest + 1, generator)
+            ids = repeated(1, period, seq_len, self.tokenizer.get_vocab_size(), generator)[0]
+            known = torch.arange(seq_len + 1) > period
+        elif kind < REPEAT_SHARE + NEEDLE_SHARE:
+            ids, known = self._needles(seq_len, generator)
+        else:
+            ids = self._text(seq_len + 1, generator)
+            known = torch.ones(seq_len + 1, dtype=torch.bool)
+        return ids[:-1], ids.where(known, IGNORED)[1:]
+
+    def _text(self, length: int, generator: torch.Generator) -> Tensor:
+        """A window of the text behind `<bos>`, which every prompt begins with too."""
+        start = _draw(0, len(self.tokens) - length + 1, generator)
+        ids = self.tokens[start : start + length].long()
+        ids[0] = BOS
+        return ids
+
+    def _needles(self, seq_len: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`key 7341 is alpha` in text, and at its end the keys once more; only what a key is the
+        second time can be known."""
+        keys = torch.randint(1000, 10_000, (_NUM_NEEDLES,), generator=generator).tolist()
+        values = torch.randint(len(_VALUES), (_NUM_NEEDLES,), generator=generator).tolist()
+        questions = [self._ids(f"\nkey {key} is") for key in keys]
+        answers = [self._ids(f" {_VALUES[value]}") for value in values]
+        needles = [question + answer for question, answer in zip(questions, answers, strict=True)]
+        line_end = self._ids("\n")
+        order = torch.randperm(_NUM_NEEDLES, generator=generator).tolist()
+        room = seq_len + 1 - 2 * sum(map(len, needles)) - _NUM_NEEDLES * len(line_end)
+        if room < _NUM_NEEDLES + 1:  # rows of tests are short
+            ids = self._text(seq_len + 1, generator)
+            return ids, torch.ones(seq_len + 1, dtype=torch.bool)
+        hay = self._text(room, generator).tolist()
+        cuts = sorted(torch.randint(1, room + 1, (_NUM_NEEDLES,), generator=generator).tolist())
+        ids_list: list[int] = hay[: cuts[0]]
+        for needle, start, end in zip(needles, cuts, [*cuts[1:], room], strict=True):
+            ids_list += needle + line_end + hay[start:end]
+        known = [False] * len(ids_list)
+        for index in order:
+            ids_list += needles[index]
+            known += [False] * len(questions[index]) + [True] * len(answers[index])
+        return torch.tensor(ids_list), torch.tensor(known)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def repeated(
+    batch: int, period: int, num_tokens: int, vocab_size: int, generator: torch.Generator
+) -> Tensor:
+    """`<bos>` and `num_tokens` tokens that repeat `period` random ones; int64
+    `[batch, num_tokens + 1]`."""
+    shape = (batch, period)
+    random = torch.randint(len(SPECIAL_TOKENS), vocab_size, shape, generator=generator)
+    tiled = random.repeat(1, -(-num_tokens // period))[:, :num_tokens]
+    return torch.cat((torch.full((batch, 1), BOS), tiled), dim=1)
+
+
+def _draw(low: int, high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(low, high, (), generator=generator))

@@ -1,0 +1,30 @@
+"""A configuration that cannot work is refused, by name."""
+
+import pytest
+
+from models.errors import ConfigError
+from models.train.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_tokens": 1000},
+            "batch_tokens is 1000; allowed: a multiple of 256 and 1024 tokens",
+        ),
+        ({"num_tokens": 100}, "num_tokens is 100; allowed: 1024 or more"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; allowed: a finite number above 0"),
+        ({"head_dropout": 1.0}, "head_dropout is 1.0; allowed: 0 or more, below 1"),
+        ({"head_diversity": -1.0}, "head_diversity is -1.0; allowed: a finite number, 0 or more"),
+        ({"recompute": True, "head_diversity": 1.0}, "recompute is True; allowed: false, because"),
+    ],
+)
+def test_refusals(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{"num_tokens": 10_000, **changes})  # type: ignore[arg-type]
+
+
+def test_steps_are_rounded_up() -> None:
+    assert TrainConfig(num_tokens=2048 * 10).num_steps == 10
+    assert TrainConfig(num_tokens=2048 * 10 + 1).num_steps == 11

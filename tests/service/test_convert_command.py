@@ -1,0 +1,102 @@
+"""`headroom convert` writes a checkpoint that others read, and says what it cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from typer.testing import CliRunner
+
+from models import load_model
+from models.checkpoints.writer import save_model
+from models.config import HeadConfig
+from models.heads.fidelity import compare
+from models.heads.text import text_batches
+from models.positions import RopeConfig
+from models.tokenizer import Tokenizer
+from models.train.tokenizer import train_tokenizer
+from models.transformer import random_model
+from service.cli import app
+from tests.models import tiny
+
+TEXT = "".join(f"line {index} of a text that is read by heads\n" for index in range(200))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("convert") / "mha"
+    tokenizer = train_tokenizer([TEXT], 300)
+    heads = HeadConfig(4, 4, 8, rope=RopeConfig(10_000.0, 8))
+    config = tiny.llama(layers=(heads,) * 2, vocab_size=tokenizer.get_vocab_size())
+    save_model(random_model(config, seed=0), directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory.parent / "text.txt").write_text(TEXT)
+    return directory
+
+
+def convert(model: Path, output: Path, *flags: str, kv_heads: str = "2") -> Any:
+    arguments = ["convert", "--model", str(model), "--output", str(output)]
+    text = str(model.parent / "text.txt")
+    arguments += ["--kv-heads", kv_heads, "--text", text, "--calibration-tokens", "512", *flags]
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+def test_the_checkpoint_is_read_by_transformers_too(model: Path, tmp_path: Path) -> None:
+    answer = convert(model, tmp_path / "gqa", "--json", kv_heads="2,2")
+    assert answer.exit_code == 0, answer.output
+    report = json.loads(answer.stdout)
+    ours = load_model(tmp_path / "gqa")
+    assert report["heads"] == ours.config.head_label == "h4kv2d8"
+    ids = torch.randint(3, 200, (2, 20), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "gqa", dtype=torch.float32)
+    with torch.inference_mode():
+        assert (theirs(ids).logits - ours.logits(ids)).abs().max() <= 1e-5
+    # The last tenth of the text is what is reported on.
+    tokenizer = Tokenizer.from_directory(tmp_path / "gqa")
+    held_out = [TEXT[len(TEXT) * 9 // 10 :]]
+    batches = text_batches(tokenizer, held_out, num_tokens=16_384, seq_len=64)
+    expected = compare(load_model(model), ours, batches)
+    assert report["changed_loss"] == pytest.approx(expected.changed_loss, rel=1e-5)
+    assert report["kl"] == pytest.approx(expected.kl, rel=1e-3)
+    assert report["kv_bytes_per_token"] == {"original": 512, "converted": 256}
+    assert [sorted(h for group in layer for h in group) for layer in report["groups"]] == [
+        [0, 1, 2, 3]
+    ] * 2
+
+
+def test_the_report_says_what_was_saved_and_whether_it_is_ready(
+    model: Path, tmp_path: Path
+) -> None:
+    answer = convert(model, tmp_path / "one", "--max-kl", "0", kv_heads="1")
+    assert answer.exit_code == 0, answer.output
+    assert "heads   h4kv4d8 -> h4kv1d8\n" in answer.stdout
+    assert "kv      512 -> 128 bytes per token, 75% less\n" in answer.stdout
+    assert "not ready: kl is above 0; conversion of a trained model normally needs" in answer.stdout
+    same = convert(model, tmp_path / "same", kv_heads="4")
+    assert "same first choice 100.0%" in same.stdout
+    assert f"ready   {tmp_path / 'same'}\n" in same.stdout
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "message"),
+    [
+        ("3", "num_kv_heads of layer 0 is 3; allowed: a divisor of 4"),
+        ("two", "--kv-heads is 'two'; allowed: a number, or numbers such as 8,4,2"),
+        ("2,2,2", "num_kv_heads is [2, 2, 2]; allowed: one number, or one for each of 2 layers"),
+    ],
+)
+def test_wrong_numbers_are_refused_and_nothing_is_written(
+    model: Path, tmp_path: Path, kv_heads: str, message: str
+) -> None:
+    answer = convert(model, tmp_path / "none", kv_heads=kv_heads)
+    assert answer.exit_code == 2
+    assert f"error: {message}\n" == answer.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_is_not_overwritten(model: Path) -> None:
+    answer = convert(model, model)
+    assert answer.exit_code == 2
+    assert "which holds a model; allowed: another directory" in answer.stderr
