@@ -31,12 +31,14 @@ class RunningStep:
 
     Attributes:
         sampled: which of the planned sequences get a token, in the order of `choice`.
+        unsampled: the others.
         hidden: `[tokens, hidden]`, where more than tokens is asked for.
         broken: whether each token's hidden state is not finite; None where `choice` tells.
     """
 
     plan: StepPlan
     sampled: tuple[int, ...] = ()
+    unsampled: tuple[int, ...] = ()
     choice: Choice | None = None
     hidden: Tensor | None = None
     broken: Received | None = None
@@ -87,17 +89,19 @@ class ModelRunner:
         # 0 times what is not finite is no number.
         broken = Received((hidden * 0).sum(dim=-1) != 0)
         ends = itertools.accumulate(item.num_tokens for item in plan.scheduled)
-        sampled, last_rows = [], array("q")
+        sampled, unsampled, last_rows = [], [], array("q")
         for index, (item, end) in enumerate(zip(plan.scheduled, ends, strict=True)):
             if item.samples:
                 sampled.append(index)
                 last_rows.append(end - 1)
+            else:
+                unsampled.append(index)
         choice = None
         if sampled:
             rows = send(torch.frombuffer(last_rows, dtype=torch.int64), hidden.device)
             logits = self.model.project_to_vocab(hidden.index_select(0, rows))
             choice = choose(logits, [self._sampling_row(plan.scheduled[at]) for at in sampled])
-        return RunningStep(plan, tuple(sampled), choice, hidden, broken)
+        return RunningStep(plan, tuple(sampled), tuple(unsampled), choice, hidden, broken)
 
     def _launch_decodes(
         self, graphs: DecodeGraphs, plan: StepPlan, after: RunningStep | None
@@ -123,7 +127,7 @@ class ModelRunner:
             choice = Choice.of(decoded.tokens)
         else:
             choice = choose(decoded.logits, options)
-        return RunningStep(plan, tuple(range(len(scheduled))), choice)
+        return RunningStep(plan, tuple(range(len(scheduled))), choice=choice)
 
     @torch.inference_mode()
     def collect(self, step: RunningStep) -> list[StepResult]:
@@ -137,21 +141,26 @@ class ModelRunner:
             assert step.hidden is not None, "whose rows are broken"
             (broken,) = step.broken.wait()
             rows: list[bool] = broken.tolist()
-            start = 0
-            for index, item in enumerate(scheduled):
-                end = start + item.num_tokens
-                if any(rows[start:end]):
-                    results[index] = StepResult(failed=True)
-                elif item.seq.pooling is not None:
-                    results[index] = StepResult(pooled=_pool(item, step.hidden[start:end]))
-                elif item.seq.params is None:
-                    scores = self._score(item, step.hidden[start:end])
-                    results[index] = StepResult(
-                        prompt_logprobs=scores, failed=not all(map(math.isfinite, scores))
-                    )
-                start = end
-        self._clear_failed(scheduled, results)
+            ends = list(itertools.accumulate(item.num_tokens for item in scheduled))
+            for index in step.unsampled:
+                item, end = scheduled[index], ends[index]
+                results[index] = self._read(item, step.hidden[end - item.num_tokens : end])
+            if any(rows):
+                for index, (item, end) in enumerate(zip(scheduled, ends, strict=True)):
+                    if any(rows[end - item.num_tokens : end]):
+                        results[index] = StepResult(failed=True)
+        if any(result.failed for result in results):
+            self._clear_failed(scheduled, results)
         return results
+
+    def _read(self, item: ScheduledSequence, hidden: Tensor) -> StepResult:
+        """What is to be known of `[tokens, hidden]` of a sequence that gets no token."""
+        if item.seq.pooling is not None:
+            return StepResult(pooled=_pool(item, hidden))
+        if item.seq.params is None:
+            scores = self._score(item, hidden)
+            return StepResult(prompt_logprobs=scores, failed=not all(map(math.isfinite, scores)))
+        return StepResult()
 
     def _clear_failed(
         self, scheduled: SequenceOf[ScheduledSequence], results: SequenceOf[StepResult]
@@ -225,11 +234,13 @@ class ModelRunner:
     def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:
         seq, params = item.seq, item.seq.params
         assert params is not None, "only generations sample"
-        num_output_tokens = seq.num_output_tokens + item.num_unknown
-        if params.is_plainly_greedy and num_output_tokens >= params.min_tokens:
+        is_early = (
+            params.min_tokens > 0 and seq.num_output_tokens + item.num_unknown < params.min_tokens
+        )
+        if params.is_plainly_greedy and not is_early:
             return _GREEDY
         suppressed: tuple[int, ...] = ()
-        if num_output_tokens < params.min_tokens:
+        if is_early:
             suppressed = params.stop_token_ids
             if not params.ignore_eos:
                 suppressed += self._eos_token_ids
