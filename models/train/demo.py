@@ -16,11 +16,12 @@ from models.checkpoints.writer import save_model
 from models.config import HeadConfig, ModelConfig
 from models.errors import CheckpointError, CorpusError, TrainingError
 from models.positions import RopeConfig
-from models.train.card import measure, write_card
+from models.train.card import write_card
 from models.train.config import TrainConfig
 from models.train.corpus import PARTS, Corpus, Part
 from models.train.curve import loss_curve
 from models.train.evaluate import validation_rows
+from models.train.measure import measure
 from models.train.rows import Rows
 from models.train.tokenizer import EOS, encode_documents, train_tokenizer
 from models.train.trainer import TrainProgress, train
