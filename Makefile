@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test lint format proto bench sweep saturation attention operations gpu peers dashboard parity \
+.PHONY: install tools serve test cluster lint format proto bench sweep saturation attention operations gpu peers dashboard parity \
 	mutations demo image image-test image-tools image-locks image-clean manifests clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
 $(VENV)/.installed: requirements.lock pyproject.toml setup.py $(wildcard models/cpu/*.cpp models/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -21,8 +21,11 @@ tools:  ## programs that tests run: Prometheus, Chromium
 	tests/install-tools.sh
 
 test: install tools  ## all tests; those that measure times come last, one after the other
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone and not slow"
 	$(BIN)/python -m pytest -m alone
+
+cluster: install  ## two nodes of a Ray cluster, one of which is lost and comes back; needs root and iproute2
+	$(BIN)/python -m pytest tests/integration/test_cluster.py
 
 lint: install node_modules/.installed  ## format, style, types, layers, protos
 	$(BIN)/ruff format --check .

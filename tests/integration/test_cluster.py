@@ -17,7 +17,7 @@ from service.client import Client, HeadroomError, ReplicaLostError
 from tests.integration.nodes import Node, two_nodes
 from tests.integration.processes import Process
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 _CLI = ("-c", "from service.cli import app; app()")
 _NODE_ENV = Path(__file__).parents[2] / "deploy" / "ray" / "node.env"
 _PORTS = (9000, 8000, 9464)  # gRPC, HTTP, metrics: a node is a machine, and has all of its ports
