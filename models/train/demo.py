@@ -98,7 +98,7 @@ def make_demo(
         Rows(tokens, tokenizer, config.seed),
         validation_rows(validation, _NUM_VALIDATION_ROWS, config.seq_len),
         config,
-        state_file=paths.work / "state.pt",
+        state_file=paths.work / "state.safetensors",
         on_step=on_step,
         should_stop=should_stop,
     )

@@ -1,12 +1,14 @@
 """The state of a training on disk, whole or not at all."""
 
-import io
+import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from models.errors import TrainingError
 from models.train.config import TrainConfig
@@ -32,14 +34,19 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Everything that a training needs to go on as if it had not been interrupted."""
+    """Everything that a training needs to go on as if it had not been interrupted.
+
+    Attributes:
+        model: its state.
+        optimizer: what it remembers of each parameter, by its number.
+    """
 
     step: int
     seconds: float
     loss_sum: float
     points: list[Point]
-    model: dict[str, Any]
-    optimizer: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[int, dict[str, Tensor]]
 
 
 def save_state(path: Path, config: TrainConfig, state: TrainState) -> None:
@@ -48,13 +55,19 @@ def save_state(path: Path, config: TrainConfig, state: TrainState) -> None:
     Raises:
         TrainingError: the disk is full, or the directory cannot be written to.
     """
-    buffer = io.BytesIO()
-    torch.save({"config": asdict(config), **asdict(state)}, buffer)
+    numbers = {
+        "config": asdict(config),
+        "step": state.step,
+        "seconds": state.seconds,
+        "loss_sum": state.loss_sum,
+        "points": [asdict(point) for point in state.points],
+    }
+    content = save(dict(_named(state)), metadata={"training": json.dumps(numbers)})
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -76,15 +89,41 @@ def load_state(path: Path, config: TrainConfig) -> TrainState | None:
     if not path.exists():
         return None
     try:
-        stored = torch.load(path, weights_only=True)
+        with safe_open(path, framework="pt") as file:
+            numbers = json.loads(file.metadata()["training"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # a damaged file fails in many ways
         raise TrainingError(f"{path} is no readable state of a training: {error}") from error
-    old, new = stored.pop("config"), asdict(config)
+    old, new = numbers["config"], json.loads(json.dumps(asdict(config)))
     for field in new:
         if old.get(field) != new[field]:
             raise TrainingError(
                 f"{field} is {new[field]!r}; allowed: {old.get(field)!r}, with which the training "
                 f"in {path.parent} began, or another directory"
             )
-    stored["points"] = [Point(**point) for point in stored["points"]]
-    return TrainState(**stored)
+    model: dict[str, Tensor] = {}
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        if part == "model":
+            model[rest] = tensor
+        else:
+            number, _, kind = rest.partition(".")
+            optimizer.setdefault(int(number), {})[kind] = tensor
+    return TrainState(
+        step=numbers["step"],
+        seconds=numbers["seconds"],
+        loss_sum=numbers["loss_sum"],
+        points=[Point(**point) for point in numbers["points"]],
+        model=model,
+        optimizer=optimizer,
+    )
+
+
+def _named(state: TrainState) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by the names that they have in the file; each with memory of its own, as it asks."""
+    for name, tensor in state.model.items():
+        yield f"model.{name}", tensor.clone()
+    for number, kinds in state.optimizer.items():
+        for kind, tensor in kinds.items():
+            yield f"optimizer.{number}.{kind}", tensor.clone()

@@ -91,7 +91,7 @@ def _train(
     points: list[Point] = []
     if (state := load_state(state_file, config)) is not None:
         model.load_state_dict(state.model)
-        optimizer.load_state_dict(state.optimizer)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state.optimizer})
         step, earlier, loss_sum, points = state.step, state.seconds, state.loss_sum, state.points
     first, started = step, time.monotonic()
     saved = started
@@ -100,9 +100,8 @@ def _train(
 
     def save() -> None:
         seconds = earlier + time.monotonic() - started
-        now = TrainState(
-            step, seconds, loss_sum, points, model.state_dict(), optimizer.state_dict()
-        )
+        remembered = optimizer.state_dict()["state"]
+        now = TrainState(step, seconds, loss_sum, points, model.state_dict(), remembered)
         save_state(state_file, config, now)
 
     while step < config.num_steps:

@@ -17,27 +17,27 @@ STATE = TrainState(
     loss_sum=2.25,
     points=[Point(2, 4.0, 5.0, 6.0, 1.25)],
     model={"weight": torch.arange(6.0)},
-    optimizer={"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1}]},
+    optimizer={0: {"step": torch.tensor(3.0)}},
 )
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    file = tmp_path / "made" / "state.pt"
+    file = tmp_path / "made" / "state.safetensors"
     assert load_state(file, CONFIG) is None
     save_state(file, CONFIG, STATE)
     loaded = load_state(file, CONFIG)
     assert loaded is not None
     assert torch.equal(loaded.model.pop("weight"), torch.arange(6.0))
     assert loaded == dataclasses.replace(STATE, model={})
-    assert [path.name for path in file.parent.iterdir()] == ["state.pt"]
+    assert [path.name for path in file.parent.iterdir()] == ["state.safetensors"]
 
 
 def test_a_full_disk_keeps_the_old_state(tmp_path: Path) -> None:
-    file = tmp_path / "state.pt"
+    file = tmp_path / "state.safetensors"
     (tmp_path / "state.partial").symlink_to("/dev/full")
     with pytest.raises(
         TrainingError,
-        match=r"step 3 cannot be written to .*state\.pt: No space left on device; there is none",
+        match=r"step 3 cannot be written to .*state\..*: No space left on device; there is none",
     ):
         save_state(file, CONFIG, STATE)
     save_state(file, CONFIG, STATE)
@@ -49,7 +49,7 @@ def test_a_full_disk_keeps_the_old_state(tmp_path: Path) -> None:
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "state.pt"
+    file = tmp_path / "state.safetensors"
     save_state(file, CONFIG, STATE)
     with pytest.raises(
         TrainingError, match=r"seed is 1; allowed: 0, with which the training in .* began, or"
@@ -59,9 +59,11 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text"])
 def test_a_damaged_state_is_named(tmp_path: Path, damage: str) -> None:
-    file = tmp_path / "state.pt"
+    file = tmp_path / "state.safetensors"
     save_state(file, CONFIG, STATE)
     content = {"empty": b"", "cut": file.read_bytes()[:-100], "text": b"step 3\n"}
     file.write_bytes(content[damage])
-    with pytest.raises(TrainingError, match=r"state\.pt is no readable state of a training"):
+    with pytest.raises(
+        TrainingError, match=r"state\.safetensors is no readable state of a training"
+    ):
         load_state(file, CONFIG)

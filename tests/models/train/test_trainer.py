@@ -53,7 +53,7 @@ def learn(
         rows,
         validation_of(rows),
         config,
-        state_file=directory / "state.pt",
+        state_file=directory / "state.safetensors",
         on_step=progress.append,
         should_stop=lambda: len(progress) == stop_after,
     )
@@ -203,7 +203,7 @@ def test_rows_that_do_not_fit_are_refused(rows: Rows, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="seq_len is 32; allowed: up to 19"):
         train(
             random_model(config_for(rows), seed=0), short, validation_of(rows), QUICK,
-            state_file=tmp_path / "state.pt", on_step=lambda _: None,
+            state_file=tmp_path / "state.safetensors", on_step=lambda _: None,
         )  # fmt: skip
 
 
@@ -213,4 +213,4 @@ def test_a_loss_that_is_no_number_ends_the_training(rows: Rows, tmp_path: Path) 
         TrainingError, match=r"the loss of step \d+ is nan; train with a learning rate below 1e\+20"
     ):
         learn(rows, tmp_path, config)
-    assert not (tmp_path / "state.pt").exists(), "what is broken is not kept"
+    assert not (tmp_path / "state.safetensors").exists(), "what is broken is not kept"
