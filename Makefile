@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test cluster lint format proto bench sweep saturation attention operations gpu peers dashboard parity \
+.PHONY: install tools serve test test-slow lint format proto bench sweep saturation attention operations gpu peers dashboard parity \
 	mutations demo image image-test image-tools image-locks image-clean manifests clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
@@ -24,8 +24,8 @@ test: install tools  ## all tests; those that measure times come last, one after
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone and not slow"
 	$(BIN)/python -m pytest -m alone
 
-cluster: install  ## two nodes of a Ray cluster, one of which is lost and comes back; needs root and iproute2
-	$(BIN)/python -m pytest tests/integration/test_cluster.py
+test-slow: install tools  ## tests that take minutes each; the cluster of two nodes needs root and iproute2
+	$(BIN)/python -m pytest -m slow
 
 lint: install node_modules/.installed  ## format, style, types, layers, protos
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from service.runtimes.ray_environment import free_ports, ray_environment
 from tests.deploy.manifests import find, pod_templates, render
 from tests.integration.processes import Process
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def _environment(config: ServiceConfig, directory: Path) -> list[str]:

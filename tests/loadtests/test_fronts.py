@@ -10,6 +10,7 @@ from loadtests import fronts
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_short_run_writes_what_the_long_one_does(tmp_path: Path) -> None:
     fronts.main(
         loads="2x4+4",

@@ -12,6 +12,7 @@ from tests.loadtests.sweep.documents import SWEEP, plan
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_every_configuration_has_its_application_and_its_metrics(tmp_path: Path) -> None:
     sweep = plan(SWEEP.replace("standalone", "ray").replace("[4, 2, 1]", "[4, 1]"))
     with serve_configurations(sweep, tmp_path) as endpoints:

@@ -91,12 +91,13 @@ def interrupted(tmp_path: Path, number: int, *, after: str) -> Path:
     return file
 
 
-def test_ctrl_c_ends_the_servers_even_if_a_shell_ignored_it(tmp_path: Path) -> None:
-    interrupted(tmp_path, signal.SIGINT, after="warming ")
+@pytest.mark.slow
+def test_a_sweep_that_warms_up_ends_its_servers(tmp_path: Path) -> None:
+    interrupted(tmp_path, signal.SIGTERM, after="warming ")
 
 
 def test_an_interrupted_sweep_goes_on_to_the_report(tmp_path: Path) -> None:
-    file = interrupted(tmp_path, signal.SIGTERM, after="1/2 ")
+    file = interrupted(tmp_path, signal.SIGINT, after="1/2 ")  # which the shell ignores
     folder = tmp_path / "tiny"
     (first,) = json.loads((folder / "sweep.json").read_text())["runs"]
     (samples,) = (folder / "samples").iterdir()
