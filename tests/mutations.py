@@ -514,7 +514,7 @@ MUTATIONS = (
     Mutation(
         "training: the optimizer begins anew after an interruption",
         "models/train/trainer.py",
-        "        optimizer.load_state_dict(state.optimizer)\n",
+        '        optimizer.load_state_dict({**optimizer.state_dict(), "state": state.optimizer})\n',
         "",
         (
             "tests/models/train/test_trainer.py",
