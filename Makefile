@@ -22,7 +22,7 @@ tools:  ## programs that tests run: Prometheus, Chromium
 
 test: install tools  ## all tests; those that measure times come last, one after the other
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not alone and not slow"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m "alone and not slow"
 
 test-slow: install tools  ## tests that take minutes each; the cluster of two nodes needs root and iproute2
 	$(BIN)/python -m pytest -m slow

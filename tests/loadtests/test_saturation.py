@@ -17,6 +17,7 @@ from tests.loadtests.test_summary import SAMPLES
 pytestmark = pytest.mark.alone
 
 
+@pytest.mark.slow
 def test_beyond_saturation_the_service_refuses_goes_on_and_recovers(
     real_server: RealServer, tmp_path: Path
 ) -> None:
