@@ -18,14 +18,13 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from models.checkpoints.bundled import checkpoint_directory
 from service.auth.tokens import TokenEntry
 from service.engine.config import EngineConfig
 from service.logs import LogFormat, LogLevel
 
 # Variables of commands that call a server, which may be set in the same shell.
 _OF_CLIENTS = ("TOKEN", "TOKEN_FILE", "TLS_CA", "TLS_CLIENT_CERT", "TLS_CLIENT_KEY")
-DEMO_DIRECTORY = Path(__file__).parent.parent / "models" / "demo"
-
 
 ApplicationName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -138,7 +137,7 @@ class ServiceConfig(BaseSettings):
     def model_path(self) -> Path:
         """The directory of an application's model."""
         assert isinstance(self.model, str), "one of `applications`"
-        return DEMO_DIRECTORY if self.model == "demo" else Path(self.model)
+        return checkpoint_directory(self.model)
 
     @field_validator("model")
     @classmethod

@@ -12,13 +12,13 @@ import torch
 from loadtests.sweep.quality import read_quality
 from loadtests.sweep.source import Place, Source
 from loadtests.sweep.spec import Checkpoint, Shape
+from models.checkpoints.bundled import checkpoint_directory
 from models.checkpoints.loader import check_checkpoint
 from models.config import ITEMSIZE, ModelConfig
 from models.errors import ConfigError, ModelError
 from models.tokenizer import Tokenizer
 from models.transformer import Transformer
 from service.bench import BenchShape
-from service.config import DEMO_DIRECTORY
 
 # Widths are multiples of it: a vector of 32-bit numbers, and what matrix units like.
 _VECTOR = 16
@@ -52,7 +52,7 @@ class Configuration:
     @property
     def directory(self) -> Path | None:
         """Where its checkpoint is; None if it is written for the sweep."""
-        return None if self.checkpoint is None else _directory(self.checkpoint)
+        return None if self.checkpoint is None else checkpoint_directory(self.checkpoint)
 
     @property
     def weight_bytes(self) -> int:
@@ -132,8 +132,8 @@ def widen(configuration: Configuration, num_parameters: int) -> Configuration:
 def read_checkpoint(section: Checkpoint, place: Place, source: Source) -> Configuration | None:
     """A checkpoint that can be served; None, and a mistake, if it cannot."""
     try:
-        model = check_checkpoint(_directory(section.checkpoint))
-        Tokenizer.for_model(_directory(section.checkpoint), model)
+        model = check_checkpoint(checkpoint_directory(section.checkpoint))
+        Tokenizer.for_model(checkpoint_directory(section.checkpoint), model)
     except (ModelError, OSError) as error:
         source.refuse((*place, "checkpoint"), f"is {str(section.checkpoint)!r}: {error}")
         return None
@@ -143,10 +143,6 @@ def read_checkpoint(section: Checkpoint, place: Place, source: Source) -> Config
     return Configuration(
         section.name, model, count_parameters(model), section.checkpoint, "checkpoint", place
     )
-
-
-def _directory(checkpoint: Path) -> Path:
-    return DEMO_DIRECTORY if checkpoint == Path("demo") else checkpoint
 
 
 def count_parameters(model: ModelConfig) -> int:

@@ -230,12 +230,12 @@ def _answer(
 
 
 def _read_model(name: str) -> "ModelConfig":
+    from models.checkpoints.bundled import checkpoint_directory
     from models.checkpoints.loader import read_config
     from models.errors import ModelError
-    from service.config import DEMO_DIRECTORY
 
     try:
-        return read_config(DEMO_DIRECTORY if name == "demo" else name)
+        return read_config(checkpoint_directory(name))
     except ModelError as error:
         fail(str(error), code=2)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoints.bundled import BUNDLED_MODELS
 from models.config import HeadConfig
 from models.errors import ConfigError
 from models.kernels import KernelName
 from models.transformer import random_model
-from service.config import DEMO_DIRECTORY
 from service.engine import Engine, EngineConfig
 from service.engine.engine import EngineRequest
 from service.engine.stats import StepStats
@@ -71,7 +71,7 @@ def test_what_the_demo_model_loses_is_little() -> None:
     losses: list[float] = []
     for dtype in ("auto", "int8"):
         config = EngineConfig(num_blocks=64, num_threads=1, kv_cache_dtype=dtype)
-        engine = Engine.from_checkpoint(DEMO_DIRECTORY, config)
+        engine = Engine.from_checkpoint(BUNDLED_MODELS["demo"], config)
         (output,) = finish_all(engine, [EngineRequest(list(DEMO_TEXT), None)])
         losses.append(-statistics.fmean(output.prompt_logprobs))
     assert 0 < abs(losses[1] - losses[0]) < 0.005

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from service.config import DEMO_DIRECTORY, ServiceConfig, SettingsError, load_config
+from models.checkpoints.bundled import BUNDLED_MODELS
+from service.config import ServiceConfig, SettingsError, load_config
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def test_flags_win_over_environment_over_file_over_defaults(
     config = load_config(file, port=3, model=None)
     assert (config.port, config.host, config.http_port) == (3, "environment", 8000)
     assert (config.engine.max_num_seqs, config.engine.block_size) == (2, 8)
-    assert config.model_path == DEMO_DIRECTORY
+    assert config.model_path == BUNDLED_MODELS["demo"]
 
 
 @pytest.mark.parametrize(

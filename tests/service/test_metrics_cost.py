@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 import pytest
 
 from models import load_model
-from service.config import DEMO_DIRECTORY
+from models.checkpoints.bundled import BUNDLED_MODELS
 from service.engine import Engine, EngineConfig, SamplingParams
 from service.engine.engine import EngineRequest
 from service.engine.kv_reads import KVReads
@@ -60,7 +60,7 @@ def test_metrics_take_less_than_a_hundredth_of_a_step(
         record(stats)
         steps.append(stats.seconds)
 
-    model = load_model(DEMO_DIRECTORY)
+    model = load_model(BUNDLED_MODELS["demo"])
     engine = Engine(model, EngineConfig(num_threads=1), on_step=on_step, on_finish=end)
     params = SamplingParams(max_tokens=_STEPS, temperature=0, ignore_eos=True)
     shares: list[float] = []

@@ -6,8 +6,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from loadtests.sweep.quality import read_quality
+from models.checkpoints.bundled import BUNDLED_MODELS
 
-DEMO = Path(__file__).parents[3] / "models" / "demo"
+DEMO = BUNDLED_MODELS["demo"]
 
 
 def test_the_demo_card_says_to_the_hub_what_it_says_to_us() -> None:

@@ -211,14 +211,14 @@ def test_taken_ports_are_refused() -> None:
 
 
 def test_checkpoints_are_loaded_far_enough_to_know_that_they_can_be(tmp_path: Path) -> None:
-    demo = "  - name: demo\n    checkpoint: models/demo\n"
+    demo = "  - name: demo\n    checkpoint: models/demo/mha\n"
     found = plan(edited("loads:", f"{demo}loads:"))
-    bundled = plan(edited("loads:", f"{demo.replace('models/demo', 'demo')}loads:"))
+    bundled = plan(edited("loads:", f"{demo.replace('models/demo/mha', 'demo')}loads:"))
     assert bundled.configurations[-1].model == found.configurations[-1].model
     quality = found.configurations[-1].to_dict()["quality"]
     assert quality["bits_per_byte"] == pytest.approx(1.007)
     (tmp_path / "config.json").write_text("{}")
-    empty = demo.replace("models/demo", str(tmp_path))
+    empty = demo.replace("models/demo/mha", str(tmp_path))
     (mistake,) = mistakes(edited("loads:", f"{empty}loads:"))
     assert mistake.startswith(f"sweep.yaml:14: configurations[1].checkpoint is '{tmp_path}': ")
     long = edited("loads:", f"{demo}loads:").replace("[16, 128]", "[16, 4096]")
