@@ -147,7 +147,7 @@ def test_scales_that_are_none_are_refused(bad: float, directory: Path, tmp_path:
 def test_without_the_field_they_are_refused(directory: Path, tmp_path: Path) -> None:
     copy = edit_weights(directory, tmp_path, dict)
     edit_json(copy / "config.json", quantization_config=None)
-    assert_refused(copy, "q_proj.weight has dtype I8, allowed: F32, F16, BF16")
+    assert_refused(copy, "down_proj.weight has dtype I8, allowed: F32, F16, BF16")
 
 
 def changed(**group: object) -> dict[str, object]:
