@@ -12,6 +12,7 @@ from models.checkpoints.config_json import ConfigFields, read_json
 from models.checkpoints.families import FAMILIES
 from models.checkpoints.families.family import Family
 from models.checkpoints.head_overrides import apply_head_overrides, parse_layers
+from models.checkpoints.int8 import has_int8_weights, read_int8, scale_name
 from models.checkpoints.names import Piece, find_pieces
 from models.config import ModelConfig
 from models.errors import CheckpointError, ConfigError
@@ -94,6 +95,9 @@ def load_model(
     def read(piece: Piece) -> Tensor:
         place = stored[piece.name]
         tensor: Tensor = handles[place.file].get_tensor(place.name)
+        if (scale := stored.get(scale_name(piece.name))) is not None:
+            scales = handles[scale.file].get_tensor(scale.name)
+            tensor = read_int8(scale.name, tensor, scales)
         return piece.to_ours(tensor)
 
     with torch.device("meta"):
@@ -121,15 +125,18 @@ def _read_family(directory: Path) -> tuple[Family, ConfigFields]:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError("model_type", model_type, ", ".join(FAMILIES))
-    if "quantization_config" in fields:
-        raise ConfigError("quantization_config", "present", "absent: weights must be plain floats")
+    has_int8_weights(fields)  # refuses all other weights that are not plain floats
     fields.refuse_unless("pruned_heads", {})
     fields.refuse_unless("is_encoder_decoder", False)
     return FAMILIES[model_type], fields
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, from its index if it is sharded."""
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, from its index if it is sharded.
+
+    Raises:
+        CheckpointError: one is missing, or the index cannot be read.
+    """
     if not (directory / _INDEX).exists():
         if not (directory / _SINGLE).exists():
             raise CheckpointError(
@@ -167,10 +174,12 @@ def _find_tensors(directory: Path, config: ModelConfig) -> dict[str, _Stored]:
     Raises:
         CheckpointError: what the files hold differs from what the configuration needs.
     """
-    family = FAMILIES[config.family]
-    stored = _read_headers(_weight_files(directory), family, config)
+    family, fields = _read_family(directory)
+    stored = _read_headers(weight_files(directory), family, config)
     pieces = find_pieces(config, family.names(config)).values()
     expected = {piece.name: piece for parts in pieces for piece in parts}
+    if has_int8_weights(fields):
+        expected |= _scales(expected, stored)
     problems = [f"missing {name}" for name in expected if name not in stored]
     for name, place in stored.items():
         if name not in expected:
@@ -180,7 +189,7 @@ def _find_tensors(directory: Path, config: ModelConfig) -> dict[str, _Stored]:
                 f"{name} has shape {list(place.shape)}, the configuration needs "
                 f"{list(expected[name].shape)}"
             )
-        elif place.dtype not in ("F32", "F16", "BF16"):
+        elif place.dtype not in ("F32", "F16", "BF16") and scale_name(name) not in expected:
             problems.append(f"{name} has dtype {place.dtype}, allowed: F32, F16, BF16")
     if problems:
         shown = "; ".join(problems[:_MAX_NAMED])
@@ -189,6 +198,17 @@ def _find_tensors(directory: Path, config: ModelConfig) -> dict[str, _Stored]:
             f"the weights of {config.name!r} do not match its config.json: {shown}{more}"
         )
     return stored
+
+
+def _scales(weights: dict[str, Piece], stored: dict[str, _Stored]) -> dict[str, Piece]:
+    """The scales that matrices of 8 bits need."""
+    rows = {
+        scale_name(name): piece.shape[0]
+        for name, piece in weights.items()
+        if name in stored and stored[name].dtype == "I8"
+        if len(piece.shape) == 2 and not piece.transposed
+    }
+    return {name: Piece(name, (count, 1)) for name, count in rows.items()}
 
 
 def _read_headers(files: list[Path], family: Family, config: ModelConfig) -> dict[str, _Stored]:

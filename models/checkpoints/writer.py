@@ -11,47 +11,77 @@ from torch import Tensor
 from models.checkpoints.config_json import ConfigFields
 from models.checkpoints.families import FAMILIES
 from models.checkpoints.head_overrides import parse_layers
+from models.checkpoints.int8 import int8_fields, scale_name
 from models.checkpoints.names import find_pieces
 from models.config import HeadConfig, ModelConfig
+from models.cpu.linear import WeightDType, round_to_int8
 from models.errors import ConfigError
+from models.linear import Linear
 from models.transformer import Transformer
 
 _ACTIVATION_NAMES = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def save_model(
-    model: Transformer, path: str | Path, *, stored_as: torch.dtype | None = None
+    model: Transformer,
+    path: str | Path,
+    *,
+    stored_as: torch.dtype | None = None,
+    weight_dtype: WeightDType = "auto",
 ) -> None:
-    """Write config.json and model.safetensors into a directory, made if it is missing.
+    """Write config.json and model.safetensors into a directory, made if it is missing; both or
+    none of them.
 
     Args:
         stored_as: type of the weights in the file, if another than that of the model, which
             config.json names and loading goes back to.
+        weight_dtype: `int8` rounds the weights of linear layers as serving with it does (see
+            `Transformer.pack_weights`); embeddings and output head stay as they are.
 
     Raises:
-        ConfigError: the format cannot say what the configuration says; nothing was written.
+        ConfigError: the format cannot say what the configuration says.
+        OSError, SafetensorError: the directory cannot be written to.
     """
     directory = Path(path)
     dtype = str(model.dtype).removeprefix("torch.")
     fields = _llama_fields(model.config.replace(dtype=dtype))
+    if weight_dtype == "int8":
+        fields |= int8_fields()
+    tensors = _tensors(model, stored_as or model.dtype, is_int8=weight_dtype == "int8")
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    tensors = {
-        name: tensor.to(stored_as or model.dtype) for name, tensor in _tensors(model).items()
-    }
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    files = directory / "model.safetensors", directory / "config.json"
+    partial = [file.with_suffix(".partial") for file in files]
+    try:
+        save_file(tensors, partial[0], metadata={"format": "pt"})
+        partial[1].write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        for new, file in zip(partial, files, strict=True):
+            new.replace(file)
+    finally:
+        for new in partial:
+            new.unlink(missing_ok=True)
 
 
-def _tensors(model: Transformer) -> dict[str, Tensor]:
+def _tensors(model: Transformer, dtype: torch.dtype, *, is_int8: bool) -> dict[str, Tensor]:
     """Our parameters under the names, and cut into the pieces, that the family uses."""
     parameters = model.state_dict()
     tensors: dict[str, Tensor] = {}
     names = FAMILIES[model.config.family].names(model.config)
     for name, pieces in find_pieces(model.config, names).items():
         parts = parameters[name].split([piece.shape[0] for piece in pieces])
+        is_rounded = is_int8 and _is_linear_in_layer(model, name)
         for piece, part in zip(pieces, parts, strict=True):
-            tensors[piece.name] = piece.to_theirs(part).contiguous()
+            theirs = piece.to_theirs(part)
+            if is_rounded:
+                theirs, scale = round_to_int8(theirs)
+                tensors[scale_name(piece.name)] = scale[:, None]
+            tensors[piece.name] = (theirs if is_rounded else theirs.to(dtype)).contiguous()
     return tensors
+
+
+def _is_linear_in_layer(model: Transformer, parameter: str) -> bool:
+    module, _, kind = parameter.rpartition(".")
+    is_linear = isinstance(model.get_submodule(module), Linear)
+    return is_linear and kind == "weight" and parameter.startswith("layers.")
 
 
 def _llama_fields(config: ModelConfig) -> dict[str, object]:

@@ -118,17 +118,24 @@ def why_unpackable(
 def pack(weight: Tensor, weight_dtype: WeightDType = "auto") -> PackedWeight:
     """A weight `[outputs, inputs]` in the order in which it is read."""
     outputs, inputs = weight.shape
-    plain, int8 = (weight, None) if weight_dtype == "auto" else _quantize(weight)
+    plain, int8 = weight, None
+    if weight_dtype == "int8":
+        plain, scale = round_to_int8(weight)
+        int8 = Int8Scale(scale, plain.sum(dim=1, dtype=torch.int32))
     padded = -(-outputs // _LANES) * _LANES
     data = large_zeros(padded * inputs, plain.dtype, plain.device)
     torch.ops.headroom.pack_weight(plain, data)
     return PackedWeight(data, outputs, inputs, weight.dtype, int8)
 
 
-def _quantize(weight: Tensor) -> tuple[Tensor, Int8Scale]:
+def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Each output's weights to the nearest of 255 numbers that are as far apart as its largest
-    one needs (symmetric, per channel)."""
+    one needs (symmetric, per channel): int8 `[outputs, inputs]` and float32 scales `[outputs]`.
+
+    Scales have 17 significant bits. All 255 multiples of one are then exact in float32, and
+    rounding what is left once more changes nothing.
+    """
     scale = weight.float().abs().amax(dim=1) / _INT8_MAX
+    scale = ((scale.view(torch.int32) + 2**6) & -(2**7)).view(torch.float32)
     whole = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
-    int8 = whole.clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8)
-    return int8, Int8Scale(scale, int8.sum(dim=1, dtype=torch.int32))
+    return whole.clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), scale

@@ -40,6 +40,7 @@ download; it knows little and must not be used for anything else.
 | training | {tokens:.2f} M tokens in {steps} steps of {batch}, {minutes:.0f} minutes, seed {seed} |
 | recipe | AdamW (0.9, 0.95), weight decay {decay}, rate {rate:g}, cosine to a tenth, clip 1.0 |
 | options of heads | dropout {dropout:g}, diversity {diversity:g}, temperature {temperature} |
+| teacher | {teacher} |
 | mixed in | {repeats:.0%} of rows are random tokens that repeat, {needles:.0%} keys in text |
 | loss at the end | {loss:.3f} nats per token, validation {validation:.3f} |
 
@@ -94,20 +95,25 @@ def write_card(
     measured: Measured,
     corpus: Corpus,
     command: str,
-    start: Path | None,
+    origin: tuple[Path | None, Path | None],
 ) -> None:
-    """Write MODEL_CARD.md into a directory."""
+    """Write MODEL_CARD.md into a directory.
+
+    Args:
+        origin: the checkpoint to start from and the teacher, if there were any.
+    """
+    start, teacher = origin
     shape = measured.shape.config
     first, second = measured.repeat_losses
     names = ", ".join(source.name for source in corpus.sources)
-    origin = (
+    made_of = (
         f"has read {names}"
         if start is None
         else f"was made of `{start.name}` and then has read {names}"
     )
     card = _CARD.format(
         name=output.name,
-        origin=origin,
+        origin=made_of,
         bpb=measured.bits_per_byte,
         parameters=measured.shape.num_parameters / 1e6,
         heads=shape.head_label,
@@ -128,6 +134,9 @@ def write_card(
         dropout=config.head_dropout,
         diversity=config.head_diversity,
         temperature="learned" if config.head_temperature else "none",
+        teacher="none"
+        if teacher is None
+        else f"`{teacher.name}`, its divergence {config.distillation:.0%} of the loss",
         repeats=REPEAT_SHARE,
         needles=NEEDLE_SHARE,
         loss=points[-1].loss,

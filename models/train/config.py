@@ -26,6 +26,8 @@ class TrainConfig:
             of its weights at the end.
         recompute: run layers once more in the backward pass instead of keeping what they computed
             (gradient checkpointing, Chen et al. 2016).
+        distillation: share of the loss that is the divergence from a teacher, KL(teacher ‖ model),
+            the rest being the loss on the text (Hinton et al. 2015); 0 is without a teacher.
         seed: decides the first weights and all that is drawn.
     """
 
@@ -41,6 +43,7 @@ class TrainConfig:
     head_diversity: float = 0.0
     head_temperature: bool = False
     recompute: bool = False
+    distillation: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -56,6 +59,8 @@ class TrainConfig:
             raise ConfigError("head_dropout", self.head_dropout, "0 or more, below 1")
         if not 0 <= self.head_diversity < math.inf:
             raise ConfigError("head_diversity", self.head_diversity, "a finite number, 0 or more")
+        if not 0 <= self.distillation <= 1:
+            raise ConfigError("distillation", self.distillation, "0 to 1")
         if self.recompute and self.head_diversity:
             allowed = "false, because head_diversity needs what layers computed"
             raise ConfigError("recompute", True, allowed)

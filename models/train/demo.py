@@ -1,5 +1,6 @@
 """The bundled demo models, from text to a checkpoint directory with its card."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.checkpoints.loader import load_model
+from models.checkpoints.loader import load_model, weight_files
 from models.checkpoints.writer import save_model
 from models.config import HeadConfig, ModelConfig
-from models.errors import CheckpointError, CorpusError, TrainingError
+from models.errors import CheckpointError, ConfigError, CorpusError, TrainingError
 from models.positions import RopeConfig
 from models.train.card import write_card
 from models.train.config import TrainConfig
@@ -40,11 +41,13 @@ class DemoPaths:
         output: the checkpoint.
         work: what makes the training resumable; may be deleted when it has ended.
         start: a checkpoint to go on from; None begins with random weights.
+        teacher: a checkpoint to learn from, as `TrainConfig.distillation` says.
     """
 
     output: Path
     work: Path
     start: Path | None = None
+    teacher: Path | None = None
 
 
 def demo_config(vocab_size: int = VOCAB_SIZE) -> ModelConfig:
@@ -87,12 +90,17 @@ def make_demo(
 
     Raises:
         CorpusError: a part of the corpus is empty.
-        CheckpointError, ConfigError: the model to start from cannot be loaded.
+        CheckpointError, ConfigError: the model to start from, or the teacher, cannot be loaded,
+            or has another vocabulary.
         TrainingError: `paths.work` belongs to another training, or a directory cannot be written
             to; see `train` too.
     """
     tokenizer, tokens, validation = _prepare(paths, corpus)
     model = _first_model(paths, tokenizer, config.seed, device)
+    teacher = None
+    if paths.teacher is not None:
+        _check_vocabulary(paths.teacher, tokenizer)
+        teacher = load_model(paths.teacher, dtype=torch.float32, device=device)
     points = train(
         model,
         Rows(tokens, tokenizer, config.seed),
@@ -101,6 +109,7 @@ def make_demo(
         state_file=paths.work / "state.safetensors",
         on_step=on_step,
         should_stop=should_stop,
+        teacher=teacher,
     )
     if points is None:
         return None
@@ -113,7 +122,8 @@ def make_demo(
         curve = loss_curve(points, f"{paths.output.name}: losses while it was trained")
         (paths.output / "loss.svg").write_text(curve, encoding="utf-8")
         measured = measure(load_model(paths.output, device=device), tokenizer, corpus)
-        write_card(paths.output, config, points, measured, corpus, command, paths.start)
+        origin = paths.start, paths.teacher
+        write_card(paths.output, config, points, measured, corpus, command, origin)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"{paths.output} cannot be written to: {error}; what was learned is in {paths.work}"
@@ -131,13 +141,17 @@ def _first_model(paths: DemoPaths, tokenizer: Tokenizer, seed: int, device: str)
 def _prepare(paths: DemoPaths, corpus: Corpus) -> tuple[Tokenizer, Tensor, Tensor]:
     """The tokenizer, and tokens to train on and to validate with; kept for the next part of the
     training."""
-    described = json.dumps({"corpus": corpus.describe(), "start": str(paths.start)}, indent=2)
+    began = {"corpus": corpus.describe(), "start": str(paths.start)}
+    if paths.teacher is not None:
+        began["teacher"] = _digest(paths.teacher)
+    described = json.dumps(began, indent=2)
     recorded, tokens_file = paths.work / "corpus.json", paths.work / "tokens.safetensors"
     tokenizer_file = paths.work / "tokenizer.json"
     if recorded.exists() and recorded.read_text(encoding="utf-8") != described:
         raise TrainingError(
-            f"the text is not the one that the training in {paths.work} began with; allowed: the "
-            "same packages, Python version and start, or another directory"
+            f"the text is not the one that the training in {paths.work} began with, or start or "
+            "teacher are not; allowed: the same packages, Python version, start and teacher, or "
+            "another directory"
         )
     for part in PARTS:
         if not corpus.texts(part):
@@ -158,6 +172,20 @@ def _prepare(paths: DemoPaths, corpus: Corpus) -> tuple[Tokenizer, Tensor, Tenso
     except Exception as error:  # the libraries raise errors of their own for a full disk
         raise TrainingError(f"{paths.work} cannot be written to: {error}") from error
     return tokenizer, tokens["train"], tokens["validation"]
+
+
+def _digest(checkpoint: Path) -> str:
+    """SHA-256 of what decides what a model says."""
+    digest = hashlib.sha256()
+    for file in (checkpoint / "config.json", *weight_files(checkpoint)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _check_vocabulary(teacher: Path, tokenizer: Tokenizer) -> None:
+    if _tokenizer_of(teacher).get_vocab() != tokenizer.get_vocab():
+        allowed = "that of the model that learns; --start with the teacher, or a model made of it"
+        raise ConfigError("vocabulary of the teacher", str(teacher), allowed)
 
 
 def _tokenizer_of(directory: Path) -> Tokenizer:

@@ -91,14 +91,14 @@ def load_state(path: Path, config: TrainConfig) -> TrainState | None:
     try:
         with safe_open(path, framework="pt") as file:
             numbers = json.loads(file.metadata()["training"])
+            old = asdict(TrainConfig(**numbers["config"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # a damaged file fails in many ways
         raise TrainingError(f"{path} is no readable state of a training: {error}") from error
-    old, new = numbers["config"], json.loads(json.dumps(asdict(config)))
-    for field in new:
-        if old.get(field) != new[field]:
+    for field, value in asdict(config).items():
+        if old[field] != value:
             raise TrainingError(
-                f"{field} is {new[field]!r}; allowed: {old.get(field)!r}, with which the training "
+                f"{field} is {value!r}; allowed: {old[field]!r}, with which the training "
                 f"in {path.parent} began, or another directory"
             )
     model: dict[str, Tensor] = {}

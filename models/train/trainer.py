@@ -14,6 +14,7 @@ from models.cpu.library import has_feature
 from models.errors import ConfigError, TrainingError
 from models.heads.metrics import repeat_losses
 from models.train.config import TrainConfig
+from models.train.distillation import check_teacher, divergence, teach
 from models.train.evaluate import validation_loss
 from models.train.head_options import HeadSimilarity, head_dropout, head_temperatures
 from models.train.rows import IGNORED, Rows, repeated
@@ -50,6 +51,7 @@ def train(
     state_file: Path,
     on_step: Callable[[TrainProgress], None],
     should_stop: Callable[[], bool] = lambda: False,
+    teacher: Transformer | None = None,
 ) -> list[Point] | None:
     """Train in place; returns what was measured on the way, or None if it was stopped before.
 
@@ -59,26 +61,32 @@ def train(
     Args:
         validation: int64 `[rows, tokens]` of text that is not trained on.
         should_stop: is asked between steps.
+        teacher: what is learned from too, as `config.distillation` says; stays as it is.
 
     Raises:
-        ConfigError: rows are longer than the model's context or the text.
+        ConfigError: rows are longer than the model's context or the text, or the teacher does not
+            fit.
         TrainingError: the state cannot be read or written; or the loss is no number any more.
     """
     longest = max(config.seq_len, config.final_seq_len)
     allowed = min(model.config.max_position_embeddings, len(rows.tokens) - 1)
     if longest > allowed:
         raise ConfigError("seq_len", longest, f"up to {allowed}, of the context and the text")
+    check_teacher(teacher, model, config)
     model.unpack_weights()
     with head_temperatures(model) if config.head_temperature else nullcontext():
         model.train().requires_grad_(True)
         try:
-            return _train(model, rows, validation, config, state_file, on_step, should_stop)
+            return _train(
+                model, teacher, rows, validation, config, state_file, on_step, should_stop
+            )
         finally:
             model.eval().requires_grad_(False)
 
 
 def _train(
     model: Transformer,
+    teacher: Transformer | None,
     rows: Rows,
     validation: Tensor,
     config: TrainConfig,
@@ -108,7 +116,7 @@ def _train(
         if should_stop():
             save()
             return None
-        loss = _step(model, optimizer, rows, config, step)
+        loss = _step(model, teacher, optimizer, rows, config, step)
         if not loss < float("inf"):
             raise TrainingError(
                 f"the loss of step {step} is {loss}; train with a learning rate below "
@@ -149,12 +157,13 @@ def repeat_probe(model: Transformer, seed: int, *, batch: int) -> Tensor:
 
 def _step(
     model: Transformer,
+    teacher: Transformer | None,
     optimizer: torch.optim.Optimizer,
     rows: Rows,
     config: TrainConfig,
     step: int,
 ) -> float:
-    """One step; returns its loss, without the term for diversity."""
+    """One step; returns its loss on the text alone."""
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
     seq_len = config.seq_len_at(step)
@@ -177,8 +186,13 @@ def _step(
             inputs, edit=edit if edits else None, recompute=config.recompute
         )
         logits = model.project_to_vocab(hidden)
+        taught = None if teacher is None else teach(teacher, inputs)
     loss = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
-    total = loss if similarity is None else loss + config.head_diversity * similarity.mean
+    total = loss
+    if taught is not None:
+        total = torch.lerp(loss, divergence(taught, logits, targets), config.distillation)
+    if similarity is not None:
+        total = total + config.head_diversity * similarity.mean
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,4 +1,4 @@
-"""`headroom convert`: a checkpoint with fewer key/value heads."""
+"""`headroom convert`: a checkpoint with fewer key/value heads, or smaller weights."""
 
 import json
 import shutil
@@ -14,7 +14,6 @@ from service.console import err, fail, out
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
-    from models.heads.convert import Conversion
     from models.heads.fidelity import Fidelity
 
 # Those of the original that hold for the converted checkpoint too.
@@ -30,8 +29,9 @@ def convert(
     model: Annotated[Path, typer.Option(help="Directory with the checkpoint.")],
     output: Annotated[Path, typer.Option(help="Directory for the converted one.")],
     kv_heads: Annotated[
-        str, typer.Option(help="Key/value heads of every layer, or one number for each: 8,4,2.")
-    ],
+        str | None,
+        typer.Option(help="Key/value heads of every layer, or one number for each: 8,4,2."),
+    ] = None,
     method: Annotated[
         Literal["first", "mean", "align"],
         typer.Option(help="A group becomes its first head, its mean, or its mean once aligned."),
@@ -40,6 +40,10 @@ def convert(
     refit: Annotated[
         bool, typer.Option(help="Fit output projections to what the original hands on.")
     ] = True,
+    weights: Annotated[
+        Literal["auto", "int8"],
+        typer.Option(help="Linear layers as 8 bits, or in the type of the original."),
+    ] = "auto",
     text: Annotated[
         Path | None,
         typer.Option(
@@ -53,43 +57,57 @@ def convert(
     ] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Merge key/value heads of a trained model: multi-head to grouped-query or multi-query.
+    """Merge key/value heads of a trained model, multi-head to grouped-query or multi-query, or
+    round its weights.
 
-    The report is of text that was not calibrated with. Conversion of a trained model normally
+    The report is of text that was not calibrated with. A model whose heads were merged normally
     needs uptraining afterwards: headroom train-demo --start OUTPUT for the bundled ones.
     """
-    from models.checkpoints.loader import load_model
+    from safetensors import SafetensorError
+
+    from models.checkpoints.loader import load_model, weight_files
     from models.checkpoints.writer import save_model
     from models.heads.convert import convert as convert_heads
     from models.heads.fidelity import compare
     from models.heads.text import text_batches
     from models.tokenizer import Tokenizer
 
+    if kv_heads is None and weights == "auto":
+        fail("nothing is to be changed; allowed: --kv-heads, --weights int8, or both", code=2)
     if (output / "config.json").exists():
         fail(f"--output is {output}, which holds a model; allowed: another directory", code=2)
     try:
-        wanted = _counts(kv_heads)
-        original = load_model(model)
+        wanted = None if kv_heads is None else _counts(kv_heads)
+        changed = original = load_model(model)
+        groups: list[list[list[int]]] | None = None
         tokenizer = Tokenizer.for_model(model, original.config)
         calibration, held_out = _texts(text)
         seq_len = min(_SEQ_LEN, original.config.max_position_embeddings)
-        batches = text_batches(
-            tokenizer, calibration, num_tokens=calibration_tokens, seq_len=seq_len
-        )
         unseen = text_batches(tokenizer, held_out, num_tokens=_HELD_OUT_TOKENS, seq_len=seq_len)
-        with err.status("merging heads"):
-            conversion = convert_heads(
-                original, wanted, batches, method=method, regroup=regroup, refit=refit
+        if wanted is not None:
+            batches = text_batches(
+                tokenizer, calibration, num_tokens=calibration_tokens, seq_len=seq_len
             )
+            with err.status("merging heads"):
+                conversion = convert_heads(
+                    original, wanted, batches, method=method, regroup=regroup, refit=refit
+                )
+            changed, groups = conversion.model, conversion.groups
+        save_model(changed, output, weight_dtype=weights)
+        saved = load_model(output)
         with err.status("comparing"):
-            fidelity = compare(original, conversion.model, unseen)
-        save_model(conversion.model, output)
-    except (ModelError, OSError) as error:
+            fidelity = compare(original, saved, unseen)
+        sizes = [sum(f.stat().st_size for f in weight_files(path)) for path in (model, output)]
+    except (ModelError, OSError, SafetensorError) as error:
         fail(str(error), code=2)
     for name in _COPIED:
         if (model / name).exists():
             shutil.copyfile(model / name, output / name)
-    _report(original.config, conversion, fidelity, output, max_kl=max_kl, as_json=as_json)
+    configs = original.config, saved.config
+    if as_json:
+        _print_json(configs, groups, sizes, fidelity, output, max_kl)
+    else:
+        _report(configs, sizes, fidelity, output, max_kl)
 
 
 def _counts(text: str) -> int | list[int]:
@@ -113,34 +131,43 @@ def _texts(file: Path | None) -> tuple[list[str], list[str]]:
     return [text[:cut]], [text[cut:]]
 
 
-def _report(
-    original: "ModelConfig",
-    conversion: "Conversion",
+def _print_json(
+    configs: "tuple[ModelConfig, ModelConfig]",
+    groups: list[list[list[int]]] | None,
+    sizes: list[int],
     fidelity: "Fidelity",
     output: Path,
-    *,
     max_kl: float,
-    as_json: bool,
 ) -> None:
-    config = conversion.model.config
-    before, after = original.kv_bytes_per_token(), config.kv_bytes_per_token()
-    is_ready = fidelity.kl <= max_kl
-    if as_json:
-        fields = {
-            "output": str(output),
-            "heads": config.head_label,
-            "groups": conversion.groups,
-            "kv_bytes_per_token": {"original": before, "converted": after},
-            **asdict(fidelity),
-            "ready": is_ready,
-        }
-        print(json.dumps(fields))
-        return
-    out.print(f"heads   {original.head_label} -> {config.head_label}")
+    kv_bytes = [config.kv_bytes_per_token() for config in configs]
+    names = "original", "converted"
+    fields = {
+        "output": str(output),
+        "heads": configs[1].head_label,
+        "groups": groups,
+        "kv_bytes_per_token": dict(zip(names, kv_bytes, strict=True)),
+        "file_bytes": dict(zip(names, sizes, strict=True)),
+        **asdict(fidelity),
+        "ready": fidelity.kl <= max_kl,
+    }
+    print(json.dumps(fields))
+
+
+def _report(
+    configs: "tuple[ModelConfig, ModelConfig]",
+    sizes: list[int],
+    fidelity: "Fidelity",
+    output: Path,
+    max_kl: float,
+) -> None:
+    before, after = (config.kv_bytes_per_token() for config in configs)
+    heads = " -> ".join(config.head_label for config in configs)
+    out.print(f"heads   {heads}")
     out.print(f"kv      {before:,} -> {after:,} bytes per token, {1 - after / before:.0%} less")
+    out.print(f"file    {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB")
     out.print(f"loss    {fidelity.original_loss:.4f} -> {fidelity.changed_loss:.4f} nats per token")
     out.print(f"kl      {fidelity.kl:.4f} nats, same first choice {fidelity.agreement:.1%}")
-    if is_ready:
+    if fidelity.kl <= max_kl:
         out.print(f"ready   {output}")
     else:
         out.print(

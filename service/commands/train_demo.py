@@ -47,6 +47,12 @@ def train_demo(
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more work.")
     ] = False,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Checkpoint to learn from, such as what was converted.")
+    ] = None,
+    distillation: Annotated[
+        float | None, typer.Option(help="Its share of the loss, 0 to 1 [default: 0.5].")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -59,7 +65,9 @@ def train_demo(
     from models.train.demo import DemoPaths, make_demo
     from models.train.sources import SOURCES, STANDARD_LIBRARY
 
-    paths = DemoPaths(output, work or output.with_name(f"{output.name}.training"), start)
+    if teacher is not None and distillation is None:
+        distillation = 0.5
+    paths = DemoPaths(output, work or output.with_name(f"{output.name}.training"), start, teacher)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -73,6 +81,7 @@ def train_demo(
             head_diversity=head_diversity,
             head_temperature=head_temperature,
             recompute=recompute,
+            distillation=distillation or 0.0,
             seed=seed,
         )
         sources = (STANDARD_LIBRARY,) if minimal else SOURCES
@@ -139,7 +148,10 @@ def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str
     parts += ["--learning-rate", f"{config.learning_rate:g}", "--seed", str(config.seed)]
     if paths.start is not None:
         parts += ["--start", str(paths.start)]
+    if paths.teacher is not None:
+        parts += ["--teacher", str(paths.teacher)]
     for option, value in (
+        ("--distillation", config.distillation),
         ("--head-dropout", config.head_dropout),
         ("--head-diversity", config.head_diversity),
     ):

@@ -36,10 +36,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def convert(model: Path, output: Path, *flags: str, kv_heads: str = "2") -> Any:
+def convert(model: Path, output: Path, *flags: str, kv_heads: str | None = "2") -> Any:
     arguments = ["convert", "--model", str(model), "--output", str(output)]
     text = str(model.parent / "text.txt")
-    arguments += ["--kv-heads", kv_heads, "--text", text, "--calibration-tokens", "512", *flags]
+    arguments += ["--text", text, "--calibration-tokens", "512", *flags]
+    if kv_heads is not None:
+        arguments += ["--kv-heads", kv_heads]
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
 
 
@@ -94,6 +96,27 @@ def test_wrong_numbers_are_refused_and_nothing_is_written(
     assert answer.exit_code == 2
     assert f"error: {message}\n" == answer.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_the_report_is_of_the_rounded_weights(model: Path, tmp_path: Path) -> None:
+    flags = ["--weights", "int8", "--json"]
+    answer = convert(model, tmp_path / "int8", *flags, kv_heads=None)
+    assert answer.exit_code == 0, answer.output
+    report = json.loads(answer.stdout)
+    assert (report["heads"], report["groups"]) == ("h4kv4d8", None)
+    assert 0 < report["kl"] < 0.01
+    files = [path / "model.safetensors" for path in (model, tmp_path / "int8")]
+    assert list(report["file_bytes"].values()) == [file.stat().st_size for file in files]
+    both = convert(model, tmp_path / "both", *flags)
+    assert both.exit_code == 0, both.output
+    assert json.loads(both.stdout)["heads"] == "h4kv2d8"
+    assert load_model(tmp_path / "both").config.layers[0].num_kv_heads == 2
+
+
+def test_one_change_at_least_is_asked_for(model: Path, tmp_path: Path) -> None:
+    answer = convert(model, tmp_path / "same", kv_heads=None)
+    assert answer.exit_code == 2
+    assert answer.stderr.startswith("error: nothing is to be changed; allowed: --kv-heads")
 
 
 def test_a_model_is_not_overwritten(model: Path) -> None:

@@ -78,11 +78,24 @@ def test_the_card_has_the_command_that_makes_the_model_again(tmp_path: Path) -> 
     assert expected in card
 
 
+def test_the_command_names_the_teacher_and_its_share(tmp_path: Path) -> None:
+    teacher = tmp_path / "first"
+    assert train(teacher, tokens="0.002").exit_code == 0
+    answer = train(tmp_path / "small", "--teacher", str(teacher), tokens="0.002")
+    assert answer.exit_code == 0, answer.output
+    card = (tmp_path / "small/MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f" --seed 0 --teacher {teacher} --distillation 0.5\n" in card
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--head-dropout", "1"], "head_dropout is 1.0; allowed: 0 or more, below 1"),
         (["--learning-rate", "0"], "learning_rate is 0.0; allowed: a finite number above 0"),
+        (
+            ["--distillation", "0.5"],
+            "distillation is 0.5; allowed: above 0 with a teacher, 0 without one",
+        ),
         (["--start", "nowhere"], "nowhere/tokenizer.json is missing"),
     ],
 )

@@ -86,6 +86,19 @@ def test_ending_tokens_survive(eos: tuple[int, ...], written: object, tmp_path: 
     assert check_checkpoint(tmp_path).eos_token_ids == eos
 
 
+def test_on_a_failure_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tiny.model(CONFIGS["mha"]), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(tiny.model(CONFIGS["gqa"]), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_second_model_replaces_the_first(tmp_path: Path) -> None:
     for name in ("mha", "mqa-tied"):
         save_model(tiny.model(CONFIGS[name]), tmp_path)

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json.decoder
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -14,7 +15,7 @@ from torch import Tensor
 from models.checkpoints.bundled import BUNDLED_MODELS
 from models.checkpoints.loader import load_model
 from models.config import HeadConfig
-from models.cpu.linear import PackedWeight, pack
+from models.cpu.linear import PackedWeight, pack, round_to_int8
 from models.errors import ConfigError
 from models.linear import Linear
 from models.train.evaluate import bits_per_byte
@@ -110,12 +111,29 @@ def test_unpacking_gives_what_is_left(dtype: torch.dtype) -> None:
     plain.pack("int8")
     assert plain.weight.dtype == torch.int8
     assert plain.dtype == dtype
-    wholes, scale = whole_numbers(weight)
+    mantissas, exponents = np.frexp(weight.double().abs().amax(dim=1).numpy() / 127)
+    scale = torch.from_numpy(np.ldexp(np.round(mantissas * 2**17) / 2**17, exponents))[:, None]
+    wholes = (weight.double() / scale).round()
     torch.testing.assert_close(plain.dense_weight, (wholes * scale).to(dtype))
     saved = plain.state_dict()
     assert saved["weight"].dtype == dtype
     plain.to(torch.float64)
     torch.testing.assert_close(plain.weight, saved["weight"].double())
+
+
+@given(
+    dtype=DTYPES, seed=st.integers(0, 2**16), exponents=st.lists(st.integers(-30, 30), min_size=2)
+)
+def test_rounding_again_changes_nothing(
+    dtype: torch.dtype, seed: int, exponents: list[int]
+) -> None:
+    sizes = torch.tensor(exponents, dtype=torch.float32).exp2()[:, None]
+    weight = torch.randn(len(sizes), 24, generator=torch.Generator().manual_seed(seed)) * sizes
+    wholes, scale = round_to_int8(weight.to(dtype))
+    assert (wholes.abs().amax(dim=1) == 127).all()
+    again = round_to_int8((wholes * scale[:, None]).to(dtype))
+    assert torch.equal(again[0], wholes)
+    assert torch.equal(again[1], scale)
 
 
 def test_a_model_reads_a_quarter_of_the_bytes_and_says_nearly_the_same() -> None:

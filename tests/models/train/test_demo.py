@@ -1,7 +1,9 @@
 """A demo model is made in one go or in parts, and what is on disk is what the card says."""
 
+import dataclasses
 import json
 import lzma
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from tokenizers import Tokenizer as Backend
 
 from models import load_model
 from models.checkpoints.loader import check_checkpoint
-from models.errors import CheckpointError, CorpusError, TrainingError
+from models.checkpoints.writer import save_model
+from models.errors import CheckpointError, ConfigError, CorpusError, TrainingError
+from models.heads.convert import convert
 from models.tokenizer import Tokenizer
 from models.train import demo as demo_module
 from models.train.config import TrainConfig
@@ -19,6 +23,7 @@ from models.train.corpus import Corpus, Document
 from models.train.demo import DemoPaths, demo_config, make_demo
 from models.train.evaluate import bits_per_byte
 from models.train.sources import STANDARD_LIBRARY
+from models.train.tokenizer import train_tokenizer
 from models.transformer import Transformer
 from tests.models import tiny
 
@@ -45,13 +50,17 @@ def _small_model() -> object:
 
 
 def make(
-    paths: DemoPaths, *, corpus: Corpus = CORPUS, num_steps: int | None = None
+    paths: DemoPaths,
+    *,
+    corpus: Corpus = CORPUS,
+    config: TrainConfig = CONFIG,
+    num_steps: int | None = None,
 ) -> float | None:
     steps: list[int] = []
     return make_demo(
         paths,
         corpus,
-        CONFIG,
+        config,
         command="headroom train-demo --output here",
         on_step=lambda now: steps.append(now.step),
         should_stop=lambda: len(steps) == num_steps,
@@ -98,6 +107,7 @@ def test_the_card_says_what_was_measured(made: Made) -> None:
     assert f", {xz:.3f} |" in card
     assert "headroom train-demo --output here" in card
     assert "Missed: the induction score is 0." in card
+    assert "| teacher | none |" in card
     assert "{" not in card, "every blank is filled"
 
 
@@ -149,6 +159,38 @@ def test_a_model_can_go_on_from_another(made: Made, tmp_path: Path) -> None:
     assert tokenizers[0] == tokenizers[1]
     with pytest.raises(CheckpointError, match=r"none/tokenizer\.json is missing"):
         make(DemoPaths(tmp_path / "third", tmp_path / "work 3", start=tmp_path / "none"))
+
+
+def test_a_model_with_heads_of_its_own_in_each_layer_learns_from_a_teacher(
+    made: Made, tmp_path: Path
+) -> None:
+    directory, _ = made
+    model = load_model(directory)
+    ids = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))
+    start = tmp_path / "start"
+    save_model(convert(model, [2, 1], [ids]).model, start)
+    shutil.copyfile(directory / "tokenizer.json", start / "tokenizer.json")
+    config = dataclasses.replace(CONFIG, distillation=0.5)
+    paths = DemoPaths(tmp_path / "small", tmp_path / "work", start, directory)
+    assert make(paths, config=config, num_steps=5) is None
+    other = shutil.copytree(directory, tmp_path / "other")
+    save_model(tiny.model(model.config), other)
+    with pytest.raises(TrainingError, match="or start or teacher are not; allowed: the same pack"):
+        make(dataclasses.replace(paths, teacher=other), config=config)
+    assert make(paths, config=config) is not None
+    assert [heads.num_kv_heads for heads in load_model(paths.output).config.layers] == [2, 1]
+    card = (paths.output / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "| teacher | `small`, its divergence 50% of the loss |" in card
+
+
+def test_a_teacher_with_other_tokens_is_refused(made: Made, tmp_path: Path) -> None:
+    teacher = shutil.copytree(made[0], tmp_path / "teacher")
+    train_tokenizer(["other text"], 280).save(str(teacher / "tokenizer.json"))
+    paths = DemoPaths(tmp_path / "small", tmp_path / "work", teacher=teacher)
+    with pytest.raises(
+        ConfigError, match=r"vocabulary of the teacher is .*allowed: that of the mod"
+    ):
+        make(paths, config=dataclasses.replace(CONFIG, distillation=0.5))
 
 
 def test_the_demo_has_the_size_that_it_claims() -> None:

@@ -1,10 +1,13 @@
 """The state of a training is replaced as a whole, and belongs to one configuration."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from models.errors import TrainingError
 from models.train.config import TrainConfig
@@ -55,6 +58,18 @@ def test_another_configuration_is_refused(tmp_path: Path) -> None:
         TrainingError, match=r"seed is 1; allowed: 0, with which the training in .* began, or"
     ):
         load_state(file, dataclasses.replace(CONFIG, seed=1))
+
+
+def test_options_that_are_newer_than_the_state_are_off_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    save_state(file, CONFIG, STATE)
+    with safe_open(file, framework="pt") as handle:
+        numbers = json.loads(handle.metadata()["training"])
+    del numbers["config"]["distillation"]
+    save_file(load_file(file), file, metadata={"training": json.dumps(numbers)})
+    assert load_state(file, CONFIG) is not None
+    with pytest.raises(TrainingError, match=r"distillation is 0\.5; allowed: 0\.0, with which the"):
+        load_state(file, dataclasses.replace(CONFIG, distillation=0.5))
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text"])

@@ -1,5 +1,6 @@
 """Training learns, is decided by its seed, and goes on as if it had not been interrupted."""
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from models.config import ModelConfig
 from models.errors import ConfigError, TrainingError
+from models.heads.fidelity import compare
+from models.train import trainer
 from models.train.config import TrainConfig
 from models.train.head_options import HeadSimilarity
-from models.train.rows import Rows
+from models.train.rows import IGNORED, Rows
 from models.train.state import Point
 from models.train.tokenizer import encode_documents, train_tokenizer
 from models.train.trainer import TrainProgress, train
@@ -45,6 +48,7 @@ def learn(
     *,
     stop_after: int | None = None,
     model: Transformer | None = None,
+    teacher: Transformer | None = None,
 ) -> tuple[Transformer, list[Point] | None, list[TrainProgress]]:
     model = model or random_model(config_for(rows), seed=0)
     progress: list[TrainProgress] = []
@@ -56,6 +60,7 @@ def learn(
         state_file=directory / "state.safetensors",
         on_step=progress.append,
         should_stop=lambda: len(progress) == stop_after,
+        teacher=teacher,
     )
     return model, points, progress
 
@@ -97,19 +102,22 @@ def test_progress_and_points_count_steps(rows: Rows, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"head_dropout": 0.3, "head_temperature": True}], ids=["plain", "options"]
+    "changes",
+    [{}, {"head_dropout": 0.3, "head_temperature": True}, {"distillation": 0.5}],
+    ids=["plain", "options", "teacher"],
 )
 def test_an_interrupted_training_ends_like_a_whole_one(
     rows: Rows, tmp_path: Path, changes: dict[str, float]
 ) -> None:
     config = dataclasses.replace(QUICK, **changes)  # type: ignore[arg-type]
-    whole, points, _ = learn(rows, tmp_path / "whole", config)
+    teacher = tiny.model(config_for(rows)) if config.distillation else None
+    whole, points, _ = learn(rows, tmp_path / "whole", config, teacher=teacher)
     torch.manual_seed(5)
-    _, nothing, first = learn(rows, tmp_path / "parts", config, stop_after=7)
+    _, nothing, first = learn(rows, tmp_path / "parts", config, stop_after=7, teacher=teacher)
     assert nothing is None
     # The first weights of the second part do not matter.
     other = random_model(config_for(rows), seed=9)
-    resumed, again, second = learn(rows, tmp_path / "parts", config, model=other)
+    resumed, again, second = learn(rows, tmp_path / "parts", config, model=other, teacher=teacher)
     assert [len(first), len(second)] == [7, 33]
     assert equal(whole, resumed)
     assert points is not None
@@ -154,6 +162,43 @@ def test_heads_can_be_pulled_apart(rows: Rows, tmp_path: Path) -> None:
         model.forward_dense(validation_of(rows), edit=similarity)
         means.append(float(similarity.mean))
     assert means[1] < means[0] - 0.05
+
+
+def test_a_model_comes_nearer_to_its_teacher(rows: Rows, tmp_path: Path) -> None:
+    teacher = tiny.model(config_for(rows), seed=3)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = random_model(config_for(rows), seed=0)
+    batch = [validation_of(rows)]
+    first = compare(teacher, student, batch).kl
+    config = dataclasses.replace(QUICK, distillation=1.0, learning_rate=1e-2)
+    learn(rows, tmp_path, config, model=student, teacher=teacher)
+    assert compare(teacher, student, batch).kl < 0.8 * first
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+def test_a_step_follows_the_mean_of_text_and_teacher(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_has_bfloat16", lambda device: False)
+    teacher, student = (tiny.model(config_for(rows), seed=seed) for seed in (3, 4))
+    config = dataclasses.replace(QUICK, distillation=0.25)
+    inputs, targets = rows.at(0, 8, 16)
+    expected = copy.deepcopy(student).requires_grad_(True)
+    logs = expected.project_to_vocab(expected.forward_dense(inputs)).log_softmax(dim=-1)
+    known = targets != IGNORED
+    likely = teacher.logits(inputs).clone().softmax(dim=-1)
+    text = -logs.gather(-1, targets.clamp(min=0)[..., None])[..., 0][known].mean()
+    taught = (likely * (likely.log() - logs)).sum(dim=-1)[known].mean()
+    (0.75 * text + 0.25 * taught).backward()
+    student.requires_grad_(True)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    loss = trainer._step(student, teacher, optimizer, rows, config, 0)
+    assert loss == pytest.approx(float(text.detach()), rel=1e-5)
+    torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+    for one, other in zip(student.parameters(), expected.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_the_rate_warms_up_and_ends_at_a_tenth(
