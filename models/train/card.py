@@ -6,7 +6,7 @@ from pathlib import Path
 from models.train.config import TrainConfig
 from models.train.corpus import Corpus
 from models.train.measure import NUM_PROBES, Measured
-from models.train.rows import NEEDLE_SHARE, REPEAT_SHARE
+from models.train.rows import NEEDLE_SHARE
 from models.train.state import Point
 
 _XZ_GATE = 0.85
@@ -137,7 +137,7 @@ def write_card(
         teacher="none"
         if teacher is None
         else f"`{teacher.name}`, its divergence {config.distillation:.0%} of the loss",
-        repeats=REPEAT_SHARE,
+        repeats=config.repeat_share,
         needles=NEEDLE_SHARE,
         loss=points[-1].loss,
         validation=points[-1].validation_loss,

@@ -18,6 +18,8 @@ class TrainConfig:
             meets every position of its context.
         learning_rate: its peak; the schedule is a warm-up, then a cosine to a tenth of it.
         warmup_share: part of the steps in which the rate grows.
+        repeat_share: part of the rows that are random tokens which repeat; only induction heads can
+            predict those.
         head_dropout: probability that a head is left out of a row, the others being scaled up
             (Zhou et al. 2020).
         head_diversity: factor of the mean cosine of what two heads of a layer read, which is
@@ -39,6 +41,7 @@ class TrainConfig:
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup_share: float = 0.02
+    repeat_share: float = 0.10
     head_dropout: float = 0.0
     head_diversity: float = 0.0
     head_temperature: bool = False
@@ -55,6 +58,8 @@ class TrainConfig:
             raise ConfigError("num_tokens", self.num_tokens, f"{longest} or more")
         if not 0 < self.learning_rate < math.inf:
             raise ConfigError("learning_rate", self.learning_rate, "a finite number above 0")
+        if not 0 <= self.repeat_share <= 0.9:
+            raise ConfigError("repeat_share", self.repeat_share, "0 to 0.9")
         if not 0 <= self.head_dropout < 1:
             raise ConfigError("head_dropout", self.head_dropout, "0 or more, below 1")
         if not 0 <= self.head_diversity < math.inf:

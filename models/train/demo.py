@@ -103,7 +103,7 @@ def make_demo(
         teacher = load_model(paths.teacher, dtype=torch.float32, device=device)
     points = train(
         model,
-        Rows(tokens, tokenizer, config.seed),
+        Rows(tokens, tokenizer, config.seed, config.repeat_share),
         validation_rows(validation, _NUM_VALIDATION_ROWS, config.seq_len),
         config,
         state_file=paths.work / "state.safetensors",

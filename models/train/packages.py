@@ -58,13 +58,13 @@ def _download(package: Package, cache: Path) -> Path:
 
 def _run(command: list[str], package: Package, cache: Path) -> None:
     what = f"package {package.name} {package.version}"
-    help_ = (
-        f"refresh the list of packages with apt-get update, put its .deb into {cache}, or train on "
-        "the standard library alone (--minimal)"
-    )
+    help_ = f"put its .deb into {cache}, or train on the standard library alone (--minimal)"
     if shutil.which(command[0]) is None:
         raise CorpusError(f"{what} is missing and there is no {command[0]} here; {help_}")
     done = subprocess.run(command, cwd=cache, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise CorpusError(f"{what}: {' '.join(command[:2])} failed: {reason}; {help_}")
+        raise CorpusError(
+            f"{what}: {' '.join(command[:2])} failed: {reason}; "
+            f"refresh the list of packages (apt-get update), {help_}"
+        )

@@ -10,7 +10,6 @@ from torch import Tensor
 from models.train.tokenizer import BOS, SPECIAL_TOKENS
 
 IGNORED = -100  # cross_entropy leaves such targets out
-REPEAT_SHARE = 0.10
 NEEDLE_SHARE = 0.02
 _MIN_PERIOD, _MAX_PERIOD = 16, 256
 _NUM_NEEDLES = 4
@@ -28,11 +27,13 @@ class Rows:
     Attributes:
         tokens: int32 `[tokens]`, all text.
         seed: decides everything that is drawn.
+        repeat_share: part of the rows that are random tokens which repeat.
     """
 
     tokens: Tensor
     tokenizer: Tokenizer
     seed: int
+    repeat_share: float
 
     def at(self, step: int, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step, int64 `[num_rows, seq_len]`; targets that nothing can
@@ -44,12 +45,12 @@ class Rows:
         return inputs, targets
 
     def _row(self, kind: float, seq_len: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        if kind < REPEAT_SHARE:
+        if kind < self.repeat_share:
             longest = min(_MAX_PERIOD, seq_len // 2)
             period = _draw(min(_MIN_PERIOD, longest), longest + 1, generator)
             ids = repeated(1, period, seq_len, self.tokenizer.get_vocab_size(), generator)[0]
             known = torch.arange(seq_len + 1) > period
-        elif kind < REPEAT_SHARE + NEEDLE_SHARE:
+        elif kind < self.repeat_share + NEEDLE_SHARE:
             ids, known = self._needles(seq_len, generator)
         else:
             ids = self._text(seq_len + 1, generator)

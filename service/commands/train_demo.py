@@ -37,6 +37,9 @@ def train_demo(
         Path | None, typer.Option(help="Directory for the state [default: OUTPUT.training].")
     ] = None,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
+    repeat_share: Annotated[
+        float, typer.Option(help="Part of the rows that are random tokens which repeat.")
+    ] = 0.1,
     head_dropout: Annotated[float, typer.Option(help="Probability to leave out a head.")] = 0.0,
     head_diversity: Annotated[
         float, typer.Option(help="Factor of a term that pulls heads apart.")
@@ -77,6 +80,7 @@ def train_demo(
         config = TrainConfig(
             num_tokens=round(tokens * 1e6),
             learning_rate=learning_rate,
+            repeat_share=repeat_share,
             head_dropout=head_dropout,
             head_diversity=head_diversity,
             head_temperature=head_temperature,
@@ -146,6 +150,7 @@ def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str
     parts = ["headroom", "train-demo", "--output", str(paths.output)]
     parts += ["--tokens", f"{config.num_tokens / 1e6:g}"]
     parts += ["--learning-rate", f"{config.learning_rate:g}", "--seed", str(config.seed)]
+    parts += ["--repeat-share", f"{config.repeat_share:g}"]
     if paths.start is not None:
         parts += ["--start", str(paths.start)]
     if paths.teacher is not None:

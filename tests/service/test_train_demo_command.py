@@ -73,7 +73,7 @@ def test_the_card_has_the_command_that_makes_the_model_again(tmp_path: Path) -> 
     card = (tmp_path / "small/MODEL_CARD.md").read_text(encoding="utf-8")
     expected = (
         f"headroom train-demo --output {tmp_path / 'small'} --tokens 0.002 --learning-rate 0.002 "
-        "--seed 4 --head-dropout 0.1 --head-temperature --recompute\n"
+        "--seed 4 --repeat-share 0.1 --head-dropout 0.1 --head-temperature --recompute\n"
     )
     assert expected in card
 
@@ -84,7 +84,7 @@ def test_the_command_names_the_teacher_and_its_share(tmp_path: Path) -> None:
     answer = train(tmp_path / "small", "--teacher", str(teacher), tokens="0.002")
     assert answer.exit_code == 0, answer.output
     card = (tmp_path / "small/MODEL_CARD.md").read_text(encoding="utf-8")
-    assert f" --seed 0 --teacher {teacher} --distillation 0.5\n" in card
+    assert f" --seed 0 --repeat-share 0.1 --teacher {teacher} --distillation 0.5\n" in card
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from models.train.config import TrainConfig
         ),
         ({"num_tokens": 100}, "num_tokens is 100; allowed: 1024 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; allowed: a finite number above 0"),
+        ({"repeat_share": 1.0}, "repeat_share is 1.0; allowed: 0 to 0.9"),
         ({"head_dropout": 1.0}, "head_dropout is 1.0; allowed: 0 or more, below 1"),
         ({"head_diversity": -1.0}, "head_diversity is -1.0; allowed: a finite number, 0 or more"),
         ({"recompute": True, "head_diversity": 1.0}, "recompute is True; allowed: false, because"),

@@ -44,7 +44,7 @@ def test_a_package_that_is_not_to_be_had_is_named(tmp_path: Path) -> None:
         with pytest.raises(
             CorpusError,
             match=r"package wordnet-base 1:3\.0-37: apt-get download failed: E: no wordnet-base="
-            r"1:3\.0-37; put its \.deb into .*--minimal",
+            r"1:3\.0-37; refresh .* \(apt-get update\), put its \.deb into .*--minimal",
         ):
             unpack([package], cache)
 

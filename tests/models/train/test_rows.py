@@ -24,26 +24,28 @@ def tokens(tokenizer: Tokenizer) -> Tensor:
     return encode_documents(tokenizer, [TEXT])
 
 
-def only(monkeypatch: pytest.MonkeyPatch, *, repeats: float = 0.0, needles: float = 0.0) -> None:
-    monkeypatch.setattr(rows_module, "REPEAT_SHARE", repeats)
-    monkeypatch.setattr(rows_module, "NEEDLE_SHARE", needles)
+def needles_only(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    monkeypatch.setattr(rows_module, "NEEDLE_SHARE", share)
 
 
 def test_a_step_can_be_made_again(tokenizer: Tokenizer, tokens: Tensor) -> None:
-    rows = Rows(tokens, tokenizer, seed=3)
+    rows = Rows(tokens, tokenizer, seed=3, repeat_share=0.1)
     first = rows.at(5, 8, 64)
     torch.manual_seed(1)
-    again = Rows(tokens, tokenizer, seed=3).at(5, 8, 64)
+    again = Rows(tokens, tokenizer, seed=3, repeat_share=0.1).at(5, 8, 64)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for other in (rows.at(6, 8, 64), Rows(tokens, tokenizer, seed=4).at(5, 8, 64)):
+    for other in (
+        rows.at(6, 8, 64),
+        Rows(tokens, tokenizer, seed=4, repeat_share=0.1).at(5, 8, 64),
+    ):
         assert not torch.equal(first[0], other[0])
 
 
 def test_text_is_a_window_behind_bos(
     tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch)
-    inputs, targets = Rows(tokens, tokenizer, seed=0).at(0, 4, 32)
+    needles_only(monkeypatch, 0.0)
+    inputs, targets = Rows(tokens, tokenizer, seed=0, repeat_share=0.0).at(0, 4, 32)
     everything = tokens.tolist()
     for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
         assert row[0] == BOS
@@ -54,10 +56,9 @@ def test_text_is_a_window_behind_bos(
 
 
 def test_repeats_can_be_predicted_from_one_period_before(
-    tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+    tokenizer: Tokenizer, tokens: Tensor
 ) -> None:
-    only(monkeypatch, repeats=1.0)
-    inputs, targets = Rows(tokens, tokenizer, seed=0).at(0, 16, 128)
+    inputs, targets = Rows(tokens, tokenizer, seed=0, repeat_share=1.0).at(0, 16, 128)
     periods = set()
     for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
         period = target.count(IGNORED)
@@ -73,8 +74,8 @@ def test_repeats_can_be_predicted_from_one_period_before(
 def test_needles_can_be_found(
     tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch, needles=1.0)
-    inputs, targets = Rows(tokens, tokenizer, seed=0).at(0, 6, 256)
+    needles_only(monkeypatch, 1.0)
+    inputs, targets = Rows(tokens, tokenizer, seed=0, repeat_share=0.0).at(0, 6, 256)
     for row, target in zip(inputs, targets, strict=True):
         ids = [*row.tolist(), int(target[-1])]
         assert ids[0] == BOS
@@ -86,12 +87,13 @@ def test_needles_can_be_found(
         assert answers.split() == [value for _, value in found[4:]]
 
 
-def test_shares_are_kept(tokenizer: Tokenizer, tokens: Tensor) -> None:
-    rows = Rows(tokens, tokenizer, seed=0)
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_shares_are_kept(tokenizer: Tokenizer, tokens: Tensor, share: float) -> None:
+    rows = Rows(tokens, tokenizer, seed=0, repeat_share=share)
     _, targets = rows.at(0, 2000, 32)
     masked = (targets == IGNORED).any(dim=1).float().mean()
     # Rows of 32 have no room for needles, which are text then.
-    assert float(masked) == pytest.approx(rows_module.REPEAT_SHARE, abs=0.03)
+    assert float(masked) == pytest.approx(share, abs=0.03)
 
 
 @pytest.mark.parametrize(("period", "num_tokens"), [(5, 10), (7, 20), (3, 3)])

@@ -34,7 +34,9 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Tokenizer) -> Rows:
-    return Rows(encode_documents(tokenizer, [TEXT, TEXT, TEXT]), tokenizer, seed=0)
+    return Rows(
+        encode_documents(tokenizer, [TEXT, TEXT, TEXT]), tokenizer, seed=0, repeat_share=0.1
+    )
 
 
 def config_for(rows: Rows, **changes: object) -> ModelConfig:
