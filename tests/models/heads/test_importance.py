@@ -1,0 +1,94 @@
+"""Useless heads come last, by every ranking; gradients are those of finite differences."""
+
+import pytest
+import torch
+
+from models.errors import ConfigError
+from models.heads.gates import gate_heads, head_means, open_gates, text_loss
+from models.heads.importance import (
+    RANKINGS,
+    Ranking,
+    least_important,
+    least_important_by_layer,
+    rank_heads,
+)
+from models.transformer import Transformer, random_model
+from tests.models.heads.planted import shape, token_ids
+
+BATCHES = [token_ids(0), token_ids(1)]
+USELESS = [(0, 2), (1, 4)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    """Two heads write nothing and look everywhere alike."""
+    planted = random_model(shape(num_kv_heads=6), seed=0)
+    head_dim = planted.config.layers[0].head_dim
+    with torch.no_grad():
+        for layer, head in USELESS:
+            own = slice(head * head_dim, (head + 1) * head_dim)
+            attention = planted.attentions[layer]
+            attention.output.weight[:, own] = 0.0
+            attention.qkv.weight[own] = 0.0
+    return planted
+
+
+@pytest.mark.parametrize("ranking", [name for name in RANKINGS if name != "random"])
+def test_useless_heads_are_last(model: Transformer, ranking: Ranking) -> None:
+    told: list[tuple[int, int]] = []
+    scores = rank_heads(
+        model, BATCHES, ranking, on_progress=lambda done, total: told.append((done, total))
+    )
+    assert [len(layer) for layer in scores] == [6, 6]
+    if ranking == "ablation":  # without a head of a random model the loss may well be lower
+        scores = [layer.abs() for layer in scores]
+    assert least_important(scores, 2) == USELESS
+    assert not told or told[-1][0] == told[-1][1]
+
+
+def test_a_gradient_is_a_difference() -> None:
+    model = random_model(
+        shape(num_kv_heads=6).replace(dtype="float64"), seed=0, dtype=torch.float64
+    ).requires_grad_(False)
+    ids = BATCHES[0]
+    found = rank_heads(model, [ids], "gradient")
+    means, step = head_means(model, [ids]), 1e-3
+    for layer, head in ((0, 3), (1, 5)):
+        losses = []
+        for change in (step, -step):
+            gates = [gate.double() for gate in open_gates(model)]
+            gates[layer][head] += change
+            losses.append(float(text_loss(model, ids, gate_heads(means, gates))))
+        difference = abs(losses[0] - losses[1]) / (2 * step)
+        assert float(found[layer][head]) == pytest.approx(difference, rel=1e-3)
+
+
+def test_the_group_is_what_is_ranked() -> None:
+    model = random_model(shape(num_kv_heads=2), seed=0)
+    for ranking in RANKINGS:
+        assert [len(layer) for layer in rank_heads(model, BATCHES, ranking)] == [2, 2]
+
+
+def test_seeds_draw() -> None:
+    model = random_model(shape(num_kv_heads=6), seed=0)
+    one, again, other = (rank_heads(model, [], "random", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one[0], again[0])
+    assert not torch.equal(one[0], other[0])
+
+
+def test_each_layer_keeps_one() -> None:
+    scores = [torch.tensor([0.1, 0.2]), torch.tensor([3.0, 2.0, 1.0])]
+    assert least_important(scores, 0) == []
+    assert least_important(scores, 2) == [(0, 0), (1, 2)]
+    assert least_important(scores, 3) == [(0, 0), (1, 1), (1, 2)]
+    with pytest.raises(ConfigError, match="heads to remove is 4; allowed: 0 to 3"):
+        least_important(scores, 4)
+
+
+def test_so_many_of_each_layer() -> None:
+    scores = [torch.tensor([0.1, 0.2]), torch.tensor([3.0, 2.0, 1.0])]
+    assert least_important_by_layer(scores, [2, 1]) == [(1, 1), (1, 2)]
+    with pytest.raises(ConfigError, match="one number for each of 2 layers"):
+        least_important_by_layer(scores, [2])
+    with pytest.raises(ConfigError, match="heads to keep of layer 1 is 0; allowed: 1 to 3"):
+        least_important_by_layer(scores, [1, 0])
