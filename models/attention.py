@@ -15,7 +15,7 @@ from models.kernels.dense import attend
 from models.kv_cache import CachePart
 from models.kv_layout import query_heads
 from models.layers import rms_norm
-from models.linear import BeforeLinear, Linear
+from models.linear import BeforeLinear, make_projection
 from models.rope import apply_rope
 from models.scoring import Scoring
 
@@ -57,10 +57,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.query_width = heads.num_heads * heads.head_dim
         self.kv_width = heads.num_kv_heads * heads.head_dim
-        self.qkv = Linear(
-            config.hidden_size, self.query_width + 2 * self.kv_width, bias=config.qkv_bias
-        )
-        self.output = Linear(self.query_width, config.hidden_size, bias=config.output_bias)
+        hidden, rank = config.hidden_size, config.projection_rank
+        qkv_width = self.query_width + 2 * self.kv_width
+        self.qkv = make_projection(hidden, qkv_width, bias=config.qkv_bias, rank=rank)
+        self.output = make_projection(self.query_width, hidden, bias=config.output_bias, rank=rank)
         self.query_norm, self.key_norm = (
             None if heads.qk_norm is None else HeadNorm(heads.qk_norm, num_heads, heads.head_dim)
             for num_heads in (heads.num_heads, heads.num_kv_heads)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         Raises:
             ConfigError: the kernel that was asked for cannot.
         """
-        return resolve_kernel(self._kernel, self.heads, self.qkv.dtype, self.qkv.weight.device)
+        return resolve_kernel(self._kernel, self.heads, self.qkv.dtype, self.qkv.device)
 
     @property
     def scoring(self) -> Scoring:
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         scale: float | Tensor = heads.softmax_scale
         if heads.temperature is not None:
             with torch.inference_mode(False):  # it is kept, perhaps for training
-                scale = scale * torch.tensor(heads.temperature, device=self.qkv.weight.device)
+                scale = scale * torch.tensor(heads.temperature, device=self.qkv.device)
         return Scoring(
             scale=scale,
             causal=heads.causal,

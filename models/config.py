@@ -217,6 +217,8 @@ class ModelConfig:
         logit_scale: factor on the logits (Cohere, Granite).
         logit_softcap: logits become `c * tanh(logits / c)` (Gemma 2).
         lm_head_bias: whether the projection to the vocabulary adds a bias (GPT-J).
+        projection_rank: rank of the projections of attention and feed-forward blocks, each of
+            which is two matrices; None is one.
         eos_token_ids: any of these ends a generation.
         kv_cache_dtype: `int8` keeps keys and values as 8 bits, with a scale for each head and
             token; `auto` keeps them in `dtype`.
@@ -255,6 +257,7 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     lm_head_bias: bool = False
+    projection_rank: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: DTypeName = "float32"
     kv_cache_dtype: KVCacheDType = "auto"
@@ -264,6 +267,8 @@ class ModelConfig:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             if getattr(self, field) < 1:
                 raise ConfigError(field, getattr(self, field), "1 or more")
+        if self.projection_rank is not None and self.projection_rank < 1:
+            raise ConfigError("projection_rank", self.projection_rank, "1 or more")
         if not 0 <= self.norm_eps < math.inf:
             raise ConfigError("norm_eps", self.norm_eps, "a finite number, 0 or more")
         if not self.layers:

@@ -8,7 +8,7 @@ from torch.nn.functional import rms_norm as torch_rms_norm
 from models.config import Activation, ModelConfig
 from models.cpu import fused
 from models.cpu.linear import Before
-from models.linear import BeforeLinear, Linear
+from models.linear import BeforeLinear, make_projection
 
 
 class RMSNorm(nn.Module):
@@ -95,9 +95,11 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.intermediate_size * (2 if config.gated_mlp else 1)
-        self.up = Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        hidden, wide = config.hidden_size, config.intermediate_size
+        bias, rank = config.mlp_bias, config.projection_rank
+        up_width = 2 * wide if config.gated_mlp else wide
+        self.up = make_projection(hidden, up_width, bias=bias, rank=rank)
+        self.down = make_projection(wide, hidden, bias=bias, rank=rank)
         self.activation: Activation = config.activation
         self.gate = Gate(config.activation) if config.gated_mlp else None
 

@@ -61,6 +61,10 @@ class Linear(nn.Linear):
         """The type of inputs and outputs."""
         return self.weight.dtype if self._packed is None else self._packed.dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
     def forward(
         self, x: Tensor, before: BeforeLinear | None = None, residual: Tensor | None = None
     ) -> Tensor:
@@ -89,3 +93,49 @@ class Linear(nn.Linear):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer whose weight is a product of two, `[outputs, rank] @ [rank, inputs]`: fewer
+    bytes to read where the rank is small. Its bias is that of `expand`."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, bias: bool) -> None:
+        super().__init__()
+        self.reduce = Linear(inputs, rank, bias=False)
+        self.expand = Linear(rank, outputs, bias=bias)
+
+    @property
+    def dense_weight(self) -> Tensor:
+        """The weight `[outputs, inputs]`, a copy."""
+        return self.expand.dense_weight @ self.reduce.dense_weight
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense_weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.expand.bias
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.expand.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.expand.device
+
+    def forward(
+        self, x: Tensor, before: BeforeLinear | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """`residual + before(x) @ weight.T + bias`."""
+        return self.expand(self.reduce(x, before), None, residual)  # type: ignore[no-any-return]
+
+
+def make_projection(
+    inputs: int, outputs: int, *, bias: bool, rank: int | None
+) -> Linear | LowRankLinear:
+    """A linear layer; as two matrices if it has a rank."""
+    if rank is None:
+        return Linear(inputs, outputs, bias=bias)
+    return LowRankLinear(inputs, outputs, rank, bias=bias)

@@ -1,4 +1,4 @@
-"""Heads that differ from what a family's config.json says of all layers.
+"""What differs from what a family's config.json says of all layers.
 
 Head counts of single layers are under `per_layer_config`, as transformers writes them:
 
@@ -7,9 +7,11 @@ Head counts of single layers are under `per_layer_config`, as transformers write
 Settings that no family has are under a key of our own:
 
     "headroom": {"layers": {"0": {"window": [128, 128, null, null], "sink_tokens": 4}}}
+    "headroom": {"projection_rank": 96}
 
 Other readers of the checkpoint ignore `headroom`. A layer is named by its number, or `*` for all;
-a number wins over `*`.
+a number wins over `*`. With a rank, each projection of the layers is stored as two matrices, which
+no other reader finds.
 """
 
 import dataclasses
@@ -45,7 +47,7 @@ def parse_layers(parse: Callable[[ConfigFields], ModelConfig], fields: ConfigFie
 
 
 def apply_head_overrides(config: ModelConfig, fields: ConfigFields) -> ModelConfig:
-    """The configuration with what `headroom.layers` changes.
+    """The configuration with what `headroom` changes.
 
     Raises:
         ConfigError: a layer or field does not exist, or has a value that cannot work.
@@ -53,14 +55,16 @@ def apply_head_overrides(config: ModelConfig, fields: ConfigFields) -> ModelConf
     if "headroom" not in fields:
         return config
     ours = fields.nested("headroom")
-    ours.refuse_others("layers")
+    ours.refuse_others("layers", "projection_rank")
     layers = ours.nested("layers")
     layers.refuse_others("*", *map(str, range(config.num_layers)))
+    rank = ours.integer("projection_rank") if "projection_rank" in ours else None
     return config.replace(
+        projection_rank=rank,
         layers=tuple(
             _override(_override(heads, layers.nested("*")), layers.nested(str(index)))
             for index, heads in enumerate(config.layers)
-        )
+        ),
     )
 
 

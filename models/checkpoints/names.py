@@ -93,6 +93,8 @@ def _pieces(
         heads = config.layers[int(index)]
         prefix, table = names.layer_prefix.format(layer=index), names.layer
     module, _, kind = local.rpartition(".")
+    if module.endswith((".reduce", ".expand")):  # of a projection with a rank; only we write them
+        return (Piece(f"{prefix}{local}", shape),)
     suffix = "" if local in table else f".{kind}"
     found = table[local if local in table else module]
     stems = found.names

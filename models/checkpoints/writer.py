@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.checkpoints.config_json import ConfigFields
 from models.checkpoints.families import FAMILIES
-from models.checkpoints.head_overrides import parse_layers
+from models.checkpoints.head_overrides import apply_head_overrides, parse_layers
 from models.checkpoints.int8 import int8_fields, scale_name
 from models.checkpoints.names import find_pieces
 from models.config import HeadConfig, ModelConfig
@@ -30,7 +30,7 @@ def save_model(
     weight_dtype: WeightDType = "auto",
 ) -> None:
     """Write config.json and model.safetensors into a directory, made if it is missing; both or
-    none of them.
+    none of them. transformers reads it too, unless projections have a rank.
 
     Args:
         stored_as: type of the weights in the file, if another than that of the model, which
@@ -126,7 +126,10 @@ def _llama_fields(config: ModelConfig) -> dict[str, object]:
     }
     if per_layer:
         fields["per_layer_config"] = per_layer
-    read_back = parse_layers(FAMILIES["llama"].parse, ConfigFields(fields))
+    if config.projection_rank is not None:
+        fields["headroom"] = {"projection_rank": config.projection_rank}
+    written = ConfigFields(fields)
+    read_back = apply_head_overrides(parse_layers(FAMILIES["llama"].parse, written), written)
     for theirs, ours in zip(read_back.layers, config.layers, strict=True):
         _check_equal(theirs, ours)
     _check_equal(read_back.replace(layers=config.layers, name=config.name), config)

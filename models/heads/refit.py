@@ -52,4 +52,5 @@ def refit_outputs(
         gram = grams[index]
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype).to(gram)
         change = torch.linalg.solve(gram + ridge, errors[index])
-        changed.attentions[index].output.weight += change.T.to(changed.dtype)
+        weight = changed.attentions[index].output.get_parameter("weight")
+        weight.add_(change.T.to(changed.dtype))

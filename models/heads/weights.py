@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from models.attention import Attention
+from models.errors import ConfigError
+from models.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,13 @@ class HeadWeights:
 
     @classmethod
     def of(cls, attention: Attention) -> "HeadWeights":
+        """
+        Raises:
+            ConfigError: projections have a rank, and the matrix that all heads share cannot be cut.
+        """
+        if not isinstance(attention.qkv, Linear):
+            rank = attention.qkv.reduce.out_features
+            raise ConfigError("projection_rank", rank, "none: heads are changed before")
         heads = attention.heads
         rows = attention.qkv.dense_weight.detach().double()
         if attention.qkv.bias is not None:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from models.attention import Attention
 from models.config import HeadConfig
 from models.errors import ConfigError
+from models.linear import LowRankLinear
 from models.transformer import HeadEdit, Transformer
 
 
@@ -76,12 +77,13 @@ def head_temperatures(model: Transformer) -> Iterator[None]:
     become part of the query weights, which changes nothing.
 
     Raises:
-        ConfigError: the queries have a bias, or are normalised behind the weights.
+        ConfigError: the queries have a bias, are normalised behind the weights, or have a rank.
     """
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     for attention in attentions:
-        if attention.qkv.bias is not None or attention.heads.qk_norm is not None:
-            allowed = "false for queries with a bias or a norm"
+        has_rank = isinstance(attention.qkv, LowRankLinear)
+        if attention.qkv.bias is not None or attention.heads.qk_norm is not None or has_rank:
+            allowed = "false for queries with a bias, a norm or a rank"
             raise ConfigError("head_temperature", True, allowed)
     for attention in attentions:
         temperature = _Temperature(attention.heads).to(attention.qkv.weight)

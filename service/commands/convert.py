@@ -40,6 +40,10 @@ def convert(
     refit: Annotated[
         bool, typer.Option(help="Fit output projections to what the original hands on.")
     ] = True,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Store each projection of the layers as two matrices of a rank."),
+    ] = None,
     weights: Annotated[
         Literal["auto", "int8"],
         typer.Option(help="Linear layers as 8 bits, or in the type of the original."),
@@ -57,10 +61,10 @@ def convert(
     ] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Merge key/value heads of a trained model, multi-head to grouped-query or multi-query, or
-    round its weights.
+    """Merge key/value heads of a trained model, multi-head to grouped-query or multi-query; then
+    factorise its projections; then round its weights: what is asked for.
 
-    The report is of text that was not calibrated with. A model whose heads were merged normally
+    The report is of text that was not calibrated with. A model with fewer heads or a rank normally
     needs uptraining afterwards: headroom train-demo --start OUTPUT for the bundled ones.
     """
     from safetensors import SafetensorError
@@ -69,11 +73,12 @@ def convert(
     from models.checkpoints.writer import save_model
     from models.heads.convert import convert as convert_heads
     from models.heads.fidelity import compare
+    from models.heads.low_rank import factorise
     from models.heads.text import text_batches
     from models.tokenizer import Tokenizer
 
-    if kv_heads is None and weights == "auto":
-        fail("nothing is to be changed; allowed: --kv-heads, --weights int8, or both", code=2)
+    if kv_heads is None and rank is None and weights == "auto":
+        fail("nothing is to be changed; allowed: --kv-heads, --rank, --weights int8", code=2)
     if (output / "config.json").exists():
         fail(f"--output is {output}, which holds a model; allowed: another directory", code=2)
     try:
@@ -84,15 +89,19 @@ def convert(
         calibration, held_out = _texts(text)
         seq_len = min(_SEQ_LEN, original.config.max_position_embeddings)
         unseen = text_batches(tokenizer, held_out, num_tokens=_HELD_OUT_TOKENS, seq_len=seq_len)
-        if wanted is not None:
+        if wanted is not None or rank is not None:
             batches = text_batches(
                 tokenizer, calibration, num_tokens=calibration_tokens, seq_len=seq_len
             )
+        if wanted is not None:
             with err.status("merging heads"):
                 conversion = convert_heads(
                     original, wanted, batches, method=method, regroup=regroup, refit=refit
                 )
             changed, groups = conversion.model, conversion.groups
+        if rank is not None:
+            with err.status("factorising"):
+                changed = factorise(changed, rank, batches)
         save_model(changed, output, weight_dtype=weights)
         saved = load_model(output)
         with err.status("comparing"):
@@ -145,6 +154,7 @@ def _print_json(
         "output": str(output),
         "heads": configs[1].head_label,
         "groups": groups,
+        "rank": configs[1].projection_rank,
         "kv_bytes_per_token": dict(zip(names, kv_bytes, strict=True)),
         "file_bytes": dict(zip(names, sizes, strict=True)),
         **asdict(fidelity),
@@ -165,6 +175,10 @@ def _report(
     out.print(f"heads   {heads}")
     out.print(f"kv      {before:,} -> {after:,} bytes per token, {1 - after / before:.0%} less")
     out.print(f"file    {sizes[0] / 1e6:.2f} -> {sizes[1] / 1e6:.2f} MB")
+    if configs[1].projection_rank is not None:
+        out.print(
+            f"rank    {configs[1].projection_rank} of each projection; only Headroom reads it"
+        )
     out.print(f"loss    {fidelity.original_loss:.4f} -> {fidelity.changed_loss:.4f} nats per token")
     out.print(f"kl      {fidelity.kl:.4f} nats, same first choice {fidelity.agreement:.1%}")
     if fidelity.kl <= max_kl:

@@ -113,6 +113,21 @@ def test_the_report_is_of_the_rounded_weights(model: Path, tmp_path: Path) -> No
     assert load_model(tmp_path / "both").config.layers[0].num_kv_heads == 2
 
 
+def test_heads_ranks_and_bits_go_together(model: Path, tmp_path: Path) -> None:
+    answer = convert(model, tmp_path / "all", "--rank", "8", "--weights", "int8")
+    assert answer.exit_code == 0, answer.output
+    assert "heads   h4kv4d8 -> h4kv2d8\n" in answer.stdout
+    assert "rank    8 of each projection; only Headroom reads it\n" in answer.stdout
+    assert load_model(tmp_path / "all").config.projection_rank == 8
+    large = convert(model, tmp_path / "large", "--rank", "14", kv_heads=None)
+    assert large.exit_code == 2
+    expected = (
+        "error: rank is 14; allowed: 1 to 13, above which layers.0.attention.output would not"
+    )
+    assert large.stderr.startswith(expected)
+    assert not (tmp_path / "large").exists()
+
+
 def test_one_change_at_least_is_asked_for(model: Path, tmp_path: Path) -> None:
     answer = convert(model, tmp_path / "same", kv_heads=None)
     assert answer.exit_code == 2

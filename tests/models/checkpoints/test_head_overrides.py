@@ -86,6 +86,8 @@ def test_settings_of_our_own_apply_to_all_layers_and_single_ones(tmp_path: Path)
         ({"layers": {"0": 0}}, "headroom.layers.0"),
         ({"layers": {"0": {"scale": 0}}}, "scale"),
         ({"layers": {"0": {"window": 10**30}}}, "window"),
+        ({"projection_rank": 0}, "projection_rank"),
+        ({"projection_rank": "8"}, "headroom.projection_rank"),
         (7, "headroom"),
     ],
 )
