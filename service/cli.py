@@ -13,6 +13,7 @@ from service.commands.generate import generate
 from service.commands.health import health
 from service.commands.model import model
 from service.commands.plan import plan
+from service.commands.prune import prune
 from service.commands.serve import serve
 from service.commands.token import token
 from service.commands.train_demo import train_demo
@@ -57,6 +58,7 @@ app.command(epilog="Example: headroom token alice --scope generate --days 90 >> 
 app.command(
     epilog="Example: headroom convert --model ./llama-1b --kv-heads 4 --output ./llama-1b-gqa4"
 )(convert)
+app.command(epilog="Example: headroom prune --model demo --remove 10 --output ./demo-pruned")(prune)
 app.command(
     "train-demo", epilog="Example: headroom train-demo --tokens 6 --output models/demo/mha"
 )(train_demo)

@@ -75,7 +75,9 @@ def test_the_report_says_what_was_saved_and_whether_it_is_ready(
     assert answer.exit_code == 0, answer.output
     assert "heads   h4kv4d8 -> h4kv1d8\n" in answer.stdout
     assert "kv      512 -> 128 bytes per token, 75% less\n" in answer.stdout
-    assert "not ready: kl is above 0; conversion of a trained model normally needs" in answer.stdout
+    assert (
+        "not ready: kl is above 0; a trained model that was changed normally needs" in answer.stdout
+    )
     same = convert(model, tmp_path / "same", kv_heads="4")
     assert "same first choice 100.0%" in same.stdout
     assert f"ready   {tmp_path / 'same'}\n" in same.stdout

@@ -52,7 +52,7 @@ def test_a_gradient_is_a_difference() -> None:
     ).requires_grad_(False)
     ids = BATCHES[0]
     found = rank_heads(model, [ids], "gradient")
-    means, step = head_means(model, [ids]), 1e-3
+    means, step = head_means(model, [ids]), 2e-2  # losses are float32
     for layer, head in ((0, 3), (1, 5)):
         losses = []
         for change in (step, -step):
@@ -60,7 +60,7 @@ def test_a_gradient_is_a_difference() -> None:
             gates[layer][head] += change
             losses.append(float(text_loss(model, ids, gate_heads(means, gates))))
         difference = abs(losses[0] - losses[1]) / (2 * step)
-        assert float(found[layer][head]) == pytest.approx(difference, rel=1e-3)
+        assert float(found[layer][head]) == pytest.approx(difference, rel=1e-2)
 
 
 def test_the_group_is_what_is_ranked() -> None:

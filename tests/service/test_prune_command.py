@@ -1,0 +1,116 @@
+"""`headroom prune` writes a checkpoint that is served, and says what went and what it cost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from models import load_model
+from models.checkpoints.writer import save_model
+from models.config import HeadConfig
+from models.positions import RopeConfig
+from models.train.tokenizer import train_tokenizer
+from models.transformer import random_model
+from service.cli import app
+from service.engine.config import EngineConfig
+from service.engine.engine import Engine
+from service.engine.sampling_params import SamplingParams
+from tests.models import tiny
+
+TEXT = "".join(f"line {index} of a text that is read by heads\n" for index in range(200))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("prune") / "mha"
+    tokenizer = train_tokenizer([TEXT], 300)
+    heads = HeadConfig(4, 4, 8, rope=RopeConfig(10_000.0, 8))
+    config = tiny.llama(layers=(heads,) * 2, vocab_size=tokenizer.get_vocab_size())
+    save_model(random_model(config, seed=0), directory)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory.parent / "text.txt").write_text(TEXT)
+    return directory
+
+
+def prune(model: Path, output: Path, *flags: str) -> Any:
+    text = str(model.parent / "text.txt")
+    arguments = ["prune", "--model", str(model), "--output", str(output), "--text", text]
+    arguments += ["--calibration-tokens", "512", *flags]
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        (("--remove", "3", "--ranking", "gradient"), None),
+        (("--keep", "3,1", "--ranking", "weights"), [3, 1]),
+        (("--heads", "0.1,1.3"), [3, 3]),
+    ],
+)
+def test_the_pruned_one_is_served(
+    model: Path, tmp_path: Path, flags: tuple[str, ...], counts: list[int] | None
+) -> None:
+    answer = prune(model, tmp_path / "pruned", "--json", *flags)
+    assert answer.exit_code == 0, answer.output
+    report = json.loads(answer.stdout)
+    pruned = load_model(tmp_path / "pruned")
+    left = [heads.num_heads for heads in pruned.config.layers]
+    assert left == counts or counts is None
+    assert sum(left) == 8 - len(report["removed"])
+    assert report["heads"] == pruned.config.head_label
+    assert report["kv_bytes_per_token"] == {"original": 512, "converted": 64 * sum(left)}
+    assert report["changed_loss"] != report["original_loss"]
+    prompt = list(range(3, 23))
+    (generated,) = Engine.from_checkpoint(
+        tmp_path / "pruned", EngineConfig(num_blocks=64)
+    ).generate([prompt], SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.0))
+    for token in generated.token_ids:
+        assert token == int(pruned.logits(torch.tensor([prompt]))[0, -1].argmax())
+        prompt.append(token)
+
+
+def test_the_report_is_for_people(model: Path, tmp_path: Path) -> None:
+    answer = prune(model, tmp_path / "own", "--heads", "1.3", "--no-mean", "--max-kl", "100")
+    assert answer.exit_code == 0, answer.output
+    lines = [" ".join(line.split()) for line in answer.stdout.splitlines()]
+    assert "removed 1.3" in lines
+    assert "format only Headroom reads it: its layers have different numbers of heads" in lines
+    assert "kv 512 -> 448 bytes per token, 12% less" in lines
+    assert f"ready {tmp_path / 'own'}" in lines
+    pair = prune(model, tmp_path / "pair", "--heads", "0.0,0.1,1.2,1.3", "--max-kl", "0")
+    assert "format transformers reads it too" in " ".join(pair.stdout.split())
+    assert "not ready: kl is above 0" in pair.stdout
+    third = prune(model, tmp_path / "third", "--keep", "3,3")
+    assert load_model(tmp_path / "third").config.hidden_size % 3 == 0
+    assert "transformers reads it too" in third.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "what is to go is not clear; allowed: one of --remove, --keep, --heads"),
+        (("--remove", "1", "--keep", "1,1"), "allowed: one of --remove, --keep, --heads"),
+        (("--remove", "7"), "heads to remove is 7; allowed: 0 to 6: each layer keeps one"),
+        (("--heads", "5"), "--heads is '5'; allowed: layer.head, such as 0.3,2.1"),
+        (("--heads", "2.0"), "layer to prune is 2; allowed: 0 to 1"),
+        (("--keep", "a"), "--keep is 'a'; allowed: one number for each layer, such as 8,6,6,4"),
+        (("--keep", "1"), "heads to keep is [1]; allowed: one number for each of 2 layers"),
+    ],
+)
+def test_bad_input_is_one_line(
+    model: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    answer = prune(model, tmp_path / "pruned", *flags)
+    assert answer.exit_code == 2
+    assert answer.stderr.splitlines()[-1].startswith("error: ")
+    assert message in answer.stderr
+    assert not (tmp_path / "pruned").exists()
+
+
+def test_what_is_there_stays(model: Path) -> None:
+    answer = prune(model, model, "--remove", "1")
+    assert answer.exit_code == 2
+    assert "which holds a model; allowed: another directory" in answer.stderr
