@@ -526,15 +526,11 @@ MUTATIONS = (
         ("tests/models/heads/test_low_rank.py",),
     ),
     Mutation(
-        "8 bits: scales have all their bits",
-        "models/cpu/linear.py",
-        "    scale = ((scale.view(torch.int32) + 2**6) & -(2**7)).view(torch.float32)\n",
-        "",
-        (
-            "tests/models/cpu/test_int8_linear.py",
-            "-k",
-            "again",
-        ),
+        "8 bits: scales are stored in bfloat16",
+        "models/checkpoints/writer.py",
+        "= scale[:, None]",
+        "= scale[:, None].bfloat16()",
+        ("tests/models/checkpoints/test_int8.py",),
     ),
     Mutation(
         "8 bits: infinite scales are read",

@@ -132,10 +132,8 @@ def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Each output's weights to the nearest of 255 numbers that are as far apart as its largest
     one needs (symmetric, per channel): int8 `[outputs, inputs]` and float32 scales `[outputs]`.
 
-    Scales have 17 significant bits. All 255 multiples of one are then exact in float32, and
-    rounding what is left once more changes nothing.
+    Rounding what is left once more changes nothing.
     """
     scale = weight.float().abs().amax(dim=1) / _INT8_MAX
-    scale = ((scale.view(torch.int32) + 2**6) & -(2**7)).view(torch.float32)
     whole = (weight.float() / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round()
     return whole.clamp(-_INT8_MAX, _INT8_MAX).to(torch.int8), scale

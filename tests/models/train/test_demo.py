@@ -16,6 +16,7 @@ from models.checkpoints.loader import check_checkpoint
 from models.checkpoints.writer import save_model
 from models.errors import CheckpointError, ConfigError, CorpusError, TrainingError
 from models.heads.convert import convert
+from models.heads.low_rank import factorise
 from models.tokenizer import Tokenizer
 from models.train import demo as demo_module
 from models.train.config import TrainConfig
@@ -161,14 +162,14 @@ def test_a_model_can_go_on_from_another(made: Made, tmp_path: Path) -> None:
         make(DemoPaths(tmp_path / "third", tmp_path / "work 3", start=tmp_path / "none"))
 
 
-def test_a_model_with_heads_of_its_own_in_each_layer_learns_from_a_teacher(
+def test_a_model_with_heads_of_its_own_in_each_layer_and_a_rank_learns_from_a_teacher(
     made: Made, tmp_path: Path
 ) -> None:
     directory, _ = made
     model = load_model(directory)
     ids = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))
     start = tmp_path / "start"
-    save_model(convert(model, [2, 1], [ids]).model, start)
+    save_model(factorise(convert(model, [2, 1], [ids]).model, 8, [ids]), start)
     shutil.copyfile(directory / "tokenizer.json", start / "tokenizer.json")
     config = dataclasses.replace(CONFIG, distillation=0.5)
     paths = DemoPaths(tmp_path / "small", tmp_path / "work", start, directory)
@@ -178,7 +179,9 @@ def test_a_model_with_heads_of_its_own_in_each_layer_learns_from_a_teacher(
     with pytest.raises(TrainingError, match="or start or teacher are not; allowed: the same pack"):
         make(dataclasses.replace(paths, teacher=other), config=config)
     assert make(paths, config=config) is not None
-    assert [heads.num_kv_heads for heads in load_model(paths.output).config.layers] == [2, 1]
+    trained = load_model(paths.output).config
+    assert [heads.num_kv_heads for heads in trained.layers] == [2, 1]
+    assert trained.projection_rank == 8
     card = (paths.output / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "| teacher | `small`, its divergence 50% of the loss |" in card
 
