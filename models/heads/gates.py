@@ -34,13 +34,15 @@ def gate_heads(means: Sequence[Tensor], gates: Sequence[Tensor]) -> HeadEdit:
 
     Args:
         means: of `head_means`.
-        gates: `[kv_heads]` of each layer; the query heads of a group share one.
+        gates: `[kv_heads]` or `[batch, kv_heads]` of each layer; the query heads of a group share
+            one.
     """
 
     def edit(layer: int, attended: Tensor) -> Tensor:
-        num_heads = attended.shape[1]
-        gate = gates[layer].repeat_interleave(num_heads // len(gates[layer]))[:, None, None]
-        return attended + (gate - 1) * (attended - means[layer][:, None])
+        group = attended.shape[1] // gates[layer].shape[-1]
+        gate = gates[layer].repeat_interleave(group, dim=-1)[..., None, None]
+        change = (gate - 1) * (attended - means[layer][:, None])
+        return attended + change.to(attended.dtype)
 
     return edit
 

@@ -4,7 +4,6 @@ What is ranked is what can be removed with its share of the key/value cache: a k
 the query heads that read it; in multi-head attention, a head.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias, get_args
 
@@ -24,7 +23,8 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 # Hard concrete distribution (Louizos et al. 2018).
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
-_GATE_STEPS, _GATE_RATE, _GATE_PENALTY = 120, 0.1, 0.02
+# At the first mean of the logits a gate is not shut with a probability of 0.97, at the last of 0.40.
+_GATE_STEPS, _GATE_RATE, _FIRST_MEAN, _LAST_MEAN = 120, 0.1, 2.0, -2.0
 
 
 def rank_heads(
@@ -38,20 +38,25 @@ def rank_heads(
     """How much each head matters, float64 `[kv_heads]` of each layer; more is more.
 
     - `weights`: Frobenius norm of what a head can write, its output times its value projection (the
-      OV circuit, Elhage et al. 2021). Reads no text.
-    - `entropy`: one minus the mean entropy of its weights, as a share of that of equal weights:
-      confident heads matter (Voita et al. 2019).
-    - `gradient`: mean |dL/dg| of a gate `g` that turns the head down to its mean (Michel et al.
-      2019).
+      OV circuit, Elhage et al. 2021), relative to its layer. Reads no text.
+    - `entropy`: one minus the mean entropy of its weights, as a share of that of equal weights on
+      what it may look at, relative to its layer: confident heads matter (Voita et al. 2019).
+    - `gradient`: mean over rows of |dL/dg| of a gate `g` that turns the head down to its mean
+      (Michel et al. 2019).
     - `ablation`: by how much the loss grows when the head hands on its mean. One pass for each.
-    - `gates`: logits of gates that are learned with a price on each open one while the model stays
-      as it is (L0 of Louizos et al. 2018, after Voita et al. 2019).
+    - `gates`: logits of gates that learn to lose little of the text while fewer and fewer of them
+      are open and the model stays as it is (hard concrete gates of Louizos et al. 2018, as Voita et
+      al. 2019; the mean of the logits takes the place of a price on open gates, which every model
+      would need another of).
     - `random`: nothing; what every other has to beat.
 
     Args:
         batches: int64 `[batch, tokens]` each, text.
         seed: decides what is drawn, by `gates` and `random`.
         on_progress: is told steps done and steps in all.
+
+    Raises:
+        ConfigError: there is no text, for a ranking that reads it.
     """
     if ranking == "weights":
         return _weight_norms(model)
@@ -59,6 +64,8 @@ def rank_heads(
         generator = torch.Generator().manual_seed(seed)
         counts = [heads.num_kv_heads for heads in model.config.layers]
         return [torch.rand(n, generator=generator, dtype=torch.float64) for n in counts]
+    if not batches:
+        raise ConfigError("batches", list(batches), f"one or more for the ranking {ranking}")
     if ranking == "gates":
         return _learned_gates(model, batches, seed, on_progress)
     measure = {"entropy": _confidence, "gradient": _gate_gradients, "ablation": _ablations}
@@ -108,30 +115,35 @@ def _weight_norms(model: Transformer) -> Scores:
         weights = HeadWeights.of(attention)
         written = weights.output @ weights.value[:, None]
         scores.append(written.square().sum(dim=(1, 2, 3)).sqrt())
-    return scores
+    return _relative_to_layer(scores)
 
 
 @torch.inference_mode()
 def _confidence(model: Transformer, batches: Sequence[Tensor], on_progress: Progress) -> Scores:
     sums = _zeros(model)
     for done, ids in enumerate(batches, 1):
-        num_keys = torch.arange(2, ids.shape[1] + 1, device=ids.device)
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
         for layer, weights in enumerate(attention_weights(model, ids)):
-            entropy = torch.special.entr(weights[:, :, 1:]).sum(dim=-1) / num_keys.log()
-            of_heads = (1 - entropy).double().mean(dim=(0, 2))
+            scoring = model.attentions[layer].scoring
+            num_visible = scoring.visible(positions, positions).sum(dim=-1)
+            # A query that sees one key has no choice: its entropy is 0 and it does not count.
+            num_choices = (num_visible > 1).sum(dim=-1).clamp(min=1)
+            entropy = torch.special.entr(weights).sum(dim=-1) / num_visible.clamp(min=2).log()
+            of_heads = 1 - (entropy.sum(dim=-1) / num_choices).double().mean(dim=0)
             sums[layer] += of_heads.view(len(sums[layer]), -1).mean(dim=1).cpu()
         on_progress(done, len(batches))
-    return [layer / len(batches) for layer in sums]
+    return _relative_to_layer(sums)
 
 
 def _gate_gradients(model: Transformer, batches: Sequence[Tensor], on_progress: Progress) -> Scores:
     means, sums = head_means(model, batches), _zeros(model)
     for done, ids in enumerate(batches, 1):
-        gates = [gate.requires_grad_() for gate in open_gates(model)]
+        # One of its own for each row, lest gradients of opposite signs cancel.
+        gates = [gate.repeat(len(ids), 1).requires_grad_() for gate in open_gates(model)]
         with torch.enable_grad():
             loss = text_loss(model, ids, gate_heads(means, gates))
         for layer, gradient in enumerate(torch.autograd.grad(loss, gates)):
-            sums[layer] += gradient.double().abs().cpu()
+            sums[layer] += gradient.double().abs().sum(dim=0).cpu()
         on_progress(done, len(batches))
     return [layer / len(batches) for layer in sums]
 
@@ -157,21 +169,22 @@ def _ablations(model: Transformer, batches: Sequence[Tensor], on_progress: Progr
 def _learned_gates(
     model: Transformer, batches: Sequence[Tensor], seed: int, on_progress: Progress
 ) -> Scores:
-    means = head_means(model, batches)
+    means, counts = head_means(model, batches), [len(layer) for layer in _zeros(model)]
     generator = torch.Generator().manual_seed(seed)
-    logits = [torch.full_like(gate, 2.0).requires_grad_() for gate in open_gates(model)]
-    optimizer = torch.optim.Adam(logits, lr=_GATE_RATE)
+    logits = torch.zeros(sum(counts), device=model.device)
     for step in range(_GATE_STEPS):
         ids = batches[step % len(batches)]
+        mean = _FIRST_MEAN + (_LAST_MEAN - _FIRST_MEAN) * step / (_GATE_STEPS - 1)
         with torch.enable_grad():
-            gates = [_hard_concrete(layer, generator) for layer in logits]
-            is_open = [(each - _TEMPERATURE * math.log(-_LOW / _HIGH)).sigmoid() for each in logits]
-            price = _GATE_PENALTY * torch.cat(is_open).sum()
-            (text_loss(model, ids, gate_heads(means, gates)) + price).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            gates = _hard_concrete(logits.requires_grad_() + mean, generator).split(counts)
+            loss = text_loss(model, ids, gate_heads(means, gates))
+        (gradient,) = torch.autograd.grad(loss, logits)
+        # Relative to each other: how much all of them weigh differs from model to model.
+        size = gradient.square().mean().sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
+        logits = logits.detach() - _GATE_RATE * gradient / size
+        logits -= logits.mean()
         on_progress(step + 1, _GATE_STEPS)
-    return [layer.detach().double().cpu() for layer in logits]
+    return list(logits.double().cpu().split(counts))
 
 
 def _hard_concrete(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -179,6 +192,12 @@ def _hard_concrete(logits: Tensor, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(logits.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(logits.device)
     drawn = ((uniform.logit() + logits) / _TEMPERATURE).sigmoid()
     return (drawn * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+
+
+def _relative_to_layer(scores: Scores) -> Scores:
+    """As a layer's gradients in Michel et al. 2019. What is no loss does not compare layers: the
+    stream that heads add to grows, and they with it."""
+    return [layer / layer.norm().clamp(min=torch.finfo(layer.dtype).tiny) for layer in scores]
 
 
 def _zeros(model: Transformer) -> Scores:

@@ -34,10 +34,12 @@ def prune(
             projection, which the model has afterwards; else they hand on nothing.
 
     Raises:
-        ConfigError: there is no such head, a layer would have none left, or its heads are
-            normalised together.
+        ConfigError: there is no such head, a layer would have none left, its heads are normalised
+            together, or there is no text to take means over.
     """
     kept = _kept(model.config, remove)
+    if fold_mean and not batches:
+        raise ConfigError("batches", list(batches), "one or more to take means over")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if not remove:
         return _with_state(model.config, state)

@@ -94,3 +94,15 @@ def random_turn(heads: HeadConfig, generator: torch.Generator) -> Tensor:
 def token_ids(seed: int = 0, *, batch: int = 4, num_tokens: int = 24) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(61, (batch, num_tokens), generator=generator)
+
+
+@torch.inference_mode()
+def own_text(model: Transformer, *, rows: int = 16, num_tokens: int = 24) -> Tensor:
+    """What the model writes itself, int64 `[rows, num_tokens]`: of this text no change makes it
+    better, but for chance."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(61, (rows, 1), generator=generator)
+    for _ in range(num_tokens - 1):
+        likely = model.logits(ids)[:, -1].softmax(dim=-1)
+        ids = torch.cat((ids, likely.multinomial(1, generator=generator)), dim=1)
+    return ids

@@ -1,7 +1,8 @@
-"""Useless heads come last, by every ranking; gradients are those of finite differences."""
+"""Useless heads come last by every ranking, others by their loss; gradients are differences."""
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.errors import ConfigError
 from models.heads.gates import gate_heads, head_means, open_gates, text_loss
@@ -13,7 +14,7 @@ from models.heads.importance import (
     rank_heads,
 )
 from models.transformer import Transformer, random_model
-from tests.models.heads.planted import shape, token_ids
+from tests.models.heads.planted import own_text, shape, token_ids
 
 BATCHES = [token_ids(0), token_ids(1)]
 USELESS = [(0, 2), (1, 4)]
@@ -22,28 +23,51 @@ USELESS = [(0, 2), (1, 4)]
 @pytest.fixture(scope="module")
 def model() -> Transformer:
     """Two heads write nothing and look everywhere alike."""
-    planted = random_model(shape(num_kv_heads=6), seed=0)
+    planted = random_model(shape(num_kv_heads=6), seed=0).requires_grad_(False)
     head_dim = planted.config.layers[0].head_dim
-    with torch.no_grad():
-        for layer, head in USELESS:
-            own = slice(head * head_dim, (head + 1) * head_dim)
-            attention = planted.attentions[layer]
-            attention.output.weight[:, own] = 0.0
-            attention.qkv.weight[own] = 0.0
+    for layer, head in USELESS:
+        own = slice(head * head_dim, (head + 1) * head_dim)
+        attention = planted.attentions[layer]
+        attention.output.weight[:, own] = 0.0
+        attention.qkv.weight[own] = 0.0
+    planted.get_parameter("lm_head.weight").mul_(4.0)  # sure enough of what it writes
     return planted
 
 
+@pytest.fixture(scope="module")
+def text(model: Transformer) -> list[Tensor]:
+    return list(own_text(model).split(8))
+
+
 @pytest.mark.parametrize("ranking", [name for name in RANKINGS if name != "random"])
-def test_useless_heads_are_last(model: Transformer, ranking: Ranking) -> None:
+def test_useless_heads_are_last(model: Transformer, text: list[Tensor], ranking: Ranking) -> None:
     told: list[tuple[int, int]] = []
     scores = rank_heads(
-        model, BATCHES, ranking, on_progress=lambda done, total: told.append((done, total))
+        model, text, ranking, on_progress=lambda done, total: told.append((done, total))
     )
     assert [len(layer) for layer in scores] == [6, 6]
-    if ranking == "ablation":  # without a head of a random model the loss may well be lower
-        scores = [layer.abs() for layer in scores]
     assert least_important(scores, 2) == USELESS
     assert not told or told[-1][0] == told[-1][1]
+
+
+@pytest.mark.parametrize("ranking", ["gradient", "ablation", "gates"])
+def test_what_reads_losses_is_better_than_chance(
+    model: Transformer, text: list[Tensor], ranking: Ranking
+) -> None:
+    unseen, means = own_text(model, rows=32)[16:], head_means(model, text)
+
+    @torch.inference_mode()
+    def loss_without(removed: list[tuple[int, int]]) -> float:
+        gates = open_gates(model)
+        for layer, head in removed:
+            gates[layer][head] = 0.0
+        return float(text_loss(model, unseen, gate_heads(means, gates)))
+
+    scores = rank_heads(model, text, ranking)
+    drawn = [rank_heads(model, [], "random", seed=seed) for seed in range(20)]
+    for count in (2, 4, 6, 8):
+        chance = sum(loss_without(least_important(each, count)) for each in drawn) / len(drawn)
+        assert loss_without(least_important(scores, count)) < chance - 0.1
 
 
 def test_a_gradient_is_a_difference() -> None:
@@ -54,19 +78,40 @@ def test_a_gradient_is_a_difference() -> None:
     found = rank_heads(model, [ids], "gradient")
     means, step = head_means(model, [ids]), 2e-2  # losses are float32
     for layer, head in ((0, 3), (1, 5)):
-        losses = []
-        for change in (step, -step):
-            gates = [gate.double() for gate in open_gates(model)]
-            gates[layer][head] += change
-            losses.append(float(text_loss(model, ids, gate_heads(means, gates))))
-        difference = abs(losses[0] - losses[1]) / (2 * step)
-        assert float(found[layer][head]) == pytest.approx(difference, rel=1e-2)
+        slopes = []
+        for row in ids[:, None]:
+            losses = []
+            for change in (step, -step):
+                gates = [gate.double() for gate in open_gates(model)]
+                gates[layer][head] += change
+                losses.append(float(text_loss(model, row, gate_heads(means, gates))))
+            slopes.append(abs(losses[0] - losses[1]) / (2 * step))
+        assert float(found[layer][head]) == pytest.approx(sum(slopes) / len(ids), rel=1e-2)
+
+
+def test_entropy_is_of_what_a_head_may_look_at() -> None:
+    """Equal weights in a window count as equal weights; one visible token is no choice."""
+    windows = (1, 4, 4, None, None, None)
+    model = random_model(shape(num_kv_heads=6, window=windows), seed=0).requires_grad_(False)
+    head_dim = model.config.layers[0].head_dim
+    for head in (2, 3):
+        model.attentions[0].qkv.weight[head * head_dim : (head + 1) * head_dim] = 0.0
+    scores = rank_heads(model, BATCHES, "entropy")[0]
+    assert scores[[2, 3]].abs().max() < 1e-6
+    assert scores[[1, 4, 5]].min() > 1e-3
+    assert int(scores.argmax()) == 0
 
 
 def test_the_group_is_what_is_ranked() -> None:
-    model = random_model(shape(num_kv_heads=2), seed=0)
+    model = random_model(shape(num_kv_heads=2), seed=0, dtype=torch.bfloat16)
     for ranking in RANKINGS:
         assert [len(layer) for layer in rank_heads(model, BATCHES, ranking)] == [2, 2]
+
+
+@pytest.mark.parametrize("ranking", ["entropy", "gradient", "ablation", "gates"])
+def test_without_text_there_is_no_ranking(model: Transformer, ranking: Ranking) -> None:
+    with pytest.raises(ConfigError, match=r"batches is \[\]; allowed: one or more"):
+        rank_heads(model, [], ranking)
 
 
 def test_seeds_draw() -> None:

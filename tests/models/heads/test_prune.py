@@ -83,6 +83,11 @@ def test_nothing_removed_is_the_same_model_and_order_does_not_matter() -> None:
     assert torch.equal(same.logits(NEW), model.logits(NEW))
     orders = (prune(model, order, BATCHES) for order in (REMOVED, REMOVED[::-1]))
     assert error(*(pruned.logits(NEW) for pruned in orders)) == 0.0
+    one_by_one = model
+    for head in ((0, 1), (1, 2), (1, 0)):  # the last first: the rest keep their numbers
+        one_by_one = prune(one_by_one, [head], [], fold_mean=False)
+    at_once = prune(model, REMOVED, [], fold_mean=False)
+    assert error(one_by_one.logits(NEW), at_once.logits(NEW)) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -141,3 +146,8 @@ def test_heads_that_are_normalised_together_stay_together() -> None:
     config = shape(num_kv_heads=6, qk_norm=QKNorm("rms_norm", "all_heads", 1e-5))
     with pytest.raises(ConfigError, match="qk_norm is 'all_heads'"):
         prune(random_model(config, seed=0), [(0, 0)], BATCHES)
+
+
+def test_a_mean_needs_text() -> None:
+    with pytest.raises(ConfigError, match=r"batches is \[\]; allowed: one or more"):
+        prune(random_model(shape(num_kv_heads=6), seed=0), [(0, 0)], [])
