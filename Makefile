@@ -77,12 +77,8 @@ parity: install  ## compare every family with transformers; writes docs/parity.m
 mutations: install  ## break the code on purpose, expect red tests; writes docs/mutations.md
 	$(BIN)/python -m tests.mutations
 
-demo: install  ## train the bundled models again: two hours on processors; goes on where it stopped
-	test -f models/demo/mha.first/config.json || \
-	  $(BIN)/headroom train-demo --tokens 12 --output models/demo/mha.first
-	test -f models/demo/mha/config.json || \
-	  $(BIN)/headroom train-demo --start models/demo/mha.first --tokens 4 --repeat-share 0.5 \
-	    --learning-rate 1e-3 --output models/demo/mha
+demo: install  ## train the bundled models again: hours on processors; goes on where it stopped
+	$(BIN)/headroom train-demo --tokens 12 --output models/demo/mha
 	for heads in gqa:2 mqa:1; do \
 	  name=$${heads%:*}; merged=models/demo/$$name.merged; \
 	  test -f $$merged/config.json || $(BIN)/headroom convert \

@@ -131,9 +131,10 @@ def _described(model: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
 def _measure(plan: "Plan", source: "Source", directory: Path, *, fresh: bool) -> dict[str, Any]:
     from loadtests.sweep.analysis import analyse
     from loadtests.sweep.checks import check_machine
+    from loadtests.sweep.quality import measure_quality
     from loadtests.sweep.report import write_report
     from loadtests.sweep.results import new_results, read_results
-    from loadtests.sweep.runner import missing_jobs, run_jobs
+    from loadtests.sweep.runner import missing_jobs, run_jobs, unmeasured_checkpoints
     from loadtests.sweep.watcher import ConsoleWatcher
 
     # Whoever ends this process ends the servers that it has started. Python leaves SIGINT ignored
@@ -142,12 +143,13 @@ def _measure(plan: "Plan", source: "Source", directory: Path, *, fresh: bool) ->
         signal.signal(number, signal.default_int_handler)
     found = None if fresh else read_results(directory, plan)
     jobs = missing_jobs(plan, found)
+    unmeasured = unmeasured_checkpoints(plan, found)
     if jobs:
         check_machine(plan, source)
     if found is None:
         command = shlex.join(["headroom", *sys.argv[1:]])
         found = new_results(directory, plan, command, fresh=fresh)
-    elif jobs:
+    elif jobs or unmeasured:
         found.go_on(plan)
     total = len(plan.configurations) * len(plan.loads) * plan.repeats
     err.print(
@@ -155,6 +157,7 @@ def _measure(plan: "Plan", source: "Source", directory: Path, *, fresh: bool) ->
         f"{plan.repeats} repeats: {total} runs, {total - len(jobs)} of them measured already; "
         f"{sum(job.load.num_requests for job in jobs):,} requests"
     )
+    measure_quality(unmeasured, plan.text, found, err)
     if jobs:
         with ConsoleWatcher(err, len(jobs)) as watcher:
             run_jobs(plan, jobs, found, watcher)

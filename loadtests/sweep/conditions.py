@@ -18,20 +18,23 @@ _MODEL_FILES = {".json", ".safetensors"}
 
 
 def conditions(plan: Plan) -> dict[str, dict[str, Any]]:
-    """`machine`, `versions` and `checkpoints` as sweep.json keeps them, of here and now.
+    """`machine`, `versions`, `checkpoints` and `text` as sweep.json keeps them, of here and now.
 
-    Random weights follow from the plan; of other checkpoints the content is hashed.
+    Random weights follow from the plan; of other checkpoints the content is hashed, and so is the
+    text that they are measured on.
     """
+    checkpoints = {
+        one.name: fingerprint(one.directory)
+        for one in plan.configurations
+        if one.directory is not None
+    }
     return {
         "machine": machine(torch.device("cpu"))
         | {"threads": plan.engine.num_threads, "platform": platform.platform()},
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version()},
-        "checkpoints": {
-            one.name: fingerprint(one.directory)
-            for one in plan.configurations
-            if one.directory is not None
-        },
+        "checkpoints": checkpoints,
+        "text": plan.text.describe() if checkpoints else {},
     }
 
 
@@ -42,7 +45,7 @@ def differences(stored: dict[str, Any], now: dict[str, dict[str, Any]]) -> list[
         stored: a document; what it does not say, as older ones do not, is not compared.
     """
     compared = {"machine": ("cpu", "threads")} | {
-        name: tuple(now[name]) for name in ("versions", "checkpoints")
+        name: tuple(now[name]) for name in ("versions", "checkpoints", "text")
     }
     return [
         f"{section}.{name} was {before!r}, is {now[section][name]!r}"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from loadtests.sweep.quality import read_quality
 from loadtests.sweep.source import Place, Source
 from loadtests.sweep.spec import Checkpoint, Shape
 from models.checkpoints.bundled import checkpoint_directory
@@ -79,7 +78,6 @@ class Configuration:
             "parameters": self.num_parameters,
             "weight_bytes": self.weight_bytes,
             "kv_bytes_per_token": self.model.kv_bytes_per_token(),
-            "quality": None if self.directory is None else read_quality(self.directory),
         }
 
 

@@ -60,6 +60,36 @@ def throughput(document: Document, height: int = 430) -> go.Figure:
     return _finish(figure, height, right=160)
 
 
+def speed_and_loss(document: Document) -> go.Figure:
+    """Bits per byte of each checkpoint against its KV bytes per token, and against its output
+    tokens per second under the load with the most tokens in flight."""
+    load = max(document["spec"]["loads"], key=lambda one: one["clients"] * one["prompt"])
+    figure = make_subplots(cols=2, shared_yaxes=True, horizontal_spacing=0.06)
+    for one in document["spec"]["configurations"]:
+        name = one["name"]
+        if name not in document["quality"]:
+            continue
+        (rate,) = (
+            point["output_tokens_per_s"]
+            for point in document["points"]
+            if (point["configuration"], point["load"]) == (name, load["name"])
+        )
+        for column, x in enumerate((one["kv_bytes_per_token"], rate), 1):
+            figure.add_scatter(
+                x=[x], y=[document["quality"][name]["bits_per_byte"]],
+                **_style(document, name) | {"mode": "markers+text"},
+                text=[name], textposition="top center", showlegend=False, row=1, col=column,
+            )  # fmt: skip
+    context = _title((load["prompt"], load["output"]))
+    figure.update_xaxes(title_text="KV bytes per token", rangemode="tozero", row=1, col=1)
+    figure.update_xaxes(
+        title_text=f"output tokens/s, {load['clients']} clients, {context}", rangemode="tozero",
+        row=1, col=2,
+    )  # fmt: skip
+    figure.update_yaxes(title_text="bits per byte", row=1, col=1)
+    return _finish(figure, 430, right=60)
+
+
 def latency(document: Document, name: str, title: str) -> go.Figure:
     """Percentiles of one latency against clients: a row per percentile, a column per context."""
     contexts, percentiles = _contexts(document), ("p50", "p95", "p99")

@@ -5,6 +5,7 @@ from typing import Any
 
 from loadtests.servers import Runtime
 from loadtests.sweep.configurations import Configuration
+from loadtests.sweep.quality import HeldOutText
 from models.config import ModelConfig
 from service.capacity import CapacityQuery, RequestShape, plan_capacity
 from service.engine.config import EngineConfig
@@ -36,6 +37,7 @@ class Plan:
 
     Attributes:
         port, http_port, metrics_port: as in the file; None is any free one.
+        text: what checkpoints are measured on.
         all_cores: `engine.num_threads` is not from the file, but the cores of this machine.
     """
 
@@ -50,6 +52,7 @@ class Plan:
     all_cores: bool
     configurations: tuple[Configuration, ...]
     loads: tuple[Load, ...]
+    text: HeldOutText
 
     def max_concurrent(self, model: ModelConfig, load: Load) -> int:
         """Requests of a load that the KV budget always holds at once, as the planner says."""
@@ -68,7 +71,9 @@ class Plan:
 
     def spec(self) -> dict[str, Any]:
         """What decides the results; two plans that agree in it measure the same."""
+        quality = {} if self.text == HeldOutText() else {"quality": self.text.to_dict()}
         return {
+            **quality,
             "runtime": self.runtime,
             "repeats": self.repeats,
             "seed": self.seed,

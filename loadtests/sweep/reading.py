@@ -14,6 +14,7 @@ from loadtests.sweep.configurations import (
     same_parameters,
 )
 from loadtests.sweep.plan import Load, Plan
+from loadtests.sweep.quality import HeldOutText
 from loadtests.sweep.source import Place, Source, SweepError
 from loadtests.sweep.spec import (
     MAX_CONFIGURATIONS,
@@ -21,6 +22,7 @@ from loadtests.sweep.spec import (
     Checkpoint,
     EngineSection,
     LoadSection,
+    QualitySection,
     Shape,
     SweepFile,
 )
@@ -45,7 +47,8 @@ def read_plan(source: Source, name: str) -> Plan:
     max_len = max((load.prompt + load.output for load in loads), default=1)
     configurations = _configurations(source, entries.get("configurations"), max_len)
     engine, all_cores = _engine(source, entries, loads)
-    if file is None or engine is None or not (configurations and loads):
+    text = _text(source, entries, configurations)
+    if file is None or engine is None or text is None or not (configurations and loads):
         source.raise_if_mistaken()
         raise SweepError("nothing to measure")
     plan = Plan(
@@ -60,6 +63,7 @@ def read_plan(source: Source, name: str) -> Plan:
         all_cores=all_cores,
         configurations=tuple(configurations),
         loads=tuple(loads),
+        text=text,
     )
     check_plan(plan, source)
     source.raise_if_mistaken()
@@ -156,3 +160,27 @@ def _engine(
         source.refuse(("engine", field), message)
         return None, False
     return engine, section.num_threads is None
+
+
+def _text(
+    source: Source, entries: dict[str, Any], configurations: list[Configuration]
+) -> HeldOutText | None:
+    """What checkpoints are measured on; None, and a mistake, if it cannot be read."""
+    if "quality" not in entries:
+        return HeldOutText()
+    section = source.section(QualitySection, entries["quality"], ("quality",))
+    if section is None:
+        return None
+    if all(one.directory is None for one in configurations):
+        source.refuse(("quality",), "is of checkpoints, of which there is none")
+        return None
+    text = HeldOutText(section.text, section.bytes)
+    try:
+        documents = text.read()
+    except (OSError, UnicodeDecodeError) as error:
+        source.refuse(("quality", "text"), f"is {str(section.text)!r}: {error}")
+        return None
+    if not any(documents):
+        source.refuse(("quality",), "is of no text; allowed: one character or more")
+        return None
+    return text

@@ -64,7 +64,7 @@ def _context(document: dict[str, Any]) -> dict[str, Any]:
         "tolerance": TOLERANCE,
         "min_r2": MIN_R2,
         "max_spread": MAX_SLOPE_SPREAD,
-        "has_quality": any(one["quality"] for one in document["spec"]["configurations"]),
+        "quality": document["quality"],
         "steps_off": [
             point
             for point in document["points"]

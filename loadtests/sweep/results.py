@@ -62,6 +62,11 @@ class Results:
         self.document["commit"] = ", ".join(commits) or None
         self.save()
 
+    def add_quality(self, configuration: str, measured: dict[str, Any]) -> None:
+        """Keep what a checkpoint loses."""
+        self.document["quality"][configuration] = measured
+        self.save()
+
     def save(self) -> None:
         """Write sweep.json; a crash leaves the old one or the new one."""
         text = json.dumps(self.document, indent=1) + "\n"
@@ -75,12 +80,14 @@ class Results:
         Raises:
             SweepError: those were measured elsewhere, or with something else.
         """
-        different = differences(self.document, conditions(plan))
+        now = conditions(plan)
+        different = differences(self.document, now)
         if different:
             raise SweepError(
                 "\n".join(different) + f"\n{self.directory} lacks runs, and new ones could not be "
                 "compared with the old ones; name this sweep otherwise, or let --fresh delete them"
             )
+        self.document.setdefault("text", now["text"])
         (self.directory / "samples").mkdir(exist_ok=True)
 
 
@@ -96,6 +103,9 @@ def read_results(directory: Path, plan: Plan) -> Results | None:
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         stored = document["spec"]
+        document.setdefault("quality", {})
+        for one in stored["configurations"]:
+            one.pop("quality", None)  # older files have there what a model card says
         spec = _comparable(plan, stored)
         same = document["format"] == FORMAT and stored == spec
         for run in document["runs"]:
@@ -138,6 +148,7 @@ def new_results(directory: Path, plan: Plan, command: str, *, fresh: bool) -> Re
         **conditions(plan),
         "limits": measure_machine(torch.device("cpu")).to_dict(),
         "spec": plan.spec(),
+        "quality": {},
         "runs": [],
     }
     results = Results(directory, document)

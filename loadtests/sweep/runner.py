@@ -59,6 +59,14 @@ def missing_jobs(plan: Plan, results: Results | None) -> list[Job]:
     ]
 
 
+def unmeasured_checkpoints(plan: Plan, results: Results | None) -> list[Configuration]:
+    """Those whose quality is to be measured."""
+    known = {} if results is None else results.document["quality"]
+    return [
+        one for one in plan.configurations if one.directory is not None and one.name not in known
+    ]
+
+
 def run_jobs(plan: Plan, jobs: list[Job], results: Results, watcher: Watcher) -> None:
     """Measure the jobs; each is kept as soon as it is done.
 

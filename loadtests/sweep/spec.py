@@ -118,6 +118,18 @@ class EngineSection(_Section):
     num_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
 
+class QualitySection(_Section):
+    """What checkpoints are measured on, all on the same text.
+
+    Attributes:
+        text: a UTF-8 file; by default held-out documents of Python's standard library.
+        bytes: so much of it, from its beginning, as a number or with a unit; by default all.
+    """
+
+    text: Annotated[Path, Field(strict=False)] | None = None
+    bytes: NumBytes | None = None
+
+
 class SweepFile(_Section):
     """A whole file; its entries are validated one by one, so that all mistakes are found.
 
@@ -137,5 +149,6 @@ class SweepFile(_Section):
     http_port: Port | None = None
     metrics_port: Port | None = None
     engine: object
+    quality: object = None
     configurations: Annotated[list[object], Field(min_length=1, max_length=MAX_CONFIGURATIONS)]
     loads: Annotated[list[object], Field(min_length=1, max_length=MAX_POINTS)]

@@ -1,35 +1,16 @@
-"""How well a model predicts texts, beside what general compressors make of them."""
+"""The loss of a model while it is trained, and what general compressors make of texts."""
 
 import bz2
 import gzip
 import lzma
-import math
 from collections.abc import Sequence
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.train.tokenizer import BOS
 from models.transformer import Transformer
-
-
-@torch.inference_mode()
-def bits_per_byte(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """Compression of texts by the model: its loss in bits over the UTF-8 bytes of the texts.
-
-    Long texts are cut into windows of the model's context, each scored on its own behind `<bos>`.
-    """
-    nats = 0.0
-    window = model.config.max_position_embeddings
-    for encoding in tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        for start in range(0, len(encoding.ids), window - 1):
-            ids = [BOS, *encoding.ids[start : start + window - 1]]
-            part = torch.tensor(ids, device=model.device)
-            logits = model.logits(part[None, :-1])[0]
-            nats += float(cross_entropy(logits, part[1:], reduction="sum"))
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
 def validation_rows(tokens: Tensor, num_rows: int, seq_len: int) -> Tensor:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer as Backend
 
+from models.bits_per_byte import bits_per_byte
 from models.heads.inputs import attention_weights
 from models.heads.metrics import (
     induction_score,
@@ -14,12 +15,9 @@ from models.heads.metrics import (
     repeat_losses,
     sink_score,
 )
+from models.tokenizer import Tokenizer
 from models.train.corpus import Corpus
-from models.train.evaluate import (
-    bits_per_byte,
-    compressors_bits_per_byte,
-    xz_after_training_text,
-)
+from models.train.evaluate import compressors_bits_per_byte, xz_after_training_text
 from models.train.trainer import repeat_probe
 from models.transformer import Transformer
 
@@ -64,8 +62,9 @@ class Measured:
     others_ablated: float
 
 
-def measure(model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> Measured:
+def measure(model: Transformer, backend: Backend, corpus: Corpus) -> Measured:
     """Everything that the card says of a model, on held-out text and on random tokens."""
+    tokenizer = Tokenizer(backend)
     held_out = corpus.texts("held_out")
     texts = {source.name: corpus.texts("held_out", source.name) for source in corpus.sources}
     sizes = {name: sum(len(text.encode()) for text in part) for name, part in texts.items()}

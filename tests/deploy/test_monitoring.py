@@ -121,7 +121,7 @@ def test_every_recording_rule_has_data_by_model_and_head_configuration(
 ) -> None:
     groups = yaml.safe_load(RULES[0].read_text())["groups"]
     records = [rule["record"] for group in groups for rule in group["rules"]]
-    selector = '{application="headroom",model="demo",head_config="h6kv2d32"}'
+    selector = '{application="headroom",model="demo",head_config="h8kv8d32"}'
     until_all_have_data(prometheus, {name: name + selector for name in records})
 
 

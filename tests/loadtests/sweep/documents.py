@@ -50,6 +50,7 @@ def measured(plan: Plan) -> dict[str, Any]:
         "versions": {"headroom": "0"},
         "limits": LIMITS,
         "spec": plan.spec(),
+        "quality": {},
         "runs": [
             _run(plan, load, name, repeat, slower=1000.0 if repeat == 0 else 1.0)
             for repeat in range(plan.repeats)

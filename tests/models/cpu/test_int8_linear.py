@@ -8,16 +8,16 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from models.bits_per_byte import bits_per_byte
 from models.checkpoints.bundled import BUNDLED_MODELS
 from models.checkpoints.loader import load_model
 from models.config import HeadConfig
 from models.cpu.linear import PackedWeight, pack, round_to_int8
 from models.errors import ConfigError
 from models.linear import Linear
-from models.train.evaluate import bits_per_byte
+from models.tokenizer import Tokenizer
 from tests.models import tiny
 from tests.models.kernels import needs_library
 
@@ -191,7 +191,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_the_demo_model_loses_less_than_a_hundredth_of_a_bit_per_byte() -> None:
     text = inspect.getsource(json.decoder)
     demo = BUNDLED_MODELS["demo"]
-    tokenizer = Tokenizer.from_file(str(demo / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(demo)
     model = load_model(demo)
     plain = bits_per_byte(model, tokenizer, [text])
     model.pack_weights("int8")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
-from tokenizers import Tokenizer as Backend
 
 from models import load_model
+from models.bits_per_byte import bits_per_byte
 from models.checkpoints.loader import check_checkpoint
 from models.checkpoints.writer import save_model
 from models.errors import CheckpointError, ConfigError, CorpusError, TrainingError
@@ -22,7 +23,6 @@ from models.train import demo as demo_module
 from models.train.config import TrainConfig
 from models.train.corpus import Corpus, Document
 from models.train.demo import DemoPaths, demo_config, make_demo
-from models.train.evaluate import bits_per_byte
 from models.train.sources import STANDARD_LIBRARY
 from models.train.tokenizer import train_tokenizer
 from models.transformer import Transformer
@@ -91,7 +91,7 @@ def test_the_directory_loads_in_float32_and_stores_half(made: Made) -> None:
 
 def test_the_measured_bits_are_those_of_the_written_model(made: Made) -> None:
     directory, bpb = made
-    tokenizer = Backend.from_file(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer.from_directory(directory)
     measured = bits_per_byte(load_model(directory), tokenizer, CORPUS.texts("held_out"))
     assert measured == pytest.approx(bpb, rel=1e-6)
 
@@ -110,6 +110,8 @@ def test_the_card_says_what_was_measured(made: Made) -> None:
     assert "Missed: the induction score is 0." in card
     assert "| teacher | none |" in card
     assert "{" not in card, "every blank is filled"
+    (result,) = ModelCard.load(directory / "MODEL_CARD.md").data.eval_results
+    assert (result.metric_type, result.metric_value) == ("bits_per_byte", round(bpb, 3))
 
 
 def test_what_belongs_to_the_model_lies_beside_it(made: Made) -> None:
