@@ -121,11 +121,11 @@ def test_a_character_is_not_cut() -> None:
 @pytest.mark.parametrize(
     ("quality", "expected"),
     [
-        ("{text: nowhere.txt}", "17: quality.text is 'nowhere.txt': [Errno 2]"),
-        ("{text: /dev/null}", "17: quality is of no text; allowed: one character or more"),
-        ("{bytes: 0}", "17: quality.bytes is 0; allowed: greater than or equal to 1"),
-        ("{tokens: 5}", "17: quality.tokens is not known; allowed: text, bytes"),
-        ("[]", "17: quality is []; allowed: "),
+        ("{text: nowhere.txt}", "18: quality.text is 'nowhere.txt': [Errno 2]"),
+        ("{text: /dev/null}", "18: quality is of no text; allowed: one character or more"),
+        ("{bytes: 0}", "18: quality.bytes is 0; allowed: greater than or equal to 1"),
+        ("{tokens: 5}", "18: quality.tokens is not known; allowed: text, bytes"),
+        ("[]", "18: quality is []; allowed: "),
     ],
 )
 def test_mistakes_are_named(quality: str, expected: str, checkpoints: list[Path]) -> None:
@@ -135,7 +135,7 @@ def test_mistakes_are_named(quality: str, expected: str, checkpoints: list[Path]
 
 
 def test_random_weights_have_no_quality() -> None:
-    with pytest.raises(SweepError, match=r"15: quality is of checkpoints, of which there is none"):
+    with pytest.raises(SweepError, match=r"17: quality is of checkpoints, of which there is none"):
         plan(f"{SWEEP}quality: {{bytes: 1KiB}}\n")
     assert unmeasured_checkpoints(plan(), None) == []
 
