@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.checkpoints.bundled import model_name
 from models.checkpoints.config_json import ConfigFields, read_json
 from models.checkpoints.families import FAMILIES
 from models.checkpoints.families.family import Family
@@ -51,7 +52,7 @@ def read_config(path: str | Path) -> ModelConfig:
         # A chat model often names its end-of-turn token only here.
         eos = ConfigFields(read_json(generation)).token_ids("eos_token_id")
         config = config.replace(eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *eos))))
-    return config.replace(name=directory.resolve().name)
+    return config.replace(name=model_name(directory))
 
 
 def check_checkpoint(path: str | Path) -> ModelConfig:

@@ -17,7 +17,9 @@ def test_a_name_or_a_directory() -> None:
 @pytest.mark.parametrize("name", BUNDLED_MODELS)
 def test_each_is_there_with_its_tokenizer_and_card(name: str) -> None:
     directory = checkpoint_directory(name)
-    heads = read_config(directory).layers[0]
+    config = read_config(directory)
+    heads = config.layers[0]
+    assert config.name == name
     kinds = {"mha": heads.num_heads, "gqa": 2, "mqa": 1}
     assert heads.num_kv_heads == kinds[directory.name]
     assert (directory / "tokenizer.json").is_file()
