@@ -251,6 +251,17 @@ async def test_redeploying_under_load_fails_nothing(server: RayServer, client: A
 async def test_a_killed_replica_ends_only_its_own_streams(
     server: RayServer, client: AsyncClient
 ) -> None:
+    for _ in range(3):  # right after a deployment all streams may go to one replica
+        lost, complete = await _kill_a_replica_under_load(server, client)
+        if lost and complete:
+            break
+    assert lost, "the victim had streams"
+    assert complete, "the other replica's streams went on"
+    await _until_idle(client)
+
+
+async def _kill_a_replica_under_load(server: RayServer, client: AsyncClient) -> tuple[int, int]:
+    """How many streams were lost and how many were complete; both replicas are there again."""
     streams = [
         client.generate([seed], max_tokens=3000, temperature=0, ignore_eos=True)
         for seed in range(16)
@@ -269,8 +280,6 @@ async def test_a_killed_replica_ends_only_its_own_streams(
         assert isinstance(error, HeadroomError), error
         assert isinstance(error, ReplicaLostError) or error.code is grpc.StatusCode.UNAVAILABLE
     complete = [result for result in results if not isinstance(result, BaseException)]
-    assert lost, "the victim had streams"
-    assert complete, "the other replica's streams went on"
     assert all(len(tokens) == 3000 for tokens in complete)
     assert survivor.is_running()
     deadline = asyncio.get_running_loop().time() + 60
@@ -278,7 +287,7 @@ async def test_a_killed_replica_ends_only_its_own_streams(
         assert asyncio.get_running_loop().time() < deadline, "Serve brings no replica back"
         await client.complete([1], max_tokens=1)
     assert victim.pid not in {process.pid for process in server.replicas()}
-    await _until_idle(client)
+    return len(lost), len(complete)
 
 
 async def test_a_trace_goes_on_behind_the_ingress(server: RayServer) -> None:

@@ -2,16 +2,18 @@
 
 import json
 import signal
+import subprocess
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from loadtests.load import LoadSpec
 from loadtests.options import to_options
@@ -37,8 +39,13 @@ def _locust(*arguments: str) -> Iterator[Process]:
         try:
             yield process
         finally:
-            process.signal(signal.SIGINT)
-            process.wait()
+            for _ in range(3):  # it was once seen not to end after one
+                process.signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(60)
+                    break
+            else:
+                pytest.fail(f"locust does not end:\n{process.output}")
 
 
 def _until_it_answers(url: str, process: Process) -> Any:
