@@ -31,8 +31,10 @@ def bits_per_byte(
     """
     begin = tokenizer.encode("")
     width = min(model.config.max_position_embeddings, MAX_WINDOW) - len(begin)
-    nats = 0.0
+    nats, num_bytes = 0.0, 0
     for text in texts:
+        size = len(text.encode())
+        num_bytes += size
         ids = tokenizer.encode(text, add_special_tokens=False)
         for start in range(0, len(ids), width):
             scored = ids[start : start + width]
@@ -41,5 +43,5 @@ def bits_per_byte(
             if len(targets):
                 logits = model.logits(window[None, :-1])[0, -len(targets) :]
                 nats += float(cross_entropy(logits, targets, reduction="sum"))
-            on_bytes(len(text.encode()) * len(scored) / len(ids))
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+            on_bytes(size * len(scored) / len(ids))
+    return nats / math.log(2) / num_bytes

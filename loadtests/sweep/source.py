@@ -78,6 +78,9 @@ class Source:
                 if problem["type"] == "extra_forbidden":
                     known = ", ".join(model.model_fields)
                     self.refuse(inside, f"is not known; allowed: {known}")
+                elif problem["type"] == "model_type":
+                    fields = ", ".join(model.model_fields)
+                    self.refuse(inside, f"is {_shown(problem['input'])}; allowed: fields {fields}")
                 elif problem["type"] == "missing":
                     self.refuse(inside, "is missing")
                 else:

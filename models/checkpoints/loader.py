@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.checkpoints.bundled import model_name
+from models.checkpoints.bundled import BUNDLED_MODELS, model_name
 from models.checkpoints.config_json import ConfigFields, read_json
 from models.checkpoints.families import FAMILIES
 from models.checkpoints.families.family import Family
@@ -116,7 +116,10 @@ def load_model(
 def _directory(path: str | Path) -> Path:
     directory = Path(path)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory that holds a model")
+        bundled = ", ".join(BUNDLED_MODELS)
+        raise CheckpointError(
+            f"{directory} is not a directory that holds a model; bundled models are {bundled}"
+        )
     return directory
 
 

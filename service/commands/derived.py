@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from models.tokenizer import Tokenizer
     from models.transformer import Transformer
 
-SourceModel = Annotated[str, typer.Option(help="Directory with the checkpoint, or demo.")]
+SourceModel = Annotated[
+    str, typer.Option(help="Directory with the checkpoint, or a bundled model, such as demo.")
+]
 CalibrationText = Annotated[
     Path | None,
     typer.Option(

@@ -41,7 +41,10 @@ _OWN_SHAPE = {"layers": 12, "hidden": 768, "intermediate": 2048, "vocab": 32_000
 
 def plan(
     model: Annotated[
-        str | None, typer.Option(help="Directory with a config.json, or 'demo'; needs no weights.")
+        str | None,
+        typer.Option(
+            help="Directory with a config.json, or a bundled model, such as demo; needs no weights."
+        ),
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Ask a server about its own model, as HOST:PORT.")

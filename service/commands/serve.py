@@ -14,8 +14,9 @@ def serve(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Hugging Face directory, or 'demo'; NAME=DIRECTORY, several times, serves each "
-            "as an application of its own. [default: demo]"
+            help="Hugging Face directory, or a bundled model: demo, demo-gqa, demo-mqa; "
+            "NAME=DIRECTORY, several times, serves each as an application of its own. "
+            "[default: demo]"
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,

@@ -10,30 +10,19 @@ import transformers
 from typer.testing import CliRunner
 
 from models import load_model
-from models.checkpoints.writer import save_model
 from models.config import HeadConfig
 from models.heads.fidelity import compare
 from models.heads.text import text_batches
 from models.positions import RopeConfig
 from models.tokenizer import Tokenizer
-from models.train.tokenizer import train_tokenizer
-from models.transformer import random_model
 from service.cli import app
-from tests.models import tiny
-
-TEXT = "".join(f"line {index} of a text that is read by heads\n" for index in range(200))
+from tests.service.small_checkpoint import TEXT, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("convert") / "mha"
-    tokenizer = train_tokenizer([TEXT], 300)
     heads = HeadConfig(4, 4, 8, rope=RopeConfig(10_000.0, 8))
-    config = tiny.llama(layers=(heads,) * 2, vocab_size=tokenizer.get_vocab_size())
-    save_model(random_model(config, seed=0), directory)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory.parent / "text.txt").write_text(TEXT)
-    return directory
+    return write_checkpoint(tmp_path_factory.mktemp("convert"), heads, hidden_size=24)
 
 
 def convert(model: Path, output: Path, *flags: str, kv_heads: str | None = "2") -> Any:

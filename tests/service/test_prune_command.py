@@ -9,30 +9,19 @@ import torch
 from typer.testing import CliRunner
 
 from models import load_model
-from models.checkpoints.writer import save_model
 from models.config import HeadConfig
 from models.positions import RopeConfig
-from models.train.tokenizer import train_tokenizer
-from models.transformer import random_model
 from service.cli import app
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.sampling_params import SamplingParams
-from tests.models import tiny
-
-TEXT = "".join(f"line {index} of a text that is read by heads\n" for index in range(200))
+from tests.service.small_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("prune") / "gqa"
-    tokenizer = train_tokenizer([TEXT], 300)
     heads = HeadConfig(8, 4, 8, rope=RopeConfig(10_000.0, 8))
-    config = tiny.llama(layers=(heads,) * 2, vocab_size=tokenizer.get_vocab_size(), hidden_size=32)
-    save_model(random_model(config, seed=0), directory)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory.parent / "text.txt").write_text(TEXT)
-    return directory
+    return write_checkpoint(tmp_path_factory.mktemp("prune"), heads, hidden_size=32)
 
 
 def prune(model: Path, output: Path, *flags: str) -> Any:

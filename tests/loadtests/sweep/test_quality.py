@@ -125,7 +125,7 @@ def test_a_character_is_not_cut() -> None:
         ("{text: /dev/null}", "18: quality is of no text; allowed: one character or more"),
         ("{bytes: 0}", "18: quality.bytes is 0; allowed: greater than or equal to 1"),
         ("{tokens: 5}", "18: quality.tokens is not known; allowed: text, bytes"),
-        ("[]", "18: quality is []; allowed: "),
+        ("[]", "18: quality is []; allowed: fields text, bytes"),
     ],
 )
 def test_mistakes_are_named(quality: str, expected: str, checkpoints: list[Path]) -> None:
