@@ -2,18 +2,16 @@
 
 import json
 import signal
-import subprocess
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from loadtests.load import LoadSpec
 from loadtests.options import to_options
@@ -34,18 +32,14 @@ def _open(url: str, **form: str) -> Any:
 
 @contextmanager
 def _locust(*arguments: str) -> Iterator[Process]:
-    """Ended as by Ctrl-C, because its workers would outlive a kill."""
+    """Asked to end, because its workers would outlive a kill; not by SIGINT, which whoever runs
+    tests in the background of a shell has told all its children to ignore."""
     with Process("-m", "locust", *arguments) as process:
         try:
             yield process
         finally:
-            for _ in range(3):  # it was once seen not to end after one
-                process.signal(signal.SIGINT)
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(60)
-                    break
-            else:
-                pytest.fail(f"locust does not end:\n{process.output}")
+            process.signal(signal.SIGTERM)
+            process.wait()
 
 
 def _until_it_answers(url: str, process: Process) -> Any:
