@@ -20,6 +20,9 @@ class TrainConfig:
         warmup_share: part of the steps in which the rate grows.
         repeat_share: part of the rows that are random tokens which repeat; only induction heads can
             predict those.
+        repeat_growth: share of the steps in which these grow from few tokens and short periods to
+            the whole vocabulary and long ones. Small models learn no induction in millions of
+            tokens without.
         head_dropout: probability that a head is left out of a row, the others being scaled up
             (Zhou et al. 2020).
         head_diversity: factor of the mean cosine of what two heads of a layer read, which is
@@ -42,6 +45,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     warmup_share: float = 0.02
     repeat_share: float = 0.10
+    repeat_growth: float = 0.0
     head_dropout: float = 0.0
     head_diversity: float = 0.0
     head_temperature: bool = False
@@ -60,6 +64,8 @@ class TrainConfig:
             raise ConfigError("learning_rate", self.learning_rate, "a finite number above 0")
         if not 0 <= self.repeat_share <= 0.9:
             raise ConfigError("repeat_share", self.repeat_share, "0 to 0.9")
+        if not 0 <= self.repeat_growth <= 1:
+            raise ConfigError("repeat_growth", self.repeat_growth, "0 to 1")
         if not 0 <= self.head_dropout < 1:
             raise ConfigError("head_dropout", self.head_dropout, "0 or more, below 1")
         if not 0 <= self.head_diversity < math.inf:
@@ -77,6 +83,11 @@ class TrainConfig:
     def seq_len_at(self, step: int) -> int:
         is_final = step >= self.num_steps * (1 - self.final_share)
         return self.final_seq_len if is_final else self.seq_len
+
+    def repeat_difficulty_at(self, step: int) -> float:
+        """0 to 1, as `Rows.at` takes it."""
+        steps = self.repeat_growth * self.num_steps
+        return min(step / steps, 1.0) if steps else 1.0
 
     def learning_rate_at(self, step: int) -> float:
         share = (step + 1) / self.num_steps

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer as Backend
@@ -44,9 +43,10 @@ class Measured:
         by_source: held-out bits per byte of each source.
         compressors: of the same files behind one another.
         xz_after_training: bits per byte that these files add to an xz file of the training text.
+        num_induction_heads: with a score of 0.5 or more; one stands in for another.
         repeat_losses: nats per token of the first and second half of random tokens that come twice.
-        ablated: loss of the second half without the best induction head.
-        others_ablated: the same without another head; the mean over all of them, each alone.
+        without: by layer and head, how much the loss of the second half grows without it, in nats
+            per token.
     """
 
     shape: Transformer
@@ -55,11 +55,22 @@ class Measured:
     compressors: dict[str, float]
     xz_after_training: float
     induction: BestHead
+    num_induction_heads: int
     previous_token: BestHead
     sink: BestHead
     repeat_losses: tuple[float, float]
-    ablated: float
-    others_ablated: float
+    without: dict[tuple[int, int], float]
+
+    @property
+    def without_best(self) -> float:
+        """How much the loss grows without the best induction head."""
+        return self.without[self.induction.layer, self.induction.head]
+
+    @property
+    def without_others(self) -> list[float]:
+        """How much the loss grows without each of the other heads."""
+        best = self.induction.layer, self.induction.head
+        return [growth for place, growth in self.without.items() if place != best]
 
 
 def measure(model: Transformer, backend: Backend, corpus: Corpus) -> Measured:
@@ -75,26 +86,26 @@ def measure(model: Transformer, backend: Backend, corpus: Corpus) -> Measured:
     probe = repeat_probe(model, seed=1, batch=NUM_PROBES).to(model.device)
     period = (probe.shape[1] - 1) // 2
     weights = attention_weights(model, probe[:, :-1])
-    induction = _best([induction_score(layer, period) for layer in weights])
-    others = [
+    induction = [induction_score(layer, period) for layer in weights]
+    losses = repeat_losses(model, probe)
+    places = [
         (layer, head)
         for layer, heads in enumerate(model.config.layers)
         for head in range(heads.num_heads)
-        if (layer, head) != (induction.layer, induction.head)
     ]
-    without_other = [repeat_losses(model, probe, [place])[1] for place in others]
+    without = {place: repeat_losses(model, probe, [place])[1] - losses[1] for place in places}
     return Measured(
         shape=model,
         bits_per_byte=total,
         by_source=by_source,
         compressors=compressors_bits_per_byte(held_out),
         xz_after_training=xz_after_training_text(corpus.texts("train"), held_out),
-        induction=induction,
+        induction=_best(induction),
+        num_induction_heads=sum(int((scores >= 0.5).sum()) for scores in induction),
         previous_token=_best([previous_token_score(layer) for layer in weights]),
         sink=_best([sink_score(layer) for layer in weights]),
-        repeat_losses=repeat_losses(model, probe),
-        ablated=repeat_losses(model, probe, [(induction.layer, induction.head)])[1],
-        others_ablated=fmean(without_other),
+        repeat_losses=losses,
+        without=without,
     )
 
 

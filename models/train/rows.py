@@ -1,6 +1,7 @@
 """What a training step reads. A row depends on seed, step and place only, so any step can be
 made again after an interruption."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,10 @@ from models.train.tokenizer import BOS, SPECIAL_TOKENS
 
 IGNORED = -100  # cross_entropy leaves such targets out
 NEEDLE_SHARE = 0.02
-_MIN_PERIOD, _MAX_PERIOD = 16, 256
+# Of the easiest repetitions and of the hardest.
+_SHORTEST_PERIOD = 4, 16
+_LONGEST_PERIOD = 24, 256
+_FEWEST_TOKENS = 64  # the hardest have the whole vocabulary
 _NUM_NEEDLES = 4
 _VALUES = (
     "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet",
@@ -35,20 +39,32 @@ class Rows:
     seed: int
     repeat_share: float
 
-    def at(self, step: int, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    def at(
+        self, step: int, num_rows: int, seq_len: int, difficulty: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step, int64 `[num_rows, seq_len]`; targets that nothing can
-        predict are `IGNORED`."""
+        predict are `IGNORED`.
+
+        Args:
+            difficulty: 0 to 1, of the rows that repeat: by equal factors from few tokens and short
+                periods to the whole vocabulary and long ones.
+        """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         kinds = torch.rand(num_rows, generator=generator).tolist()
-        rows = [self._row(kind, seq_len, generator) for kind in kinds]
+        rows = [self._row(kind, seq_len, difficulty, generator) for kind in kinds]
         inputs, targets = (torch.stack(parts) for parts in zip(*rows, strict=True))
         return inputs, targets
 
-    def _row(self, kind: float, seq_len: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _row(
+        self, kind: float, seq_len: int, difficulty: float, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         if kind < self.repeat_share:
-            longest = min(_MAX_PERIOD, seq_len // 2)
-            period = _draw(min(_MIN_PERIOD, longest), longest + 1, generator)
-            ids = repeated(1, period, seq_len, self.tokenizer.get_vocab_size(), generator)[0]
+            shortest, longest = (
+                min(_between(*periods, difficulty), seq_len // 2)
+                for periods in (_SHORTEST_PERIOD, _LONGEST_PERIOD)
+            )
+            period = _draw(shortest, longest + 1, generator)
+            ids = repeated(1, period, seq_len, self._repeating(difficulty), generator)[0]
             known = torch.arange(seq_len + 1) > period
         elif kind < self.repeat_share + NEEDLE_SHARE:
             ids, known = self._needles(seq_len, generator)
@@ -56,6 +72,14 @@ class Rows:
             ids = self._text(seq_len + 1, generator)
             known = torch.ones(seq_len + 1, dtype=torch.bool)
         return ids[:-1], ids.where(known, IGNORED)[1:]
+
+    def _repeating(self, difficulty: float) -> Tensor:
+        """The tokens that repeat now, in order: always the same ones first, and ever more."""
+        choices = ordinary_tokens(self.tokenizer.get_vocab_size())
+        fewest = min(_FEWEST_TOKENS, len(choices))
+        num_tokens = _between(fewest, len(choices), difficulty)
+        order = torch.randperm(len(choices), generator=torch.Generator().manual_seed(self.seed))
+        return choices[order[:num_tokens].sort().values]
 
     def _text(self, length: int, generator: torch.Generator) -> Tensor:
         """A window of the text behind `<bos>`, which every prompt begins with too."""
@@ -94,15 +118,24 @@ class Rows:
         return ids
 
 
+def ordinary_tokens(vocab_size: int) -> Tensor:
+    """All but the special tokens; int64 `[tokens]`."""
+    return torch.arange(len(SPECIAL_TOKENS), vocab_size)
+
+
 def repeated(
-    batch: int, period: int, num_tokens: int, vocab_size: int, generator: torch.Generator
+    batch: int, period: int, num_tokens: int, choices: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """`<bos>` and `num_tokens` tokens that repeat `period` random ones; int64
-    `[batch, num_tokens + 1]`."""
-    shape = (batch, period)
-    random = torch.randint(len(SPECIAL_TOKENS), vocab_size, shape, generator=generator)
+    """`<bos>` and `num_tokens` tokens that repeat `period` random ones out of int64 `[choices]`;
+    int64 `[batch, num_tokens + 1]`."""
+    random = choices[torch.randint(len(choices), (batch, period), generator=generator)]
     tiled = random.repeat(1, -(-num_tokens // period))[:, :num_tokens]
     return torch.cat((torch.full((batch, 1), BOS), tiled), dim=1)
+
+
+def _between(first: int, last: int, share: float) -> int:
+    """From `first` to `last` by equal factors."""
+    return round(first * math.pow(last / first, share))
 
 
 def _draw(low: int, high: int, generator: torch.Generator) -> int:

@@ -17,7 +17,7 @@ from models.train.config import TrainConfig
 from models.train.distillation import check_teacher, divergence, teach
 from models.train.evaluate import validation_loss
 from models.train.head_options import HeadSimilarity, head_dropout, head_temperatures
-from models.train.rows import IGNORED, Rows, repeated
+from models.train.rows import IGNORED, Rows, ordinary_tokens, repeated
 from models.train.state import Point, TrainState, load_state, save_state
 from models.transformer import HeadEdit, Transformer
 
@@ -152,7 +152,7 @@ def repeat_probe(model: Transformer, seed: int, *, batch: int) -> Tensor:
     most of the literature, or what the context has room for."""
     period = min(50, (model.config.max_position_embeddings - 1) // 2)
     generator = torch.Generator().manual_seed(seed)
-    return repeated(batch, period, 2 * period, model.config.vocab_size, generator)
+    return repeated(batch, period, 2 * period, ordinary_tokens(model.config.vocab_size), generator)
 
 
 def _step(
@@ -168,7 +168,10 @@ def _step(
         group["lr"] = config.learning_rate_at(step)
     seq_len = config.seq_len_at(step)
     inputs, targets = (
-        part.to(model.device) for part in rows.at(step, config.batch_tokens // seq_len, seq_len)
+        part.to(model.device)
+        for part in rows.at(
+            step, config.batch_tokens // seq_len, seq_len, config.repeat_difficulty_at(step)
+        )
     )
     similarity = HeadSimilarity() if config.head_diversity else None
     edits: list[HeadEdit] = [] if similarity is None else [similarity]

@@ -40,6 +40,10 @@ def train_demo(
     repeat_share: Annotated[
         float, typer.Option(help="Part of the rows that are random tokens which repeat.")
     ] = 0.1,
+    repeat_growth: Annotated[
+        float,
+        typer.Option(help="Part of the steps in which those become longer and more varied."),
+    ] = 0.0,
     head_dropout: Annotated[float, typer.Option(help="Probability to leave out a head.")] = 0.0,
     head_diversity: Annotated[
         float, typer.Option(help="Factor of a term that pulls heads apart.")
@@ -81,6 +85,7 @@ def train_demo(
             num_tokens=round(tokens * 1e6),
             learning_rate=learning_rate,
             repeat_share=repeat_share,
+            repeat_growth=repeat_growth,
             head_dropout=head_dropout,
             head_diversity=head_diversity,
             head_temperature=head_temperature,
@@ -156,6 +161,7 @@ def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str
     if paths.teacher is not None:
         parts += ["--teacher", str(paths.teacher)]
     for option, value in (
+        ("--repeat-growth", config.repeat_growth),
         ("--distillation", config.distillation),
         ("--head-dropout", config.head_dropout),
         ("--head-diversity", config.head_diversity),

@@ -68,12 +68,14 @@ def test_interrupted_it_goes_on_and_ends_the_same(
 
 def test_the_card_has_the_command_that_makes_the_model_again(tmp_path: Path) -> None:
     flags = ["--seed", "4", "--head-dropout", "0.1", "--head-temperature", "--recompute"]
+    flags += ["--repeat-growth", "0.5"]
     answer = train(tmp_path / "small", "--work", str(tmp_path / "state"), *flags, tokens="0.002")
     assert answer.exit_code == 0, answer.output
     card = (tmp_path / "small/MODEL_CARD.md").read_text(encoding="utf-8")
     expected = (
         f"headroom train-demo --output {tmp_path / 'small'} --tokens 0.002 --learning-rate 0.002 "
-        "--seed 4 --repeat-share 0.1 --head-dropout 0.1 --head-temperature --recompute\n"
+        "--seed 4 --repeat-share 0.1 --repeat-growth 0.5 --head-dropout 0.1 "
+        "--head-temperature --recompute\n"
     )
     assert expected in card
 

@@ -13,7 +13,7 @@ from models.heads.metrics import (
     sink_score,
 )
 from models.split_attention import split_attention
-from models.train.rows import repeated
+from models.train.rows import ordinary_tokens, repeated
 from models.transformer import Transformer, random_model
 from tests.models import tiny
 
@@ -62,7 +62,7 @@ def model() -> Transformer:
 
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
-    return repeated(3, PERIOD, TOKENS, 61, torch.Generator().manual_seed(0))
+    return repeated(3, PERIOD, TOKENS, ordinary_tokens(61), torch.Generator().manual_seed(0))
 
 
 def test_weights_are_those_of_each_head_alone(model: Transformer, ids: Tensor) -> None:

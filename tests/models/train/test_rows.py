@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models.train import rows as rows_module
-from models.train.rows import IGNORED, Rows, repeated
+from models.train.rows import IGNORED, Rows, ordinary_tokens, repeated
 from models.train.tokenizer import BOS, SPECIAL_TOKENS, encode_documents, train_tokenizer
 
 TEXT = "the cat sat on the mat; key and lock is alpha.\n" * 60
@@ -71,6 +71,23 @@ def test_repeats_can_be_predicted_from_one_period_before(
     assert len(periods) > 5
 
 
+@pytest.mark.parametrize(
+    ("difficulty", "shortest", "longest"), [(0.0, 4, 24), (0.5, 8, 78), (1.0, 16, 256)]
+)
+def test_repetitions_become_harder(
+    tokenizer: Tokenizer, tokens: Tensor, difficulty: float, shortest: int, longest: int
+) -> None:
+    rows = Rows(tokens, tokenizer, seed=0, repeat_share=1.0)
+    ordinary = tokenizer.get_vocab_size() - len(SPECIAL_TOKENS)
+    inputs, targets = rows.at(0, 200, 512, difficulty)
+    assert len(inputs[:, 1:].unique()) == round(64 * (ordinary / 64) ** difficulty)
+    periods = (targets == IGNORED).sum(dim=1)
+    assert shortest <= int(periods.min()) < shortest + 5
+    assert longest - 5 < int(periods.max()) <= longest
+    harder, _ = rows.at(1, 200, 512)
+    assert set(inputs.unique().tolist()) <= set(harder.unique().tolist()), "none goes again"
+
+
 def test_needles_can_be_found(
     tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +115,7 @@ def test_shares_are_kept(tokenizer: Tokenizer, tokens: Tensor, share: float) -> 
 
 @pytest.mark.parametrize(("period", "num_tokens"), [(5, 10), (7, 20), (3, 3)])
 def test_repeated_has_its_period(period: int, num_tokens: int) -> None:
-    ids = repeated(3, period, num_tokens, 50, torch.Generator().manual_seed(0))
+    ids = repeated(3, period, num_tokens, ordinary_tokens(50), torch.Generator().manual_seed(0))
     assert ids.shape == (3, num_tokens + 1)
     assert (ids[:, 0] == BOS).all()
     assert torch.equal(ids[:, 1 + period :], ids[:, 1 : num_tokens + 1 - period])

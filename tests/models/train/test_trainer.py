@@ -233,9 +233,11 @@ def test_rows_are_longer_at_the_end(
     shapes: list[tuple[int, int]] = []
     at = Rows.at
 
-    def record(self: Rows, step: int, num_rows: int, seq_len: int) -> tuple[Tensor, Tensor]:
+    def record(
+        self: Rows, step: int, num_rows: int, seq_len: int, difficulty: float
+    ) -> tuple[Tensor, Tensor]:
         shapes.append((num_rows, seq_len))
-        return at(self, step, num_rows, seq_len)
+        return at(self, step, num_rows, seq_len, difficulty)
 
     monkeypatch.setattr(Rows, "at", record)
     learn(rows, tmp_path)
