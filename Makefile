@@ -78,13 +78,15 @@ mutations: install  ## break the code on purpose, expect red tests; writes docs/
 	$(BIN)/python -m tests.mutations
 
 demo: install  ## train the bundled models again: hours on processors; goes on where it stopped
-	$(BIN)/headroom train-demo --tokens 12 --output models/demo/mha
-	for heads in gqa:2 mqa:1; do \
-	  name=$${heads%:*}; merged=models/demo/$$name.merged; \
-	  test -f $$merged/config.json || $(BIN)/headroom convert \
-	    --model models/demo/mha --kv-heads $${heads#*:} --output $$merged || exit 1; \
-	  $(BIN)/headroom train-demo --start $$merged --tokens 0.3 --learning-rate 5e-4 \
-	    --output models/demo/$$name || exit 1; \
+	$(BIN)/headroom train-demo --tokens 12 --output models/demo/mha.base
+	$(BIN)/headroom train-demo --start models/demo/mha.base --tokens 6 --learning-rate 1e-3 \
+	  --repeat-share 0.4 --repeat-growth 0.5 --output models/demo/mha
+	for made in "gqa convert --kv-heads 2" "mqa convert --kv-heads 1" "pruned prune --remove 10"; do \
+	  set -- $$made; name=$$1; shift; untrained=models/demo/$$name.untrained; \
+	  test -f $$untrained/config.json || \
+	    $(BIN)/headroom "$$@" --model models/demo/mha --output $$untrained || exit 1; \
+	  $(BIN)/headroom train-demo --start $$untrained --tokens 1 --learning-rate 1e-3 \
+	    --repeat-share 0.2 --output models/demo/$$name || exit 1; \
 	done
 
 image:  ## the container image; TARGET=cpu, loadtests or cuda

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 _DEMO = Path(__file__).resolve().parent.parent / "demo"
-BUNDLED_MODELS = {"demo": _DEMO / "mha", "demo-gqa": _DEMO / "gqa", "demo-mqa": _DEMO / "mqa"}
+BUNDLED_MODELS = {
+    "demo": _DEMO / "mha",
+    "demo-gqa": _DEMO / "gqa",
+    "demo-mqa": _DEMO / "mqa",
+    "demo-pruned": _DEMO / "pruned",
+}
 
 
 def checkpoint_directory(model: str | Path) -> Path:

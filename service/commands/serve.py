@@ -14,8 +14,8 @@ def serve(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="Hugging Face directory, or a bundled model: demo, demo-gqa, demo-mqa; "
-            "NAME=DIRECTORY, several times, serves each as an application of its own. "
+            help="Hugging Face directory, or a bundled model: demo, demo-gqa, demo-mqa, "
+            "demo-pruned; NAME=DIRECTORY, several times, serves each as an application of its own. "
             "[default: demo]"
         ),
     ] = None,
