@@ -139,3 +139,8 @@ def test_the_command_prints_a_line_for_each_and_fails_with_one(
     assert levels["port"] == "ok"
     unknown = CliRunner().invoke(app, ["doctor", "--config", str(tmp_path / "none.yaml")])
     assert unknown.exit_code == 2
+    monkeypatch.setenv("HEADROOM_RUNTIME", "standalone")
+    monkeypatch.setenv("HEADROOM_REPLICAS", "2")
+    refused = CliRunner().invoke(app, ["doctor"])
+    assert refused.exit_code == 2
+    assert "replicas is 2; allowed: 1 with the standalone runtime" in refused.output
