@@ -18,6 +18,7 @@ from models.errors import ModelError
 from service.config import ServiceConfig
 from service.doctor.certificates import examine_certificates
 from service.doctor.finding import Finding
+from service.doctor.token_file import examine_tokens
 from service.engine.memory import available_memory, resolve_device
 from service.replica import check_model
 
@@ -48,6 +49,7 @@ def examine(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[F
     yield _memory(config)
     if config.runtime == "ray":
         yield from _ray(environment)
+    yield from examine_tokens(config)
     yield from examine_certificates(config)
     for name, port in _ports(config).items():
         yield _port(config.host, name, port)
