@@ -21,6 +21,7 @@ from service.doctor.finding import Finding
 from service.doctor.token_file import examine_tokens
 from service.engine.memory import available_memory, resolve_device
 from service.replica import check_model
+from service.runtimes.devices import check_devices
 
 _PYTHONS = ((3, 11), (3, 12))
 _RAY_VERSIONS = ((2, 60), (2, 61))  # from, and before
@@ -46,7 +47,10 @@ def examine(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[F
     yield from _openmp(environment)
     for application in config.applications:
         yield _model(application)
-    yield _memory(config)
+    device = _device(config)
+    yield device
+    if device.level == "ok":
+        yield _memory(config)
     if config.runtime == "ray":
         yield from _ray(environment)
     yield from examine_tokens(config)
@@ -103,6 +107,18 @@ def _model(config: ServiceConfig) -> Finding:
         return Finding(f"model {config.application}", "error", str(error), "see docs/settings.md")
     fact = f"{model.family}, {model.head_label}, {model.kv_bytes_per_token()} KV bytes per token"
     return Finding(f"model {config.application}", "ok", fact)
+
+
+def _device(config: ServiceConfig) -> Finding:
+    try:
+        device = resolve_device(config.engine.device)
+        if config.runtime == "ray":
+            check_devices(config)
+    except ValueError as error:
+        return Finding(
+            "device", "error", str(error), "change engine.device, or have fewer replicas"
+        )
+    return Finding("device", "ok", str(device))
 
 
 def _memory(config: ServiceConfig) -> Finding:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from service.cli import app
 from service.config import ServiceConfig
 from service.doctor import Finding, Level, examine
+from service.engine import EngineConfig
 from service.runtimes.ray_environment import free_ports
 
 Usage = namedtuple("Usage", "total used free")
@@ -102,6 +103,28 @@ def test_too_little_memory_is_counted_for_all_replicas(monkeypatch: pytest.Monke
     assert found.level == "error"
     assert found.fact.startswith("1.0 GiB available, 1.5 GiB needed")
     assert findings(runtime="standalone")["memory"].level == "ok"
+
+
+def test_a_device_that_is_not_there_is_named_and_memory_is_not_asked_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = findings(engine=EngineConfig(device="cuda"))
+    assert (found["device"].level, found["device"].fact) == (
+        "error",
+        "device is 'cuda'; this machine has 0 CUDA devices",
+    )
+    assert "memory" not in found
+
+
+def test_a_device_that_ray_cannot_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**33))
+    found = findings(engine=EngineConfig(device="cuda:1"))["device"]
+    assert found.level == "error"
+    assert found.fact.startswith("engine.device is 'cuda:1'; allowed with Ray: auto, cpu, cuda")
+    single = findings(runtime="standalone", engine=EngineConfig(device="cuda:1"))
+    assert single["device"] == Finding("device", "ok", "cuda:1")
 
 
 def test_full_disks_and_few_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
