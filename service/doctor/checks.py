@@ -17,7 +17,8 @@ from models.cpu.library import multiplies_by_amx, vectors_in_use, why_unavailabl
 from models.errors import ModelError
 from service.config import ServiceConfig
 from service.doctor.certificates import examine_certificates
-from service.doctor.finding import Finding
+from service.doctor.cluster import examine_cluster
+from service.doctor.finding import Finding, Level
 from service.doctor.token_file import examine_tokens
 from service.engine.memory import available_memory, resolve_device
 from service.replica import check_model
@@ -52,7 +53,7 @@ def examine(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[F
     if device.level == "ok":
         yield _memory(config)
     if config.runtime == "ray":
-        yield from _ray(environment)
+        yield from _ray(config, environment)
     yield from examine_tokens(config)
     yield from examine_certificates(config)
     for name, port in _ports(config).items():
@@ -138,7 +139,7 @@ def _memory(config: ServiceConfig) -> Finding:
     return Finding("memory", "ok", fact)
 
 
-def _ray(environment: Mapping[str, str]) -> Iterator[Finding]:
+def _ray(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
     least, below = _RAY_VERSIONS
     try:
         version = importlib.metadata.version("ray")
@@ -158,6 +159,12 @@ def _ray(environment: Mapping[str, str]) -> Iterator[Finding]:
         if environment.get(name, "1") != "1":
             advice = "unset it: `headroom serve` sets both, one without the other is slower"
             yield Finding(name, "warning", environment[name], advice)
+    if environment.get("RAY_AUTH_MODE", "token") != "token":
+        level: Level = "warning" if config.ray_address is None else "error"
+        advice = "unset it: without a token Ray's processes run what anybody sends them"
+        yield Finding("RAY_AUTH_MODE", level, environment["RAY_AUTH_MODE"], advice)
+    if config.ray_address is not None:
+        yield from examine_cluster(config.ray_address, environment)
     yield _space("shared memory", Path("/dev/shm"), _LEAST_SHARED_MEMORY)  # noqa: S108
     yield _space("temporary files", Path(tempfile.gettempdir()), _LEAST_TEMPORARY)
 
