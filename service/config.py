@@ -160,12 +160,12 @@ class ServiceConfig(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _one_model_alone(self) -> Self:
-        if self.runtime == "standalone" and len(self.applications) > 1:
-            raise ValueError(
-                f"model names {len(self.applications)} applications; allowed: 1 with the "
-                "standalone runtime"
-            )
+    def _one_replica_alone(self) -> Self:
+        if self.runtime == "standalone" and self.num_replicas > 1:
+            count = len(self.applications)
+            several = f"model names {count} applications" if count > 1 else ""
+            fact = several or f"replicas is {self.replicas}"
+            raise ValueError(f"{fact}; allowed: 1 with the standalone runtime")
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 import enum
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Annotated
 import structlog
 import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from service.files import version_of
 
@@ -28,6 +30,7 @@ class Scope(enum.StrEnum):
 _RANDOM_BYTES = 32
 # How often the file is looked at, at most.
 _LOOK_SECONDS = 1.0
+_QUOTED = re.compile(r"('..?')|['\"].*", re.DOTALL)
 
 log = structlog.get_logger()
 
@@ -84,23 +87,41 @@ def read_tokens(path: Path) -> tuple[TokenEntry, ...]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenFileError(f"{path} cannot be read: {error}") from error
+    # Causes are not kept: they quote the file, where somebody may have written a token, and Ray
+    # logs what a replica's constructor raises with all of its causes.
     try:
-        entries = _FILE.validate_python(yaml.safe_load(text) or [])
-    except yaml.YAMLError as error:
-        raise TokenFileError(f"{path} is no YAML: {error}") from error
+        content = yaml.safe_load(text)
+    except Exception as error:  # also of values, as a day that does not exist
+        raise TokenFileError(f"{path} is no YAML: {_mistake(error)}") from None
+    try:
+        entries = _FILE.validate_python(content or [])
     except ValidationError as error:
-        # Not what was given: somebody may have written a token where its digest belongs.
-        lines = [
-            f"{path}: {'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg']}"
-            for problem in error.errors()
-        ]
-        raise TokenFileError("\n".join(lines)) from error
+        lines = [f"{path}: {_violation(problem)}" for problem in error.errors()]
+        raise TokenFileError("\n".join(lines)) from None
     for field in ("name", "sha256"):
         values = [getattr(entry, field) for entry in entries]
         for value in values:
             if values.count(value) > 1:
                 raise TokenFileError(f"{path}: {field} {value!r} is there twice; allowed: once")
     return tuple(entries)
+
+
+def _mistake(error: Exception) -> str:
+    """Where a text is no YAML, without what is there."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return "a forbidden character, or a value that cannot be, such as February 30"
+    # A character or two may be quoted; what is longer comes from the file, as names of aliases.
+    problem = _QUOTED.sub(lambda quoted: quoted[1] or "...", error.problem or "")
+    return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {problem}"
+
+
+def _violation(problem: ErrorDetails) -> str:
+    """What is wrong with an entry, without what was given: a field's name may be a token too."""
+    where, message = problem["loc"], problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        where, known = where[:-1], ", ".join(TokenEntry.model_fields)
+        message = f"unknown field; allowed: {known}"
+    return f"{'.'.join(map(str, where)) or 'the file'}: {message}"
 
 
 class TokenStore:

@@ -20,7 +20,7 @@ def doctor(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check versions, settings, ports, memory, certificates and Ray before a server is started.
+    """Check versions, settings, ports, memory, tokens, certificates and Ray before a server starts.
 
     Settings come from flags, then HEADROOM_* variables, then --config, then defaults. The exit code
     is 1 if a server could not start, or no client would trust it.

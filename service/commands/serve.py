@@ -94,8 +94,6 @@ def serve(
     except SettingsError as error:
         fail(str(error), code=2)
     configure_logs(settings.log_format, settings.log_level)
-    if settings.runtime == "standalone" and settings.replicas > 1:
-        fail("replicas is more than 1; allowed: 1 with the standalone runtime", code=2)
     from service.client import HeadroomError
     from service.metrics.targets import write_targets
     from service.replica import certificate_files, check_model

@@ -5,7 +5,6 @@ Names are judged as clients do (RFC 6125): by subjectAltName, never by the subje
 
 import ipaddress
 import itertools
-import stat
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
@@ -16,7 +15,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from service.certificates import CertificateError, CertificateFiles, Certificates
 from service.config import ServiceConfig
-from service.doctor.finding import Finding
+from service.doctor.finding import Finding, private_file
 
 _E = TypeVar("_E", bound=x509.ExtensionType)
 
@@ -38,7 +37,7 @@ def examine_certificates(config: ServiceConfig) -> Iterator[Finding]:
         fact = f"tls_cert {config.tls_cert}: {error}"
         yield Finding("certificates", "error", fact, "write the certificates again, as PEM")
         return
-    yield _key(config)
+    yield private_file("tls_key", config.tls_key, "belongs to tls_cert")
     yield _chain(chain)
     yield _names(chain[0], config.host)
     yield _time("tls_cert time", chain)
@@ -52,15 +51,6 @@ def _advice(problem: str) -> str:
     if "cannot be read" in problem:
         return "name a file that the user of the server can read"
     return "PEM files are needed: server's certificate first, and a key without a password"
-
-
-def _key(config: ServiceConfig) -> Finding:
-    assert config.tls_key is not None, "it was read"
-    mode = config.tls_key.stat().st_mode
-    if mode & stat.S_IROTH:
-        advice = f"chmod o-r {config.tls_key}"
-        return Finding("tls_key", "warning", "every user of this machine can read it", advice)
-    return Finding("tls_key", "ok", "belongs to tls_cert")
 
 
 def _chain(chain: Sequence[x509.Certificate]) -> Finding:

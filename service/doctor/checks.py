@@ -17,9 +17,12 @@ from models.cpu.library import multiplies_by_amx, vectors_in_use, why_unavailabl
 from models.errors import ModelError
 from service.config import ServiceConfig
 from service.doctor.certificates import examine_certificates
-from service.doctor.finding import Finding
+from service.doctor.cluster import examine_cluster
+from service.doctor.finding import Finding, Level
+from service.doctor.token_file import examine_tokens
 from service.engine.memory import available_memory, resolve_device
 from service.replica import check_model
+from service.runtimes.devices import check_devices
 
 _PYTHONS = ((3, 11), (3, 12))
 _RAY_VERSIONS = ((2, 60), (2, 61))  # from, and before
@@ -45,9 +48,13 @@ def examine(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[F
     yield from _openmp(environment)
     for application in config.applications:
         yield _model(application)
-    yield _memory(config)
+    device = _device(config)
+    yield device
+    if device.level == "ok":
+        yield _memory(config)
     if config.runtime == "ray":
-        yield from _ray(environment)
+        yield from _ray(config, environment)
+    yield from examine_tokens(config)
     yield from examine_certificates(config)
     for name, port in _ports(config).items():
         yield _port(config.host, name, port)
@@ -103,6 +110,18 @@ def _model(config: ServiceConfig) -> Finding:
     return Finding(f"model {config.application}", "ok", fact)
 
 
+def _device(config: ServiceConfig) -> Finding:
+    try:
+        device = resolve_device(config.engine.device)
+        if config.runtime == "ray":
+            check_devices(config)
+    except ValueError as error:
+        return Finding(
+            "device", "error", str(error), "change engine.device, or have fewer replicas"
+        )
+    return Finding("device", "ok", str(device))
+
+
 def _memory(config: ServiceConfig) -> Finding:
     """Weights and the smallest useful cache of all replicas, on a CPU."""
     weights = sum(
@@ -120,7 +139,7 @@ def _memory(config: ServiceConfig) -> Finding:
     return Finding("memory", "ok", fact)
 
 
-def _ray(environment: Mapping[str, str]) -> Iterator[Finding]:
+def _ray(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
     least, below = _RAY_VERSIONS
     try:
         version = importlib.metadata.version("ray")
@@ -140,6 +159,12 @@ def _ray(environment: Mapping[str, str]) -> Iterator[Finding]:
         if environment.get(name, "1") != "1":
             advice = "unset it: `headroom serve` sets both, one without the other is slower"
             yield Finding(name, "warning", environment[name], advice)
+    if environment.get("RAY_AUTH_MODE", "token") != "token":
+        level: Level = "warning" if config.ray_address is None else "error"
+        advice = "unset it: without a token Ray's processes run what anybody sends them"
+        yield Finding("RAY_AUTH_MODE", level, environment["RAY_AUTH_MODE"], advice)
+    if config.ray_address is not None:
+        yield from examine_cluster(config.ray_address, environment)
     yield _space("shared memory", Path("/dev/shm"), _LEAST_SHARED_MEMORY)  # noqa: S108
     yield _space("temporary files", Path(tempfile.gettempdir()), _LEAST_TEMPORARY)
 

@@ -1,6 +1,8 @@
 """What a check found."""
 
+import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 Level: TypeAlias = Literal["ok", "warning", "error"]
@@ -19,3 +21,15 @@ class Finding:
     level: Level
     fact: str
     advice: str = ""
+
+
+def private_file(check: str, path: Path, fact: str) -> Finding:
+    """Of a file that is there: whether it is for its user alone.
+
+    Args:
+        fact: what there is to say if it is.
+    """
+    if path.stat().st_mode & stat.S_IROTH:
+        reading = "every user of this machine can read it"
+        return Finding(check, "warning", reading, f"chmod o-r {path}")
+    return Finding(check, "ok", fact)

@@ -5,7 +5,6 @@ Import this module only after the variables of `ray_environment` are set.
 
 import logging
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.config import ServiceConfig
+from service.runtimes.ray_address import speaks_tls, uses_tls
 from service.runtimes.ray_environment import node_environment
 
 _OBJECT_STORE_BYTES = 100 * 1024 * 1024
 _ANSWER_SECONDS = 60.0
-_CONNECT_SECONDS = 5.0
 
 
 class ClusterError(RuntimeError):
@@ -70,11 +69,15 @@ def connect(config: ServiceConfig, *, on_gpu: bool) -> Path:
 
 def _look_for(address: str) -> None:
     """Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+        tls = speaks_tls(address)
     except (OSError, OverflowError) as error:
         raise ClusterError(f"ray_address is {address}, where nobody answers: {error}") from error
+    if tls != uses_tls(os.environ):
+        spoken, allowed = ("TLS", "RAY_USE_TLS=1") if tls else ("in the clear", "no RAY_USE_TLS")
+        raise ClusterError(
+            f"ray_address is {address}, which speaks {spoken}; allowed: {allowed}, as on its nodes"
+        )
 
 
 def num_nodes() -> int:

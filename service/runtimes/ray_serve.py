@@ -21,14 +21,12 @@ from typing import Any
 
 import ray
 import structlog
-import torch
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import HTTPOptions, gRPCOptions
 from ray.serve.schema import LoggingConfig
 
 from service.config import ServiceConfig
-from service.engine.memory import resolve_device
 from service.logs import configure_logs
 from service.metrics.engine import EngineMetrics
 from service.metrics.replica import replica_registry
@@ -41,6 +39,7 @@ from service.replica import (
     start_engine,
 )
 from service.runtimes import autoscaling, ray_cluster
+from service.runtimes.devices import check_devices, device_of
 from service.runtimes.edge import Addresses, Edge
 from service.runtimes.ray_environment import DEREGISTER_SECONDS, free_ports
 from service.servicer import HeadroomServicer
@@ -113,13 +112,13 @@ def _metrics_port(config: ServiceConfig) -> int | None:
 
 def build_app(config: ServiceConfig) -> Application:
     """The application of a configuration with one model; Serve's typed application builder."""
-    on_gpu = _device(config) == "cuda"
+    on_gpu = device_of(config) == "cuda"
     max_open = config.engine.max_num_seqs + config.engine.max_waiting_requests + _OTHER_CALLS
     settings = config.model_dump()
     # A replica finds its files from wherever it runs.
     settings["model"] = str(config.model_path.resolve())
     settings["tokens"] = config.tokens and config.tokens.resolve()
-    settings["engine"]["device"] = _device(config)
+    settings["engine"]["device"] = device_of(config)
     return (
         serve.deployment(HeadroomReplica)
         .options(
@@ -149,7 +148,7 @@ def start(config: ServiceConfig, addresses: Addresses) -> Path:
         RuntimeError: the cluster cannot be used, or the application did not become ready.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    logs = ray_cluster.connect(config, on_gpu=_device(config) == "cuda")
+    logs = ray_cluster.connect(config, on_gpu=device_of(config) == "cuda")
     serve.start(
         http_options=HTTPOptions(host=addresses.host, port=addresses.http_port),
         grpc_options=gRPCOptions(
@@ -234,31 +233,6 @@ def _front(config: ServiceConfig, directory: Path) -> Iterator[Addresses]:
     behind = Addresses("127.0.0.1", *free_ports(2))
     with Edge(outside, behind, files, directory):
         yield behind
-
-
-def check_devices(config: ServiceConfig) -> None:
-    """Refuse what the replicas' devices cannot be.
-
-    Raises:
-        ValueError: a single GPU is named, or there are more replicas than GPUs.
-    """
-    if config.engine.device.startswith("cuda:"):
-        raise ValueError(
-            f"engine.device is {config.engine.device!r}; allowed with Ray: auto, cpu, cuda: Ray "
-            "gives each replica a GPU of its own"
-        )
-    own = config.ray_address is None
-    if own and _device(config) == "cuda" and config.num_replicas > torch.cuda.device_count():
-        raise ValueError(
-            f"replicas is {config.replicas}, of {len(config.applications)} applications; allowed: "
-            f"at most {torch.cuda.device_count()} in all, one per GPU of this machine"
-        )
-
-
-def _device(config: ServiceConfig) -> str:
-    """Of the replicas; only `auto` depends on where this is asked, which may be a node without."""
-    device = config.engine.device
-    return resolve_device(device).type if device == "auto" else device
 
 
 def _threads_per_replica(config: ServiceConfig) -> int:

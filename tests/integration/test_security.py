@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import re
 import signal
 import socket
 import ssl
@@ -29,9 +28,7 @@ from loadtests import agreement, asyncio_client, run, saturation
 from loadtests.load import LoadSpec, LoadSummary
 from loadtests.workload import Workload
 from service.auth.tokens import digest_of
-from service.certificates import CertificateFiles
 from service.client import AsyncClient, Client, HeadroomError
-from service.runtimes.edge import Addresses, Edge
 from service.runtimes.ray_environment import free_ports
 from tests.certificates import Authority, Pair
 from tests.integration.processes import Process
@@ -50,6 +47,12 @@ _ENTRIES: list[dict[str, Any]] = [
         "max_concurrent": 1,
     },
     {
+        "name": "slow",
+        "sha256": digest_of("t-slow"),
+        "scopes": ["generate"],
+        "tokens_per_minute": 6,
+    },
+    {
         "name": "expired",
         "sha256": digest_of("t-expired"),
         "scopes": ["admin"],
@@ -60,16 +63,24 @@ _ENTRIES: list[dict[str, Any]] = [
 
 @dataclass(frozen=True, slots=True)
 class Secured:
-    """A running server, and the files that it follows."""
+    """A running server, and the files that it follows.
+
+    Attributes:
+        client_pair: of the authority of clients, for every client; a server without --client-ca
+            does not ask for it.
+    """
 
     runtime: str
     process: Process
     target: str
     directory: Path
     authority: Authority
+    clients: Authority
+    client_pair: Pair
 
     def tls(self, authority: Authority | None = None) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials((authority or self.authority).pem)
+        trusted, own = (authority or self.authority).pem, self.client_pair
+        return grpc.ssl_channel_credentials(trusted, own.key, own.certificate)
 
     def client(self, token: str | None, authority: Authority | None = None) -> Client:
         return Client(self.target, token=token, tls=self.tls(authority))
@@ -87,8 +98,12 @@ RUNTIMES = ["standalone", pytest.param("ray", marks=pytest.mark.ray)]
 
 
 @contextlib.contextmanager
-def _serving(runtime: str, model: Path, directory: Path, *flags: str) -> Iterator[Secured]:
-    """`headroom serve` with certificate and tokens in a directory; at its end nothing is left."""
+def _serving(runtime: str, model: Path, directory: Path, *, mutual: bool) -> Iterator[Secured]:
+    """`headroom serve` with certificate and tokens in a directory; at its end nothing is left.
+
+    Args:
+        mutual: whether it asks clients for certificates.
+    """
     port, http_port = free_ports(2)
     arguments = {
         "--model": model,
@@ -99,10 +114,14 @@ def _serving(runtime: str, model: Path, directory: Path, *flags: str) -> Iterato
         "--tokens": directory / "tokens.yaml",
         "--tls-cert": directory / "tls.crt",
         "--tls-key": directory / "tls.key",
+        **({"--client-ca": directory / "client-ca.crt"} if mutual else {}),
     }
     given = [str(part) for pair in arguments.items() for part in pair]
-    process = Process(*_CLI, "serve", *given, *flags)
-    secured = Secured(runtime, process, f"127.0.0.1:{port}", directory, Authority("first"))
+    process = Process(*_CLI, "serve", *given)
+    target, clients = f"127.0.0.1:{port}", Authority("clients")
+    authorities = Authority("first"), clients, clients.issue("me")
+    secured = Secured(runtime, process, target, directory, *authorities)
+    (directory / "client-ca.crt").write_bytes(clients.pem)
     secured.rotate(secured.authority.issue("server"))
     secured.write_tokens(_ENTRIES)
     with process:
@@ -121,16 +140,20 @@ def _serving(runtime: str, model: Path, directory: Path, *flags: str) -> Iterato
 def server(
     request: pytest.FixtureRequest, model_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Secured]:
-    with _serving(request.param, model_path, tmp_path_factory.mktemp("secured")) as secured:
+    """Under Ray all tests have the edge that asks for certificates: another would cost a start."""
+    directory, mutual = tmp_path_factory.mktemp("secured"), request.param == "ray"
+    with _serving(request.param, model_path, directory, mutual=mutual) as secured:
         yield secured
 
 
-def _trusted(server: Secured, token: str) -> tuple[Path, Path]:
-    """Files for a client: whom it trusts, and its token."""
-    ca, file = server.directory / "ca.crt", server.directory / "token"
+def _files(server: Secured, token: str) -> dict[str, Path]:
+    """Of a client, by the names of flags: its token, whom it trusts, and its certificate."""
+    names = ("token_file", "tls_ca", "tls_cert", "tls_key")
+    token_file, ca, certificate, key = files = [server.directory / name for name in names]
+    token_file.write_text(f"{token}\n")
     ca.write_bytes(server.authority.pem)
-    file.write_text(f"{token}\n")
-    return ca, file
+    server.client_pair.write(certificate, key)
+    return dict(zip(names, files, strict=True))
 
 
 def _refused(client: Client) -> HeadroomError:
@@ -151,10 +174,10 @@ def _is_answered(client: Client) -> bool:
 def test_who_trusts_and_has_a_token_is_answered(server: Secured) -> None:
     with server.client("t-generate") as client:
         assert len(client.complete([1], max_tokens=3, ignore_eos=True).token_ids) == 3
-    ca, file = _trusted(server, "t-admin")
-    files = ["--tls-ca", ca, "--token-file", file]
+    files = _files(server, "t-admin").items()
+    flags = [part for name, path in files for part in (f"--{name.replace('_', '-')}", str(path))]
     answer = subprocess.run(
-        [sys.executable, *_CLI, "model", "--json", "--target", server.target, *map(str, files)],
+        [sys.executable, *_CLI, "model", "--json", "--target", server.target, *flags],
         capture_output=True,
         text=True,
         timeout=60,
@@ -164,14 +187,16 @@ def test_who_trusts_and_has_a_token_is_answered(server: Secured) -> None:
 
 
 async def test_load_clients_are_answered(server: Secured, monkeypatch: pytest.MonkeyPatch) -> None:
-    ca, file = _trusted(server, "t-generate")
+    files = _files(server, "t-generate")
     spec = LoadSpec(
         server.target,
         Workload.parse("fixed:4", "fixed:4"),
         users=2,
         num_requests=4,
-        token_file=file,
-        tls_ca=ca,
+        token_file=files["token_file"],
+        tls_ca=files["tls_ca"],
+        tls_client_cert=files["tls_cert"],
+        tls_client_key=files["tls_key"],
     )
     locust = await asyncio.to_thread(run.run_load, spec)
     monkeypatch.setenv("HEADROOM_TOKEN", "t-generate")
@@ -185,7 +210,7 @@ def test_what_measures_a_server_is_answered(
     server: Secured, command: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its first question over TLS and with a token, and then a load with the same files."""
-    ca, file = _trusted(server, "t-generate")
+    files = _files(server, "t-generate")
     loads: list[LoadSpec] = []
 
     def load(spec: LoadSpec, *_: object) -> LoadSummary:
@@ -195,8 +220,10 @@ def test_what_measures_a_server_is_answered(
     monkeypatch.setattr(agreement, "_CLIENTS", {"locust": load})
     monkeypatch.setattr(saturation, "run_load", load)
     with pytest.raises(typer.Exit):
-        command.main(server.target, token_file=file, tls_ca=ca, results=tmp_path)
-    assert [(spec.token_file, spec.tls_ca) for spec in loads] == [(file, ca)]
+        command.main(server.target, **files, results=tmp_path)
+    (spec,) = loads
+    used = (spec.token_file, spec.tls_ca, spec.tls_client_cert, spec.tls_client_key)
+    assert used == tuple(files.values())
 
 
 @pytest.mark.parametrize(
@@ -214,7 +241,7 @@ def test_a_token_that_is_none(
     assert (error.code, error.reason) == (code, reason)
 
 
-def test_scope_and_limit(server: Secured) -> None:
+def test_scope_and_limits(server: Secured) -> None:
     with server.client("t-generate") as client, pytest.raises(HeadroomError) as caught:
         client.attend_hidden(np.zeros((1, 64), np.float32), layer=0)
     assert (caught.value.code, caught.value.reason) == (
@@ -229,6 +256,13 @@ def test_scope_and_limit(server: Secured) -> None:
         stream.cancel()
     assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_BUSY")
     assert error.retry_after == 1
+    with server.client("t-slow") as client:
+        client.complete([1], max_tokens=10, ignore_eos=True)
+    error = _refused(server.client("t-slow"))
+    assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_RATE")
+    # Eleven of six were used, and one has to be left: six, at one every ten seconds.
+    assert error.retry_after is not None
+    assert 30 < error.retry_after <= 60
 
 
 async def test_no_method_of_any_service_answers_without_a_token(server: Secured) -> None:
@@ -305,6 +339,8 @@ def test_tls_from_1_2_on(server: Secured, version: ssl.TLSVersion, accepted: boo
     context.set_ciphers("DEFAULT:@SECLEVEL=0")  # else our own side would refuse 1.1
     context.set_alpn_protocols(["h2"])
     context.minimum_version = context.maximum_version = version
+    files = _files(server, "t-admin")
+    context.load_cert_chain(files["tls_cert"], files["tls_key"])
     host, port = server.target.split(":")
     refused = pytest.raises(ssl.SSLError, match=r"ALERT_PROTOCOL_VERSION|EOF")  # of the server
     with (
@@ -400,75 +436,30 @@ async def test_an_expired_certificate_is_not_trusted(server: Secured) -> None:
     await _until(server, "t-admin", server.authority, answered=True)
 
 
-async def _check_load(target: str, directory: Path, pair: Pair) -> None:
-    """Clients of load tests have certificates too."""
-    pair.write(directory / "me.crt", directory / "me.key")
-    (directory / "token").write_text("t-generate")
-    spec = LoadSpec(
-        target,
-        Workload.parse("fixed:4", "fixed:4"),
-        users=1,
-        num_requests=1,
-        token_file=directory / "token",
-        tls_ca=directory / "server-ca.crt",
-        tls_client_cert=directory / "me.crt",
-        tls_client_key=directory / "me.key",
-    )
-    summary = await asyncio_client.run_load(spec)
-    assert (summary.requests, summary.failures) == (1, {}), summary.failure_messages
-
-
-@contextlib.contextmanager
-def _mutual(server: Secured, model: Path, directory: Path, clients: Authority) -> Iterator[str]:
-    """The target of a server that asks clients for certificates: of Ray, a second edge is one."""
-    (directory / "ca.crt").write_bytes(clients.pem)
-    if server.runtime == "standalone":
-        ca = ["--client-ca", str(directory / "ca.crt")]
-        with _serving(server.runtime, model, directory, *ca) as mutual:
-            (directory / "server-ca.crt").write_bytes(mutual.authority.pem)
-            yield mutual.target
-        return
-    crt, key = directory / "tls.crt", directory / "tls.key"
-    server.authority.issue("server").write(crt, key)
-    (directory / "server-ca.crt").write_bytes(server.authority.pem)
-    outside = Addresses("127.0.0.1", *free_ports(2))
-    behind = Addresses("127.0.0.1", *_behind_the_edge(server.process))
-    files = CertificateFiles(crt, key, directory / "ca.crt")
-    with Edge(outside, behind, files, directory):
-        yield outside.target
-
-
-def _behind_the_edge(process: Process) -> list[int]:
-    """Where Ray Serve's own HAProxy listens, by what the edge of a server was told."""
-    arguments = [argument for one in process.family() for argument in one.cmdline()]
-    (settings,) = {argument for argument in arguments if argument.endswith("/edge.cfg")}
-    found = re.findall(r"server serve 127\.0\.0\.1:(\d+)", Path(settings).read_text())
-    return [int(port) for port in found]
-
-
-async def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
+def test_mutual_tls(server: Secured, model_path: Path, tmp_path: Path) -> None:
     """Who has no certificate of the authority of clients is refused, whatever the token."""
-    clients = Authority("clients")
-    expired = clients.issue("me", expires=timedelta(days=-1))
-    with _mutual(server, model_path, tmp_path, clients) as target:
-        trusted = (tmp_path / "server-ca.crt").read_bytes()
+    with contextlib.ExitStack() as stack:
+        if server.runtime == "standalone":
+            mutual = _serving(server.runtime, model_path, tmp_path, mutual=True)
+            server = stack.enter_context(mutual)
 
         def client(pair: Pair | None, token: str | None) -> Client:
             key, certificate = (pair.key, pair.certificate) if pair is not None else (None, None)
-            tls = grpc.ssl_channel_credentials(trusted, key, certificate)
-            return Client(target, token=token, tls=tls)
+            tls = grpc.ssl_channel_credentials(server.authority.pem, key, certificate)
+            return Client(server.target, token=token, tls=tls)
 
-        with client(clients.issue("me"), "t-generate") as known:
+        with client(server.clients.issue("me"), "t-generate") as known:
             assert len(known.complete([1], max_tokens=3, ignore_eos=True).token_ids) == 3
-        await _check_load(target, tmp_path, clients.issue("me"))
+        expired = server.clients.issue("me", expires=timedelta(days=-1))
         for pair in (None, Authority("another").issue("me"), expired):
             assert _refused(client(pair, "t-admin")).code is grpc.StatusCode.UNAVAILABLE
-        error = _refused(client(clients.issue("me"), None))
+        error = _refused(client(server.clients.issue("me"), None))
         assert error.code is grpc.StatusCode.UNAUTHENTICATED, "a certificate is no token"
 
         others = Authority("others")
-        (tmp_path / "ca.crt").write_bytes(others.pem)
-        deadline = time.monotonic() + 30
-        while not _is_answered(client(others.issue("me"), "t-admin")):
-            assert time.monotonic() < deadline, "the new authority of clients is not known"
-        assert _refused(client(clients.issue("me"), "t-admin")).code is grpc.StatusCode.UNAVAILABLE
+        for new, old in ((others, server.clients), (server.clients, others)):
+            (server.directory / "client-ca.crt").write_bytes(new.pem)
+            deadline = time.monotonic() + 30
+            while not _is_answered(client(new.issue("me"), "t-admin")):
+                assert time.monotonic() < deadline, "the new authority of clients is not known"
+            assert _refused(client(old.issue("me"), "t-admin")).code is grpc.StatusCode.UNAVAILABLE

@@ -173,7 +173,7 @@ def test_settings_that_are_wrong_exit_with_2(model_path: Path, tmp_path: Path) -
         (["--metrics-port", "9000"], "port is 9000, which is one of the ports from metrics_port"),
         (["--metrics-port", "0", "--metrics-targets", "x"], "metrics_targets is set"),
         (["--replicas", "0"], "replicas is 0"),
-        (["--runtime", "standalone", "--replicas", "2"], "replicas is more than 1"),
+        (["--runtime", "standalone", "--replicas", "2"], "replicas is 2; allowed: 1"),
         (["--host", "0.0.0.0"], "where others reach it, without tokens and tls_cert"),
         (["--tls-cert", "x"], "tls_cert and tls_key belong together"),
         (["--runtime", "docker"], "docker"),

@@ -46,6 +46,7 @@ def test_flags_win_over_environment_over_file_over_defaults(
         ("model: {}", "allowed: a directory, or one for each application"),
         ("model: {'a b': x}", "should match pattern"),
         ("runtime: standalone\nmodel: {a: x, b: y}", "model names 2 applications; allowed: 1"),
+        ("runtime: standalone\nreplicas: 2", "replicas is 2; allowed: 1 with the standalone"),
         ("runtime: standalone\nray_address: a:1", "ray_address is set; allowed: only with the Ray"),
         (
             "ray_address: a:1\nmetrics_targets: x",

@@ -8,13 +8,16 @@ from typing import Any
 import grpc
 import pytest
 import structlog
+import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from protos.headroom.v1 import attention_pb2, models_pb2
 from protos.headroom.v1 import generation_pb2 as pb
-from protos.headroom.v1 import models_pb2
+from service.auth.tokens import digest_of
 from service.engine.errors import InvalidRequestError, Violation
 from service.errors import to_status
 from service.logs import LogFormat, configure_logs
+from tests.service.auth.test_gate import bearer
 from tests.serving import running_server
 
 SECRET = "correct horse battery staple"
@@ -56,6 +59,39 @@ async def test_every_rpc_is_a_line(model_path: Path, capsys: pytest.CaptureFixtu
     assert not any(word in str(written) for word in SECRET.split())
 
 
+async def test_a_line_has_the_owner_of_the_token_and_not_the_token(
+    model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [
+        {"name": "alice", "sha256": digest_of("hr_first"), "scopes": ["generate"]},
+        {"name": "bob", "sha256": digest_of("hr_second"), "scopes": ["admin"], "expires": _PAST},
+    ]
+    file = tmp_path / "tokens.yaml"
+    file.write_text(yaml.safe_dump(entries))
+    configure_logs("json", "info")
+    sampling = pb.SamplingParams(max_tokens=1)
+    request = pb.CompleteRequest(text=SECRET, sampling=sampling)
+    async with running_server(model_path, tokens=file) as server:
+        await server.generation.Complete(request, metadata=bearer("hr_first"))
+        for method, message, token in (
+            (server.attention.Attend, attention_pb2.AttendRequest(), "hr_first"),
+            (server.generation.Complete, request, "hr_second"),
+            (server.generation.Complete, request, "hr_third"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await method(message, metadata=bearer(token))
+    written = lines(capsys)
+    keys = ("code", "token", "reason")
+    assert [{key: line[key] for key in keys if key in line} for line in written] == [
+        {"code": "OK", "token": "alice"},
+        {"code": "PERMISSION_DENIED", "token": "alice", "reason": "scope_missing"},
+        {"code": "UNAUTHENTICATED", "token": "bob", "reason": "token_expired"},
+        {"code": "UNAUTHENTICATED", "reason": "token_unknown"},
+    ]
+    assert not any(word in str(written) for word in ("hr_", *SECRET.split()))
+
+
+_PAST = "2020-01-01T00:00:00Z"
 FACTS = {
     *("method", "code", "request_id", "finish_reason"),
     *("prompt_tokens", "completion_tokens"),

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from service.cli import app
 from service.config import ServiceConfig
 from service.doctor import Finding, Level, examine
+from service.engine import EngineConfig
 from service.runtimes.ray_environment import free_ports
 
 Usage = namedtuple("Usage", "total used free")
@@ -104,6 +105,28 @@ def test_too_little_memory_is_counted_for_all_replicas(monkeypatch: pytest.Monke
     assert findings(runtime="standalone")["memory"].level == "ok"
 
 
+def test_a_device_that_is_not_there_is_named_and_memory_is_not_asked_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    found = findings(engine=EngineConfig(device="cuda"))
+    assert (found["device"].level, found["device"].fact) == (
+        "error",
+        "device is 'cuda'; this machine has 0 CUDA devices",
+    )
+    assert "memory" not in found
+
+
+def test_a_device_that_ray_cannot_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**33, 2**33))
+    found = findings(engine=EngineConfig(device="cuda:1"))["device"]
+    assert found.level == "error"
+    assert found.fact.startswith("engine.device is 'cuda:1'; allowed with Ray: auto, cpu, cuda")
+    single = findings(runtime="standalone", engine=EngineConfig(device="cuda:1"))
+    assert single["device"] == Finding("device", "ok", "cuda:1")
+
+
 def test_full_disks_and_few_files_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(2**30, 2**30 - 2**20, 2**20))
     monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 4096))
@@ -139,3 +162,8 @@ def test_the_command_prints_a_line_for_each_and_fails_with_one(
     assert levels["port"] == "ok"
     unknown = CliRunner().invoke(app, ["doctor", "--config", str(tmp_path / "none.yaml")])
     assert unknown.exit_code == 2
+    monkeypatch.setenv("HEADROOM_RUNTIME", "standalone")
+    monkeypatch.setenv("HEADROOM_REPLICAS", "2")
+    refused = CliRunner().invoke(app, ["doctor"])
+    assert refused.exit_code == 2
+    assert "replicas is 2; allowed: 1 with the standalone runtime" in refused.output

@@ -9,6 +9,7 @@ import pytest
 
 from service.config import ServiceConfig
 from service.runtimes.ray_environment import node_environment
+from tests.service.runtimes.test_ray_address import ray_like
 
 CONFIG = ServiceConfig(ray_address="10.0.0.1:6379", replicas=3)
 NODE_ENV = Path(__file__).parents[3] / "deploy" / "ray" / "node.env"
@@ -72,3 +73,27 @@ def test_an_address_without_a_cluster_is_refused_at_once(ray_cluster: ModuleType
     for address in (f"127.0.0.1:{port}", "127.0.0.1:70000"):
         with pytest.raises(ray_cluster.ClusterError, match=f"{address}, where nobody answers"):
             ray_cluster.connect(ServiceConfig(ray_address=address), on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("tls", "variables", "expected"),
+    [
+        (True, {}, "which speaks TLS; allowed: RAY_USE_TLS=1, as on its nodes"),
+        (False, {"RAY_USE_TLS": "1"}, "which speaks in the clear; allowed: no RAY_USE_TLS, as on"),
+    ],
+)
+def test_a_cluster_that_would_never_answer_is_refused_at_once(
+    ray_cluster: ModuleType,
+    tls: bool,
+    variables: dict[str, str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.init", pytest.fail)
+    monkeypatch.delenv("RAY_USE_TLS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with ray_like(tls=tls) as address:
+        config = ServiceConfig(ray_address=address)
+        with pytest.raises(ray_cluster.ClusterError, match=f"{address}, {expected}"):
+            ray_cluster.connect(config, on_gpu=False)
