@@ -1,5 +1,6 @@
 """Log lines: one for each RPC, readable by machines, and without a word of prompts or answers."""
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -109,3 +110,14 @@ def test_a_callers_mistake_is_no_error_of_the_log(capsys: pytest.CaptureFixture[
     configure_logs("json", "debug")
     to_status(InvalidRequestError([Violation("text", "too long", "at most 5")]))
     assert lines(capsys) == []
+
+
+def test_a_stream_of_its_own_gets_the_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a replica of Ray Serve has it, whose `sys.stderr` is Serve's logger."""
+    stream = io.StringIO()
+    configure_logs("json", "info", stream)
+    structlog.get_logger().info("rpc")
+    configure_logs("json", "info")
+    structlog.get_logger().info("another")
+    assert json.loads(stream.getvalue())["event"] == "rpc"
+    assert [line["event"] for line in lines(capsys)] == ["another"]
