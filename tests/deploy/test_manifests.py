@@ -23,13 +23,7 @@ from tests.deploy.manifests import (
     pod_templates,
     render,
 )
-
-APP = "app.kubernetes.io/name"
-COMPONENT = "app.kubernetes.io/component"
-REPLICA = {APP: "headroom", COMPONENT: "replica"}
-HEAD = {APP: "headroom", COMPONENT: "head"}
-ON_RAY = ("cpu", "gpu")
-ALONE = ("dev", "plain")
+from tests.deploy.overlays import ALONE, APP, COMPONENT, HEAD, ON_RAY, REPLICA
 
 
 def test_the_overlays_are_those_that_are_documented() -> None:

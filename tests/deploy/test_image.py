@@ -1,0 +1,122 @@
+"""What goes into the image, how it is started, and what is said of it."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from loadtests.options import add_options
+from service.config import ServiceConfig
+from tests.deploy.manifests import DEPLOY, OVERLAYS, pod_templates, render
+from tests.deploy.overlays import replica
+from tests.loadtests.test_load import Parser
+
+ROOT = DEPLOY.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+
+
+def test_compose_mounts_what_exists_and_asks_the_ports_of_the_settings() -> None:
+    directory = DEPLOY / "docker"
+    services = yaml.safe_load((directory / "compose.yaml").read_text())["services"]
+    given = yaml.safe_load((directory / "settings.yaml").read_text())
+    config = ServiceConfig(**given)
+    for service in services.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            named = source in ("prometheus", "grafana") or source.startswith("./secrets")
+            assert named or (directory / source).exists()
+        if "build" in service:
+            target = service["build"]["target"]
+            assert f"FROM runtime AS {target}\n" in DOCKERFILE
+            assert service["image"] == f"headroom:{target}"
+    headroom = services["headroom"]
+    assert headroom["ports"] == [f"{config.port}:{config.port}"]
+    assert f":{config.metrics_port}/-/ready" in headroom["healthcheck"]["test"][-1]
+    scrapes = yaml.safe_load((directory / "prometheus.yml").read_text())
+    (group,) = scrapes["scrape_configs"][0]["static_configs"]
+    assert group == {
+        "targets": [f"headroom:{config.metrics_port}"],
+        "labels": {"application": config.application},
+    }
+    assert services["grafana"]["environment"]["PROMETHEUS_URL"] == "http://prometheus:9090"
+
+
+def test_compose_gives_locust_what_its_server_asks_for() -> None:
+    """By the certificate that docs/deploy.md makes, and with the options that locust has."""
+    services = yaml.safe_load((DEPLOY / "docker" / "compose.yaml").read_text())["services"]
+    locust, (_, _, file, *options) = services["locust"], services["locust"]["command"]
+    local = Path(file).relative_to("/opt/headroom/lib/python3.11/site-packages")
+    assert (ROOT / local).is_file()
+    parser = Parser()
+    add_options(parser)
+    parser.add_argument("--host")
+    given = parser.parse_args(options)
+    mounts = [volume.split(":") for volume in locust["volumes"]]
+    assert {inside: outside for outside, inside, _ in mounts} == {
+        given.tls_ca: "./secrets/tls.crt",
+        given.token_file: "./secrets/locust.token",
+    }
+    host, _, port = given.host.partition(":")
+    config = ServiceConfig(**yaml.safe_load((DEPLOY / "docker" / "settings.yaml").read_text()))
+    assert (services[host]["image"], int(port)) == ("headroom:cpu", config.port)
+    assert config.tls_cert is not None
+    assert config.client_ca is None
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    assert f"subjectAltName=DNS:localhost,DNS:{host} " in page
+    assert "tokens.yaml 2> deploy/docker/secrets/locust.token" in page
+
+
+def test_the_image_is_built_from_every_package_and_its_data() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    kept = [ROOT / line[1:] for line in lines if line.startswith("!")]
+    packages = [name.rstrip("*") for name in setuptools["packages"]["find"]["include"]]
+    needed = [ROOT / name / "__init__.py" for name in packages]
+    for name, patterns in setuptools["package-data"].items():
+        for pattern in patterns:
+            found = list((ROOT / name).glob(pattern))
+            assert found, f"{name}/{pattern}"
+            needed += found
+    for path in needed:
+        assert any(path.is_relative_to(folder) for folder in kept), path
+
+
+def test_the_image_has_what_the_tests_ran_with() -> None:
+    """But for Triton, which the CUDA build of torch chooses, and torch's own build."""
+    pins = dict(
+        line.split("==")
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if "==" in line
+    )
+    pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[^a-z0-9-]", one, maxsplit=1)[0] for one in project["dependencies"]}
+    for target in ("cpu", "loadtests", "cuda"):
+        lines = (DEPLOY / "docker" / f"{target}.lock").read_text().splitlines()[1:]
+        held = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
+        assert needed <= held, f"{target}: make image-locks"
+        for line in lines:
+            requirement, _, digest = line.partition(" --hash=sha256:")
+            assert re.fullmatch(r"[0-9a-f]{64}", digest), line
+            name, _, version = requirement.partition("==")
+            pinned = pins.get(re.sub(r"[-_.]+", "-", name).lower())
+            if name == "torch":
+                assert version == f"{pinned}+cpu" * (target != "cuda") or version == pinned
+            elif pinned is not None and name != "triton":
+                assert version == pinned, line
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_images_are_targets_of_the_dockerfile(overlay: str) -> None:
+    targets = re.findall(r"^FROM runtime AS (\w+)$", DOCKERFILE, re.MULTILINE)
+    wanted = "cuda" if overlay == "gpu" else "cpu"
+    assert wanted in targets
+    for _, template in pod_templates(render(overlay)):
+        for container in template["spec"]["containers"] + template["spec"].get(
+            "initContainers", []
+        ):
+            assert container["image"] in (f"headroom:{wanted}", "headroom-weights:latest")
+    gpus = replica(overlay)["resources"]["limits"].get("nvidia.com/gpu", "0")
+    assert int(gpus) == (wanted == "cuda")
