@@ -119,3 +119,18 @@ def test_a_ray_service_keeps_the_rules_of_kuberay(overlay: str) -> None:
     assert find(render(overlay), "PodDisruptionBudget", "headroom-head")["spec"]["selector"] == {
         "matchLabels": HEAD
     }
+
+
+@pytest.mark.parametrize("overlay", ON_RAY)
+def test_disruption_budgets_can_be_computed_and_let_a_replica_go(overlay: str) -> None:
+    """Kubernetes computes `maxUnavailable` by the scale of who owns the pods; a RayCluster has
+    none, and nothing would ever be evicted."""
+    objects = render(overlay)
+    budgets = [each["spec"] for each in objects if each["kind"] == "PodDisruptionBudget"]
+    assert len(budgets) == 2
+    for budget in budgets:
+        assert set(budget) == {"minAvailable", "selector"}
+        assert isinstance(budget["minAvailable"], int)
+    (group,) = find(objects, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    kept = find(objects, "PodDisruptionBudget")["spec"]["minAvailable"]
+    assert 0 < kept < group["minReplicas"]
