@@ -15,6 +15,8 @@ from tests.loadtests.test_load import Parser
 
 ROOT = DEPLOY.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+PACKAGE_DATA: dict[str, list[str]] = SETUPTOOLS["package-data"]
 
 
 def test_compose_mounts_what_exists_and_asks_the_ports_of_the_settings() -> None:
@@ -68,19 +70,68 @@ def test_compose_gives_locust_what_its_server_asks_for() -> None:
     assert "tokens.yaml 2> deploy/docker/secrets/locust.token" in page
 
 
+def _matches(pattern: str, path: str) -> bool:
+    regex = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+    return re.fullmatch(regex, path) is not None
+
+
+def _is_sent(path: str) -> bool:
+    """Whether a builder gets a file of the repository, by .dockerignore: the last line that names
+    it, or a folder that it is in, decides."""
+    parts = path.split("/")
+    names = ["/".join(parts[: end + 1]) for end in range(len(parts))]
+    sent = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        if not line.startswith("#") and any(_matches(line.lstrip("!"), name) for name in names):
+            sent = line.startswith("!")
+    return sent
+
+
+def _is_packaged(path: str) -> bool:
+    """Whether setuptools takes a file of data along."""
+    package, _, file = path.partition("/")
+    return any(_matches(pattern, file) for pattern in PACKAGE_DATA.get(package, []))
+
+
 def test_the_image_is_built_from_every_package_and_its_data() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    lines = (ROOT / ".dockerignore").read_text().splitlines()
-    kept = [ROOT / line[1:] for line in lines if line.startswith("!")]
-    packages = [name.rstrip("*") for name in setuptools["packages"]["find"]["include"]]
-    needed = [ROOT / name / "__init__.py" for name in packages]
-    for name, patterns in setuptools["package-data"].items():
+    packages = [name.rstrip("*") for name in SETUPTOOLS["packages"]["find"]["include"]]
+    needed = [f"{name}/__init__.py" for name in packages]
+    for name, patterns in PACKAGE_DATA.items():
         for pattern in patterns:
-            found = list((ROOT / name).glob(pattern))
+            found = [str(file.relative_to(ROOT)) for file in (ROOT / name).glob(pattern)]
             assert found, f"{name}/{pattern}"
             needed += found
-    for path in needed:
-        assert any(path.is_relative_to(folder) for folder in kept), path
+    for path in [*needed, "pyproject.toml", "setup.py", "models/cpu/fused.cpp"]:
+        assert _is_sent(path), path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "deploy/docker/secrets/tls.key",
+        "deploy/docker/secrets/tokens.yaml",
+        "models/demo/mha.training/state.safetensors",
+        "models/demo/gqa.merged/model.safetensors",
+        "models/cpu/_operations_avx2.so",
+        "service/__pycache__/cli.cpython-311.pyc",
+        "loadtests/results/windows.json",
+        ".git/config",
+        "ray.token",
+    ],
+)
+def test_secrets_and_leftovers_go_into_no_image_and_no_package(path: str) -> None:
+    assert not _is_sent(path)
+    assert not _is_packaged(path)
+
+
+def test_all_data_beside_modules_is_packaged() -> None:
+    """And so found by a module that was installed, where there is no repository."""
+    assert _is_packaged("deploy/haproxy/edge.cfg")
+    for package in ("models", "service", "protos", "loadtests"):
+        for file in (ROOT / package).rglob("*.*"):
+            path = str(file.relative_to(ROOT))
+            if _is_sent(path) and file.is_file() and file.suffix not in (".py", ".cpp", ".h"):
+                assert _is_packaged(path), path
 
 
 def test_the_image_has_what_the_tests_ran_with() -> None:
