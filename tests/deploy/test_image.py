@@ -70,6 +70,12 @@ def test_compose_gives_locust_what_its_server_asks_for() -> None:
     assert "tokens.yaml 2> deploy/docker/secrets/locust.token" in page
 
 
+def test_the_image_for_gpus_has_what_triton_compiles_its_driver_with() -> None:
+    (_, stage) = DOCKERFILE.split("\nFROM runtime AS cuda\n")
+    (packages,) = re.findall(r"--no-install-recommends (.+) \\", stage)
+    assert packages.split() == ["gcc", "libc6-dev", "python3-dev"]
+
+
 def _matches(pattern: str, path: str) -> bool:
     regex = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
     return re.fullmatch(regex, path) is not None

@@ -1,6 +1,7 @@
 """Every overlay renders, is valid to the last field, and is closed where it should be."""
 
 import copy
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -98,10 +99,11 @@ def test_every_pod_is_confined(overlay: str) -> None:
 
 
 def _image_user() -> int:
-    (line,) = (
-        line for line in (DEPLOY.parent / "Dockerfile").read_text().splitlines() if "USER " in line
-    )
-    return int(line.split()[1].split(":")[0])
+    """Of every image; root only installs Debian's packages."""
+    users = re.findall(r"^(FROM|USER) (.+)$", (DEPLOY.parent / "Dockerfile").read_text(), re.M)
+    assert all(users[at + 1][0] == "USER" for at, each in enumerate(users) if each[1] == "0:0")
+    (user,) = {name for kind, name in users if kind == "USER"} - {"0:0"}
+    return int(user.split(":")[0])
 
 
 def _matches(selector: Manifest, labels: Manifest) -> bool:
