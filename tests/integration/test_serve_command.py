@@ -1,6 +1,7 @@
 """`headroom serve` as a person runs it: what it prints, how it fails, and what it leaves."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -95,7 +96,8 @@ def _rpc_lines(server: Process, facts: dict[str, str]) -> list[str]:
     if "logs" in facts:
         files = Path(facts["logs"].split()[1]).glob("worker-*.err")
         lines = [line for file in files for line in file.read_text().splitlines()]
-    return [line for line in lines if "method=headroom.v1.GenerationService/Generate" in line]
+    wanted = r"20\S+Z \[info +\] rpc .*method=headroom\.v1\.GenerationService/Generate .*"
+    return [line for line in lines if re.fullmatch(wanted, line)]
 
 
 @pytest.mark.parametrize("flag", ["--port", "--http-port", "--metrics-port"])
