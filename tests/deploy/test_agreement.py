@@ -49,6 +49,11 @@ def test_ports_of_pods_are_those_of_the_settings(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
+def test_collectors_of_logs_can_read_every_line_of_ours(overlay: str) -> None:
+    assert settings(overlay).log_format == "json"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
 def test_who_selects_replicas_selects_them_all_and_nothing_else(overlay: str) -> None:
     objects = render(overlay)
     selectors = [find(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"]]

@@ -103,6 +103,7 @@ def test_a_ray_service_keeps_the_rules_of_kuberay(overlay: str) -> None:
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(DEREGISTER_SECONDS),
             "RAY_AUTH_MODE": "token",
             "RAY_USE_TLS": "1",
+            "RAY_LOG_TO_STDERR": "1",  # else to files that end with the pod
         }.items()
     )
     autoscaler = {each["name"]: each["value"] for each in cluster["autoscalerOptions"]["env"]}
