@@ -11,7 +11,15 @@ import pytest
 from service.runtimes import autoscaling
 from service.runtimes.ray_environment import DEREGISTER_SECONDS
 from tests.deploy.manifests import DEPLOY, find, pod_templates, render, unknown_keys
-from tests.deploy.overlays import HEAD, ON_RAY, ports, serve_config, settings
+from tests.deploy.overlays import (
+    HEAD,
+    ON_RAY,
+    ports,
+    replica,
+    replica_template,
+    serve_config,
+    settings,
+)
 
 ROOT = DEPLOY.parent
 
@@ -120,6 +128,16 @@ def test_a_ray_service_keeps_the_rules_of_kuberay(overlay: str) -> None:
     assert find(render(overlay), "PodDisruptionBudget", "headroom-head")["spec"]["selector"] == {
         "matchLabels": HEAD
     }
+
+
+@pytest.mark.parametrize("overlay", ON_RAY)
+def test_a_replica_may_drain_before_its_pod_ends(overlay: str) -> None:
+    """`ray start` waits between SIGTERM and the end of its processes."""
+    pod = replica_template(overlay)["spec"]
+    environment = {each["name"]: each["value"] for each in replica(overlay)["env"]}
+    seconds = float(environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+    assert seconds > settings(overlay).drain_seconds + DEREGISTER_SECONDS
+    assert pod["terminationGracePeriodSeconds"] > seconds + 10
 
 
 @pytest.mark.parametrize("overlay", ON_RAY)
