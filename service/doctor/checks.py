@@ -25,7 +25,7 @@ _PYTHONS = ((3, 11), (3, 12))
 _RAY_VERSIONS = ((2, 60), (2, 61))  # from, and before
 _LEAST_OPEN_FILES = 4096
 # Ray's object store and its sockets and logs.
-_LEAST_SHARED_MEMORY = 128 * 2**20
+LEAST_SHARED_MEMORY = 128 * 2**20
 _LEAST_TEMPORARY = 512 * 2**20
 # Ray's own processes beside the replicas.
 _RAY_MEMORY = 1536 * 2**20
@@ -140,7 +140,7 @@ def _ray(environment: Mapping[str, str]) -> Iterator[Finding]:
         if environment.get(name, "1") != "1":
             advice = "unset it: `headroom serve` sets both, one without the other is slower"
             yield Finding(name, "warning", environment[name], advice)
-    yield _space("shared memory", Path("/dev/shm"), _LEAST_SHARED_MEMORY)  # noqa: S108
+    yield _space("shared memory", Path("/dev/shm"), LEAST_SHARED_MEMORY)  # noqa: S108
     yield _space("temporary files", Path(tempfile.gettempdir()), _LEAST_TEMPORARY)
 
 

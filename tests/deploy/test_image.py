@@ -1,5 +1,6 @@
 """What goes into the image, how it is started, and what is said of it."""
 
+import argparse
 import re
 import tomllib
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import yaml
 
 from loadtests.options import add_options
+from models.checkpoints.bundled import BUNDLED_MODELS
 from service.config import ServiceConfig
+from service.doctor.checks import LEAST_SHARED_MEMORY
 from tests.deploy.manifests import DEPLOY, OVERLAYS, pod_templates, render
 from tests.deploy.overlays import replica
 from tests.loadtests.test_load import Parser
@@ -66,8 +69,51 @@ def test_compose_gives_locust_what_its_server_asks_for() -> None:
     assert config.tls_cert is not None
     assert config.client_ca is None
     page = (ROOT / "docs" / "deploy.md").read_text()
-    assert f"subjectAltName=DNS:localhost,DNS:{host} " in page
+    assert f"subjectAltName=DNS:localhost,DNS:{host},IP:127.0.0.1 " in page
     assert "tokens.yaml 2> deploy/docker/secrets/locust.token" in page
+
+
+def _docker_runs() -> list[tuple[argparse.Namespace, list[str]]]:
+    """Options of every `docker run` of docs/deploy.md, and what comes after the image."""
+    parser = argparse.ArgumentParser()
+    for flag in ("--rm", "--read-only"):
+        parser.add_argument(flag, action="store_true", required=True)
+    for flag in ("--publish", "--tmpfs", "--shm-size"):
+        parser.add_argument(flag, required=True)
+    for flag in ("--volume", "--env"):
+        parser.add_argument(flag, action="append", default=[])
+    parser.add_argument("image")
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    commands = re.findall(r"^docker run (.+(?:(?<=\\)\n.+)*)", page, re.MULTILINE)
+    return [
+        (parser.parse_args(options.split()), serve.split())
+        for options, _, serve in (
+            command.replace("\\\n", "").replace('"', "").partition(" serve ")
+            for command in commands
+        )
+    ]
+
+
+def test_commands_that_start_the_image_give_it_what_it_needs() -> None:
+    (first, flags), (second, (_, settings)) = _docker_runs()
+    for given in (first, second):
+        assert int(given.shm_size.removesuffix("m")) * 2**20 >= LEAST_SHARED_MEMORY
+        assert f"FROM runtime AS {given.image.partition(':')[2]}\n" in DOCKERFILE
+    assert flags == ["--host", "0.0.0.0", "--allow-insecure"]
+    port = ServiceConfig(host="0.0.0.0", allow_insecure=True).port
+    assert first.publish == f"127.0.0.1:{port}:{port}"
+
+    mounts = dict(reversed(volume.removesuffix(":ro").split(":")) for volume in second.volume)
+    source = mounts[settings].replace("$PWD", str(ROOT))
+    config = ServiceConfig(**yaml.safe_load(Path(source).read_text()))
+    assert (config.host, second.publish) == ("0.0.0.0", f"{config.port}:{config.port}")
+    # The health check of the image asks there, and is told by variables what to show and to trust.
+    assert config.port == port
+    told = dict(each.split("=") for each in second.env)
+    assert set(told) == {"HEADROOM_TOKEN_FILE", "HEADROOM_TLS_CA"}
+    for file in (config.tokens, config.tls_cert, config.tls_key, *map(Path, told.values())):
+        assert file is not None
+        assert str(file.parent) in mounts
 
 
 def test_the_image_for_gpus_has_what_triton_compiles_its_driver_with() -> None:
@@ -138,6 +184,12 @@ def test_all_data_beside_modules_is_packaged() -> None:
             path = str(file.relative_to(ROOT))
             if _is_sent(path) and file.is_file() and file.suffix not in (".py", ".cpp", ".h"):
                 assert _is_packaged(path), path
+
+
+def test_the_test_of_the_image_asks_for_every_bundled_model() -> None:
+    script = (DEPLOY / "docker" / "test.sh").read_text()
+    (models,) = re.findall(r"^for model in (.+); do$", script, re.MULTILINE)
+    assert set(models.split()) == set(BUNDLED_MODELS)
 
 
 def test_the_image_has_what_the_tests_ran_with() -> None:

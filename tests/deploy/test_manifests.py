@@ -184,3 +184,11 @@ def test_every_pod_of_a_ray_cluster_makes_a_certificate_of_its_own(
     files = {each["value"] for each in main["env"] if each["name"].startswith("RAY_TLS_")}
     assert {Path(file).parent for file in files} == {Path(TLS)}
     assert {Path(file).name for file in files} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_the_documented_authority_of_a_ray_cluster_outlives_what_it_signs(tmp_path: Path) -> None:
+    """Pods sign certificates for a year when they start, whenever that is."""
+    page = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    (command,) = re.findall(r"`(openssl req\s+-x509[^`]+ -out ray-ca\.crt)`", page)
+    subprocess.run(command.split(), cwd=tmp_path, capture_output=True, check=True)
+    openssl("x509", "-in", tmp_path / "ray-ca.crt", "-checkend", str(9 * 365 * 24 * 3600))

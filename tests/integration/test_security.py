@@ -24,12 +24,14 @@ import psutil
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from loadtests import agreement, asyncio_client, run, saturation
 from loadtests.load import LoadSpec, LoadSummary
 from loadtests.workload import Workload
 from service.auth.tokens import digest_of
 from service.certificates import CertificateFiles
+from service.cli import app
 from service.client import AsyncClient, Client, HeadroomError
 from service.runtimes.edge import Addresses, Edge
 from service.runtimes.ray_environment import free_ports
@@ -131,6 +133,15 @@ def _trusted(server: Secured, token: str) -> tuple[Path, Path]:
     ca.write_bytes(server.authority.pem)
     file.write_text(f"{token}\n")
     return ca, file
+
+
+def test_the_health_check_of_the_image_learns_from_its_environment(server: Secured) -> None:
+    """Its command is `headroom health`, and has no flags for tokens and certificates."""
+    ca, file = _trusted(server, "t-generate")
+    told = {"HEADROOM_TLS_CA": str(ca), "HEADROOM_TOKEN_FILE": str(file)}
+    for environment, code in ((told, 0), (told | {"HEADROOM_TLS_CA": None}, 1)):
+        answer = CliRunner().invoke(app, ["health", "--target", server.target], env=environment)
+        assert answer.exit_code == code, answer.output
 
 
 def _refused(client: Client) -> HeadroomError:
