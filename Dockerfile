@@ -72,6 +72,12 @@ COPY . /build
 RUN /build/deploy/docker/install.sh
 
 FROM runtime AS cuda
+# Triton compiles its driver when the first kernel starts.
+USER 0:0
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=build-cuda /opt/headroom /opt/headroom
 
 FROM cpu

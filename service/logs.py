@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from typing import Literal, TypeAlias
+from typing import Literal, TextIO, TypeAlias
 
 import structlog
 
@@ -23,15 +23,20 @@ class _Forward(logging.Handler):
         log.log(record.levelno, record.getMessage(), exc_info=record.exc_info)
 
 
-def configure_logs(form: LogFormat, level: LogLevel) -> None:
-    """For this process, once, before it logs anything."""
+def configure_logs(form: LogFormat, level: LogLevel, stream: TextIO | None = None) -> None:
+    """For this process, once, before it logs anything.
+
+    Args:
+        stream: where lines go, if not to what `sys.stderr` is when each is written.
+    """
     renderer: structlog.typing.Processor
     if form == "json":
         renderer = structlog.processors.JSONRenderer()
         exceptions: list[structlog.typing.Processor] = [_WITHOUT_LOCALS]
     else:
         renderer = structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+            colors=(stream or sys.stderr).isatty(),
+            exception_formatter=structlog.dev.plain_traceback,
         )
         exceptions = []
     structlog.configure(
@@ -42,7 +47,7 @@ def configure_logs(form: LogFormat, level: LogLevel) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        logger_factory=lambda *_: structlog.WriteLogger(stream or sys.stderr),
         cache_logger_on_first_use=False,
     )
     engine = logging.getLogger("service.engine")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # deploy/docker/test.sh: runs the image as it is run in production (not root, nothing writable but
-# /tmp, no capabilities), asks for health and a text over both runtimes, with tokens and TLS, and
-# reports its size.
+# /tmp, no capabilities), asks for health and a text over both runtimes, with tokens and TLS, looks
+# for every bundled model, and reports its size.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source deploy/docker/engine.sh
@@ -75,6 +75,10 @@ podman image inspect "$image" | jq --exit-status '.[0].Healthcheck.Test == ["CMD
     || fail "HEALTHCHECK"
 try standalone
 try ray
+for model in demo demo-gqa demo-mqa; do
+    podman run --rm "${confined[@]}" --network none "$image" plan --model "$model" --kv-memory 192MiB --json \
+        | jq --exit-status '.plan.concurrent | tonumber > 0' > /dev/null || fail "no $model"
+done
 podman run --rm "${confined[@]}" --network none --entrypoint cat "$image" \
     /opt/headroom/share/headroom/sbom.cdx.json \
     | jq --exit-status '[.components[].name] | contains(["torch", "ray", "headroom"])' > /dev/null || fail "no inventory"

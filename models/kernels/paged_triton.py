@@ -4,7 +4,10 @@ prompts by torch's own, which reads each key once for many queries."""
 import functools
 import importlib.util
 import os
+import shutil
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,12 +44,23 @@ def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device)
         return "the heads are not causal"
     if heads.alibi is not None and heads.alibi.bfloat16:
         return "the position bias is rounded to bfloat16"
-    return None if _is_installed() else "triton is not installed"
+    if not _is_installed():
+        return "triton is not installed"
+    return _why_not_compiled() if device.type == "cuda" else None
 
 
 @functools.cache
 def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def _why_not_compiled() -> str | None:
+    """What Triton misses, which compiles its driver when the first kernel starts."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler; there is no {' or '.join(compilers)}"
+    header = Path(sysconfig.get_config_var("INCLUDEPY")) / "Python.h"
+    return None if header.is_file() else f"Triton needs {header} (python3-dev)"
 
 
 def span_of(num_kv_heads: int) -> int:

@@ -28,7 +28,7 @@ _PYTHONS = ((3, 11), (3, 12))
 _RAY_VERSIONS = ((2, 60), (2, 61))  # from, and before
 _LEAST_OPEN_FILES = 4096
 # Ray's object store and its sockets and logs.
-_LEAST_SHARED_MEMORY = 128 * 2**20
+LEAST_SHARED_MEMORY = 128 * 2**20
 _LEAST_TEMPORARY = 512 * 2**20
 # Ray's own processes beside the replicas.
 _RAY_MEMORY = 1536 * 2**20
@@ -165,7 +165,7 @@ def _ray(config: ServiceConfig, environment: Mapping[str, str]) -> Iterator[Find
         yield Finding("RAY_AUTH_MODE", level, environment["RAY_AUTH_MODE"], advice)
     if config.ray_address is not None:
         yield from examine_cluster(config.ray_address, environment)
-    yield _space("shared memory", Path("/dev/shm"), _LEAST_SHARED_MEMORY)  # noqa: S108
+    yield _space("shared memory", Path("/dev/shm"), LEAST_SHARED_MEMORY)  # noqa: S108
     yield _space("temporary files", Path(tempfile.gettempdir()), _LEAST_TEMPORARY)
 
 

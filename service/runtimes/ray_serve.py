@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,7 +67,9 @@ class HeadroomReplica(HeadroomServicer):
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         # Serve awaits it.
         config = ServiceConfig(**settings)
-        configure_logs(config.log_format, config.log_level)
+        # Serve has put a logger of its own in the place of `sys.stderr`: it takes each line for
+        # INFO, which is below the level of `_LOGGING`, and drops it.
+        configure_logs(config.log_format, config.log_level, sys.__stderr__)
         engine_metrics = EngineMetrics(prefix_caching=config.engine.enable_prefix_caching)
         engine, tokenizer = await start_engine(config, engine_metrics)
         super().__init__(

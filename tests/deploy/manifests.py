@@ -24,8 +24,12 @@ Manifest = dict[str, Any]
 
 @functools.cache
 def render(overlay: str) -> tuple[Manifest, ...]:
-    """All objects of an overlay, by kustomize."""
-    directory = DEPLOY / "kubernetes" / "overlays" / overlay
+    """All objects of an overlay of ours."""
+    return render_directory(DEPLOY / "kubernetes" / "overlays" / overlay)
+
+
+def render_directory(directory: Path) -> tuple[Manifest, ...]:
+    """All objects of a kustomization, by kustomize."""
     done = subprocess.run(
         [Path(sys.executable).parent / "kubectl", "kustomize", directory],
         capture_output=True,

@@ -1,6 +1,7 @@
 """Every overlay renders, is valid to the last field, and is closed where it should be."""
 
 import copy
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +24,7 @@ from tests.deploy.manifests import (
     pod_templates,
     render,
 )
-
-APP = "app.kubernetes.io/name"
-COMPONENT = "app.kubernetes.io/component"
-REPLICA = {APP: "headroom", COMPONENT: "replica"}
-HEAD = {APP: "headroom", COMPONENT: "head"}
-ON_RAY = ("cpu", "gpu")
-ALONE = ("dev", "plain")
+from tests.deploy.overlays import ALONE, APP, COMPONENT, HEAD, ON_RAY, REPLICA
 
 
 def test_the_overlays_are_those_that_are_documented() -> None:
@@ -104,10 +99,11 @@ def test_every_pod_is_confined(overlay: str) -> None:
 
 
 def _image_user() -> int:
-    (line,) = (
-        line for line in (DEPLOY.parent / "Dockerfile").read_text().splitlines() if "USER " in line
-    )
-    return int(line.split()[1].split(":")[0])
+    """Of every image; root only installs Debian's packages."""
+    users = re.findall(r"^(FROM|USER) (.+)$", (DEPLOY.parent / "Dockerfile").read_text(), re.M)
+    assert all(users[at + 1][0] == "USER" for at, each in enumerate(users) if each[1] == "0:0")
+    (user,) = {name for kind, name in users if kind == "USER"} - {"0:0"}
+    return int(user.split(":")[0])
 
 
 def _matches(selector: Manifest, labels: Manifest) -> bool:
@@ -188,3 +184,11 @@ def test_every_pod_of_a_ray_cluster_makes_a_certificate_of_its_own(
     files = {each["value"] for each in main["env"] if each["name"].startswith("RAY_TLS_")}
     assert {Path(file).parent for file in files} == {Path(TLS)}
     assert {Path(file).name for file in files} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_the_documented_authority_of_a_ray_cluster_outlives_what_it_signs(tmp_path: Path) -> None:
+    """Pods sign certificates for a year when they start, whenever that is."""
+    page = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    (command,) = re.findall(r"`(openssl req\s+-x509[^`]+ -out ray-ca\.crt)`", page)
+    subprocess.run(command.split(), cwd=tmp_path, capture_output=True, check=True)
+    openssl("x509", "-in", tmp_path / "ray-ca.crt", "-checkend", str(9 * 365 * 24 * 3600))

@@ -1,6 +1,7 @@
 """The serve configuration of the manifests, deployed for real: Ray and Serve without Kubernetes."""
 
 import contextlib
+import json
 import shutil
 import sys
 import tempfile
@@ -77,6 +78,8 @@ def test_the_configuration_serves_and_scales_with_the_queue(
         _until(lambda: _is_serving(target), server)
         with Client(target) as client:
             assert client.complete([1, 2, 3], max_tokens=4, temperature=0).token_ids
+        logged = json.loads(server.wait_for(lambda line: '"event": "rpc"' in line))
+        assert logged["method"] == "headroom.v1.GenerationService/Complete"
         assert _num_replicas(server) == 1
         with _queue(target):
             _until(lambda: _num_replicas(server) == 2, server)

@@ -23,11 +23,13 @@ import psutil
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from loadtests import agreement, asyncio_client, run, saturation
 from loadtests.load import LoadSpec, LoadSummary
 from loadtests.workload import Workload
 from service.auth.tokens import digest_of
+from service.cli import app
 from service.client import AsyncClient, Client, HeadroomError
 from service.runtimes.ray_environment import free_ports
 from tests.certificates import Authority, Pair
@@ -154,6 +156,20 @@ def _files(server: Secured, token: str) -> dict[str, Path]:
     ca.write_bytes(server.authority.pem)
     server.client_pair.write(certificate, key)
     return dict(zip(names, files, strict=True))
+
+
+def test_the_health_check_of_the_image_learns_from_its_environment(server: Secured) -> None:
+    """Its command is `headroom health`, and has no flags for tokens and certificates."""
+    files = _files(server, "t-generate")
+    told = {
+        "HEADROOM_TLS_CA": str(files["tls_ca"]),
+        "HEADROOM_TLS_CLIENT_CERT": str(files["tls_cert"]),
+        "HEADROOM_TLS_CLIENT_KEY": str(files["tls_key"]),
+        "HEADROOM_TOKEN_FILE": str(files["token_file"]),
+    }
+    for environment, code in ((told, 0), (told | {"HEADROOM_TOKEN_FILE": None}, 1)):
+        answer = CliRunner().invoke(app, ["health", "--target", server.target], env=environment)
+        assert answer.exit_code == code, answer.output
 
 
 def _refused(client: Client) -> HeadroomError:

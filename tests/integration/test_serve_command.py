@@ -1,6 +1,7 @@
 """`headroom serve` as a person runs it: what it prints, how it fails, and what it leaves."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -79,12 +80,24 @@ def test_serve_generate_and_stop(model_path: Path, runtime: str, stop: signal.Si
         assert len(stream.token_ids) == 600
         assert server.wait() == 0, server.output
         assert server.lines[-1] == "stopped"
+        for code in ("OK", "INVALID_ARGUMENT"):
+            assert any(f"code={code} " in line for line in _rpc_lines(server, facts)), code
         assert psutil.wait_procs(family, timeout=20)[1] == []
         for number in (port, http_port, metrics_port):
             socket.create_server(("127.0.0.1", number)).close()
         gone = _run("health", "--target", target, "--timeout", "0.2")
         assert gone.returncode == 1
         assert gone.stderr.startswith("error: UNAVAILABLE: ")
+
+
+def _rpc_lines(server: Process, facts: dict[str, str]) -> list[str]:
+    """Where docs/logs-and-traces.md says that they are."""
+    lines = server.lines
+    if "logs" in facts:
+        files = Path(facts["logs"].split()[1]).glob("worker-*.err")
+        lines = [line for file in files for line in file.read_text().splitlines()]
+    wanted = r"20\S+Z \[info +\] rpc .*method=headroom\.v1\.GenerationService/Generate .*"
+    return [line for line in lines if re.fullmatch(wanted, line)]
 
 
 @pytest.mark.parametrize("flag", ["--port", "--http-port", "--metrics-port"])

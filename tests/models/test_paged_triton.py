@@ -2,7 +2,9 @@
 interpreter, which computes what a GPU would, slowly."""
 
 import importlib.util
+import sysconfig
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,7 +139,41 @@ def test_what_it_cannot_compute_is_left_to_another(
         resolve_kernel("paged_triton", heads, dtype, where)
 
 
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine's only programs, gcc among them, and Python's headers beside them."""
+    gcc = tmp_path / "gcc"
+    gcc.touch(mode=0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(sysconfig, "get_config_var", {"INCLUDEPY": str(tmp_path)}.get)
+    return gcc
+
+
 @needs_triton
+def test_without_a_compiler_or_headers_a_gpu_is_left_to_another(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+
+    def refused(because: str) -> None:
+        with pytest.raises(ConfigError, match=because):
+            resolve_kernel("paged_triton", HEADS, torch.bfloat16, gpu)
+
+    monkeypatch.setenv("CC", "our-cc")
+    refused("because Triton needs a C compiler; there is no our-cc")
+    monkeypatch.delenv("CC")
+    compiler.with_name("Python.h").unlink()
+    refused(r"because Triton needs .*/Python.h \(python3-dev\)")
+    compiler.unlink()
+    refused("because Triton needs a C compiler; there is no gcc or clang")
+    # Its interpreter compiles nothing.
+    assert resolve_kernel("paged_triton", HEADS, torch.float32, CPU) == "paged_triton"
+
+
+@needs_triton
+@pytest.mark.usefixtures("compiler")
 def test_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert resolve_kernel("auto", HEADS, torch.float16, gpu) == "dense"

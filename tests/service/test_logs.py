@@ -1,5 +1,7 @@
 """Log lines: one for each RPC, readable by machines, and without a word of prompts or answers."""
 
+import builtins
+import io
 import json
 import logging
 from pathlib import Path
@@ -145,3 +147,18 @@ def test_a_callers_mistake_is_no_error_of_the_log(capsys: pytest.CaptureFixture[
     configure_logs("json", "debug")
     to_status(InvalidRequestError([Violation("text", "too long", "at most 5")]))
     assert lines(capsys) == []
+
+
+def test_a_stream_of_its_own_gets_the_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a replica of Ray Serve has it: `sys.stderr` is Serve's logger, and `print` prints its
+    arguments as a tuple."""
+    stream = io.StringIO()
+    monkeypatch.setattr(builtins, "print", lambda *objects, file, **_: file.write(str(objects)))
+    configure_logs("json", "info", stream)
+    structlog.get_logger().info("rpc")
+    configure_logs("json", "info")
+    structlog.get_logger().info("another")
+    assert json.loads(stream.getvalue())["event"] == "rpc"
+    assert [line["event"] for line in lines(capsys)] == ["another"]
