@@ -284,6 +284,22 @@ def test_flags_describe_a_model(tmp_path: Path) -> None:
     assert "reaches the target; so does" in _plan(*flags, "--target-concurrency", "1").stdout
 
 
+def test_a_fit_that_does_not_tell_the_weights_says_so(tmp_path: Path) -> None:
+    """A coefficient at its bound is no measurement: nothing is read in 0.00 ms."""
+    fit = tmp_path / "sweep.json"
+    untold = STEP_MODEL.to_dict() | {"c": 0.0, "weight_bytes": [2e8, 3e8]}
+    fit.write_text(json.dumps({"step_model": untold}))
+    flags = ("--kv-memory", "1GiB", "--fit", str(fit))
+    text = _plan(*flags).stdout
+    assert "weights 0.00" not in text
+    assert "fixed and weights 1.00, cache" in text
+    assert "does not tell what reading the weights costs" in text
+    larger = _json(*flags, "--layers", "24")["plan"]
+    assert larger["no_prediction"].startswith(f"weight_bytes is {larger['weight_bytes']}; the step")
+    fit.write_text(json.dumps({"step_model": untold | {"c": 1e-9}}))
+    assert "does not tell" not in _plan(*flags).stdout
+
+
 def test_measuring_gives_times_at_copy_bandwidth() -> None:
     flags = ("--layers", "1", "--kv-memory", "1MiB", "--prompt", "5", "--output", "5", "--measure")
     assert _json(*flags)["plan"]["prediction"]["fitted"] is False
