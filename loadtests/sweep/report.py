@@ -10,8 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from loadtests.sweep import figures
-from loadtests.sweep.analysis import TOLERANCE
-from loadtests.sweep.fits import MAX_SLOPE_SPREAD, MIN_R2
+from loadtests.sweep.fits import MAX_SLOPE_SPREAD, MIN_R2, TOLERANCE
 
 _CONFIG = {"displayModeBar": False, "responsive": True}
 
@@ -79,6 +78,7 @@ def _context(document: dict[str, Any]) -> dict[str, Any]:
             and point["decode"]["planned"]
             and abs(point["decode"]["planned"]["off"]) > TOLERANCE
         ],
+        "unplanned": [p for p in document["points"] if p["decode"] and not p["decode"]["planned"]],
         "planned": [p for p in document["points"] if p["decode"] and p["decode"]["planned"]],
         "arithmetic": [
             point
