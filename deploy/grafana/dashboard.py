@@ -5,7 +5,9 @@ python -m deploy.grafana.dashboard
 
 import itertools
 import json
+import re
 from pathlib import Path
+from typing import TypeVar
 
 from grafana_foundation_sdk.builders import bargauge, heatmap, stat, table, timeseries
 from grafana_foundation_sdk.builders.common import GraphThresholdsStyleConfig, VizTooltipOptions
@@ -56,6 +58,7 @@ _VARIABLES = {
 }
 _DATASOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 _Builder = timeseries.Panel | stat.Panel | heatmap.Panel | table.Panel | bargauge.Panel
+_Repeatable = TypeVar("_Repeatable", Row, _Builder)
 _HEIGHTS = {"stat": 4, "table": 6}
 
 
@@ -90,7 +93,7 @@ def dashboard_json() -> str:
     )
     ids = itertools.count(1)
     for title, panels in ROWS.items():
-        dashboard.with_row(Row(title).id(next(ids)))
+        dashboard.with_row(_repeated(Row(title), title).id(next(ids)))
         for panel in panels:
             dashboard.with_panel(_panel(panel).id(next(ids)))
     built = dashboard.build()
@@ -110,8 +113,14 @@ def _query_variable(name: str, query: str) -> QueryVariable:
     )
 
 
+def _repeated(builder: _Repeatable, title: str) -> _Repeatable:
+    """Shown once for each value of the variable that its title names."""
+    variable = re.search(r"\$(\w+)", title)
+    return builder if variable is None else builder.repeat(variable[1])
+
+
 def _panel(panel: Panel) -> _Builder:
-    builder = _builder(panel)
+    builder = _repeated(_builder(panel), panel.title)
     builder.title(panel.title).description(panel.description).unit(panel.unit)
     builder.datasource(_DATASOURCE).span(panel.width).height(_HEIGHTS.get(panel.kind, 8))
     if panel.alarm is None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from deploy.grafana.promql import SERIES, quantile
+from deploy.grafana.promql import SERIES, per_config, quantile
 
 CONFIGURATION = "{{model}} {{head_config}}"
 
@@ -21,6 +21,7 @@ class Panel:
     """One panel.
 
     Attributes:
+        title: one that names a variable is shown once for each of its values.
         unit: an id of Grafana's units: `s` seconds, `Bps` bytes per second, `percentunit` a
             ratio, `reqps` requests and `ops` events per second, `short` a count.
         width: columns of 24.
@@ -59,7 +60,9 @@ def quantiles(title: str, description: str, histogram: str) -> Panel:
 
 
 def heatmap(title: str, description: str, histogram: str) -> Panel:
-    expr = f"sum by (le) (increase({histogram}_bucket{{{SERIES}}}[$__rate_interval]))"
+    """How what a histogram observed is spread over its buckets, for one model and head
+    configuration."""
+    expr = per_config(f"increase({histogram}_bucket{{{SERIES}}}[$__rate_interval])", "le")
     return Panel(title, description, "s", (Query(expr, "{{le}}"),), "heatmap", width=12)
 
 

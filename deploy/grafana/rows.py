@@ -15,6 +15,7 @@ from deploy.grafana.panels import (
     stat,
     table,
 )
+from deploy.grafana.processes import PROCESS, RPC
 from deploy.grafana.promql import DECODE, SERIES, TARGETS, mean, per_config, quantile, rate, ratio
 
 _BY_PHASE = f"{{{{phase}}}} {CONFIGURATION}"
@@ -63,8 +64,8 @@ _OVERVIEW = (
         "Requests by finish reason",
         "How requests ended.",
         "reqps",
-        f"sum by (finish_reason) ({rate(_FINISHED)})",
-        legend="{{finish_reason}}",
+        per_config(rate(_FINISHED), "finish_reason"),
+        legend=f"{{{{finish_reason}}}} {CONFIGURATION}",
     ),
     graph(
         "Tokens over time",
@@ -77,8 +78,8 @@ _OVERVIEW = (
         "Rejected requests",
         "Requests refused before admission, by reason.",
         "reqps",
-        f"sum by (reason) ({rate('headroom_requests_rejected_total')})",
-        legend="{{reason}}",
+        per_config(rate("headroom_requests_rejected_total"), "reason"),
+        legend=f"{{{{reason}}}} {CONFIGURATION}",
     ),
 )
 
@@ -107,8 +108,12 @@ _LATENCY = (
         Query(mean("headroom_request_prompt_tokens"), f"prompt {CONFIGURATION}"),
         Query(mean("headroom_request_generation_tokens"), f"output {CONFIGURATION}"),
     ),
-    heatmap("Time to first token, spread", "Requests in each bucket.", _TTFT),
-    heatmap("Inter-token latency, spread", "Gaps in each bucket.", _ITL),
+)
+
+# A heatmap draws one histogram, so each model has a row and each head configuration its panels.
+_SPREAD = (
+    heatmap("Time to first token, $head_config", "Requests in each bucket.", _TTFT),
+    heatmap("Inter-token latency, $head_config", "Gaps in each bucket.", _ITL),
 )
 
 _ENGINE = (
@@ -169,8 +174,8 @@ _KV_CACHE = (
         "Blocks",
         "Blocks by state: held by requests, kept for equal prompt beginnings, free.",
         "short",
-        f"sum by (state) (headroom_kv_blocks{{{SERIES}}})",
-        legend="{{state}}",
+        per_config(f"headroom_kv_blocks{{{SERIES}}}", "state"),
+        legend=f"{{{{state}}}} {CONFIGURATION}",
     ),
     graph(
         "Preemptions",
@@ -227,72 +232,13 @@ _HEAD_CONFIGURATIONS = (
     ),
 )
 
-_RPC = (
-    graph(
-        "Calls started",
-        "By method.",
-        "reqps",
-        f"sum by (grpc_method) ({rate('grpc_server_started_total')}) > 0",
-        legend="{{grpc_method}}",
-        width=6,
-    ),
-    graph(
-        "Calls handled",
-        "By method and status code.",
-        "reqps",
-        f"sum by (grpc_method, grpc_code) ({rate(_HANDLED)}) > 0",
-        legend="{{grpc_method}} {{grpc_code}}",
-        width=6,
-    ),
-    graph(
-        "Call duration, p95",
-        "By method; of a stream, until it ends.",
-        "s",
-        "histogram_quantile(0.95, sum by (le, grpc_method) "
-        f"({rate('grpc_server_handling_seconds_bucket')}))",
-        legend="{{grpc_method}}",
-        width=6,
-    ),
-    graph(
-        "Messages",
-        "Messages per second; a stream sends one for each step.",
-        "ops",
-        Query(f"sum({rate('grpc_server_msg_received_total')})", "received"),
-        Query(f"sum({rate('grpc_server_msg_sent_total')})", "sent"),
-        width=6,
-    ),
-)
-
-_PROCESS = (
-    graph(
-        "Memory",
-        "Resident memory of each replica.",
-        "bytes",
-        f"process_resident_memory_bytes{{{TARGETS}}}",
-        legend="{{instance}}",
-    ),
-    graph(
-        "CPU",
-        "Cores that each replica keeps busy.",
-        "short",
-        f"rate(process_cpu_seconds_total{{{TARGETS}}}[$__rate_interval])",
-        legend="{{instance}}",
-    ),
-    graph(
-        "Open files",
-        "Open file descriptors of each replica, connections included.",
-        "short",
-        f"process_open_fds{{{TARGETS}}}",
-        legend="{{instance}}",
-    ),
-)
-
 ROWS: dict[str, tuple[Panel, ...]] = {
     "Overview": _OVERVIEW,
     "Latency": _LATENCY,
+    "Latency of $model": _SPREAD,
     "Engine": _ENGINE,
     "KV cache": _KV_CACHE,
     "Head configurations": _HEAD_CONFIGURATIONS,
-    "RPC": _RPC,
-    "Process": _PROCESS,
+    "RPC": RPC,
+    "Process": PROCESS,
 }

@@ -11,8 +11,6 @@ from service.capacity import StepModel
 from service.capacity.machine import MachineLimits
 from service.capacity.step_time import decode_step, step_time
 
-# A prediction that is further off is named in the report.
-TOLERANCE = 0.2
 _PERCENTILES = ("p50", "p95", "p99")
 
 

@@ -1,6 +1,7 @@
 """`headroom sweep`: read, check, measure what is missing, report."""
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -94,7 +95,7 @@ def sweep(
         directory = results / plan.name
         document = _measure(plan, source, directory, fresh=fresh)
     except SweepError as error:
-        fail(str(error), code=2)
+        fail(_in_flags(str(error)) if model else str(error), code=2)
     except (ServerError, LoadError, OSError) as error:
         lines = str(error).splitlines() or [repr(error)]  # of a program that failed: its last
         text = " ".join(dict.fromkeys((lines[0], lines[-1])))
@@ -172,4 +173,27 @@ def _numbers(text: str | None) -> list[int | str | None] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    return [None if p == "all" else int(p) if p.isdecimal() else p for p in parts]
+    return [None if part == "all" else _number(part) for part in parts]
+
+
+def _number(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _in_flags(mistakes: str) -> str:
+    """Mistakes of what a file would say, as those of flags."""
+    named = mistakes.replace("engine.kv_cache_bytes ", "--kv-cache ")
+    section = r"^(?:(?:configurations|loads)\[0\]\.)?"
+    return re.sub(
+        rf"{section}(?!configurations|loads)(\w+)(?:\[\d+\])?(?= is | needs )",
+        _flag,
+        named,
+        flags=re.MULTILINE,
+    )
+
+
+def _flag(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')}"

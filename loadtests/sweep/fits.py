@@ -22,6 +22,8 @@ Point: TypeAlias = dict[str, Any]
 # What a fit has to reach to be relied on.
 MIN_R2 = 0.95
 MAX_SLOPE_SPREAD = 0.15
+# A prediction that is further off is named in the report.
+TOLERANCE = 0.2
 
 
 def fit_points(points: Iterable[Point]) -> tuple[StepModel | None, str | None]:
@@ -63,7 +65,11 @@ def plan_unseen(
     plan: Plan, configuration: Configuration, points: list[Point], limits: MachineLimits
 ) -> None:
     """Add to the points of a configuration what `headroom plan` says of it from a fit that leaves
-    it out: its own sequences and keys and values, not the measured ones."""
+    it out: its own sequences and keys and values, not the measured ones.
+
+    Where it is off, a plan of as many sequences as the steps held on average tells whether that is
+    because sequences were missing.
+    """
     others = [point for point in points if point["configuration"] != configuration.name]
     step_model, _ = fit_points(others)
     for point in points:
@@ -73,25 +79,54 @@ def plan_unseen(
         decode["planned"] = None
         if step_model is None:
             continue
-        assert plan.engine.kv_cache_bytes is not None, "a sweep has a KV budget"
-        query = CapacityQuery(
-            model=configuration.model,
-            memory=plan.engine.kv_cache_bytes,
-            weights_included=False,
-            mix=(RequestShape(point["prompt"], point["output"]),),
-            engine=plan.engine,
-            clients=point["clients"],
-        )
-        answer = plan_capacity(query, step_model, limits)
-        if answer.step is None or answer.step_time is None:
-            continue
-        decode["planned"] = {
-            "sequences": answer.running,
-            "kv_bytes": answer.step.kv_bytes,
-            "step_s": answer.step_time.seconds,
-            "tokens_per_s": answer.decode_tokens_per_s,
-            "off": answer.step_time.seconds / decode["step_s"] - 1,
-        }
+
+        def planned(clients: int, point: Point = point) -> dict[str, Any] | None:
+            return _planned(plan, configuration, point, clients, (step_model, limits))
+
+        full, held = planned(point["clients"]), planned(max(round(decode["sequences"]), 1))
+        if full is not None and held is not None:
+            decode["planned"] = full | {
+                "held_off": held["off"],
+                "cause": _cause(full, held, decode["arithmetic_bound"]),
+            }
+
+
+def _planned(
+    plan: Plan,
+    configuration: Configuration,
+    point: Point,
+    clients: int,
+    known: tuple[StepModel, MachineLimits],
+) -> dict[str, Any] | None:
+    """The planned step of a point under so many clients; None where the fit does not tell."""
+    assert plan.engine.kv_cache_bytes is not None, "a sweep has a KV budget"
+    query = CapacityQuery(
+        model=configuration.model,
+        memory=plan.engine.kv_cache_bytes,
+        weights_included=False,
+        mix=(RequestShape(point["prompt"], point["output"]),),
+        engine=plan.engine,
+        clients=clients,
+    )
+    answer = plan_capacity(query, *known)
+    if answer.step is None or answer.step_time is None:
+        return None
+    return {
+        "sequences": answer.running,
+        "kv_bytes": answer.step.kv_bytes,
+        "step_s": answer.step_time.seconds,
+        "tokens_per_s": answer.decode_tokens_per_s,
+        "off": answer.step_time.seconds / point["decode"]["step_s"] - 1,
+    }
+
+
+def _cause(full: dict[str, Any], held: dict[str, Any], arithmetic_bound: list[str]) -> str | None:
+    """Why a plan is off, as far as that can be told; None where it is not off, or cannot."""
+    if abs(full["off"]) <= TOLERANCE:
+        return None
+    if held["sequences"] < full["sequences"] and abs(held["off"]) <= TOLERANCE:
+        return "fewer sequences than clients"
+    return "bound by arithmetic" if arithmetic_bound else None
 
 
 def _samples(points: Iterable[Point]) -> list[StepSample]:

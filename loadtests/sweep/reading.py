@@ -132,7 +132,9 @@ def _engine(
     source: Source, entries: dict[str, Any], loads: Iterable[Load]
 ) -> tuple[EngineConfig | None, bool]:
     """What every engine gets, and whether its threads are all cores."""
-    section = source.section(EngineSection, entries.get("engine", {}), ("engine",))
+    if "engine" not in entries:  # said of the whole file
+        return None, False
+    section = source.section(EngineSection, entries["engine"], ("engine",))
     if section is None:
         return None, False
     most = max((load.clients for load in loads), default=1)

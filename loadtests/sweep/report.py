@@ -10,8 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from loadtests.sweep import figures
-from loadtests.sweep.analysis import TOLERANCE
-from loadtests.sweep.fits import MAX_SLOPE_SPREAD, MIN_R2
+from loadtests.sweep.fits import MAX_SLOPE_SPREAD, MIN_R2, TOLERANCE
 
 _CONFIG = {"displayModeBar": False, "responsive": True}
 
@@ -28,7 +27,9 @@ def write_picture_page(document: dict[str, Any], file: Path) -> None:
     """Write a page that holds one compact figure, to be photographed."""
     template = _environment().get_template("throughput.html.j2")
     figure = figures.throughput(document, height=420)
-    file.write_text(template.render(_context(document) | {"figure": figure}), encoding="utf-8")
+    # Not all that a report needs: the files of older sweeps lack some of it.
+    page = template.render(doc=document, figure=figure, plotlyjs=_plotlyjs())
+    file.write_text(page, encoding="utf-8")
 
 
 def _environment() -> Environment:
@@ -60,7 +61,7 @@ def _context(document: dict[str, Any]) -> dict[str, Any]:
         "loads": document["spec"]["loads"],
         "points": points,
         "figures": figures,
-        "plotlyjs": Markup(plotly.offline.get_plotlyjs()),  # noqa: S704, a library's own code
+        "plotlyjs": _plotlyjs(),
         "tolerance": TOLERANCE,
         "min_r2": MIN_R2,
         "max_spread": MAX_SLOPE_SPREAD,
@@ -77,6 +78,7 @@ def _context(document: dict[str, Any]) -> dict[str, Any]:
             and point["decode"]["planned"]
             and abs(point["decode"]["planned"]["off"]) > TOLERANCE
         ],
+        "unplanned": [p for p in document["points"] if p["decode"] and not p["decode"]["planned"]],
         "planned": [p for p in document["points"] if p["decode"] and p["decode"]["planned"]],
         "arithmetic": [
             point
@@ -85,6 +87,10 @@ def _context(document: dict[str, Any]) -> dict[str, Any]:
         ],
         "not_counted": [point for point in document["points"] if point["not_counted"]],
     }
+
+
+def _plotlyjs() -> Markup:
+    return Markup(plotly.offline.get_plotlyjs())  # noqa: S704, a library's own code
 
 
 def _plot(figure: go.Figure) -> Markup:

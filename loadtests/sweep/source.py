@@ -1,13 +1,16 @@
 """A YAML file and its mistakes, each with the line that it is on."""
 
+import json
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 _MAX_BYTES = 1024 * 1024
 _MAX_SHOWN = 80
@@ -74,7 +77,7 @@ class Source:
             return model.model_validate(values)
         except ValidationError as error:
             for problem in error.errors():
-                inside = (*place, *problem["loc"])
+                inside = (*place, *_written(values, problem["loc"]))
                 if problem["type"] == "extra_forbidden":
                     known = ", ".join(model.model_fields)
                     self.refuse(inside, f"is not known; allowed: {known}")
@@ -84,7 +87,7 @@ class Source:
                 elif problem["type"] == "missing":
                     self.refuse(inside, "is missing")
                 else:
-                    allowed = _SHOULD.sub("", problem["msg"])
+                    allowed = _allowed(problem)
                     self.refuse(inside, f"is {_shown(problem['input'])}; allowed: {allowed}")
             return None
 
@@ -149,9 +152,46 @@ def _repeated_keys(node: yaml.Node) -> Iterator[tuple[int, str]]:
         yield from _repeated_keys(child)
 
 
+def _allowed(problem: ErrorDetails) -> str:
+    match problem["type"]:
+        case "too_short":
+            return f"entries, at least {problem['ctx']['min_length']}"
+        case "too_long":
+            return f"entries, at most {problem['ctx']['max_length']}"
+        case _:
+            return _SHOULD.sub("", problem["msg"])
+
+
+def _written(values: object, place: Sequence[str | int]) -> Iterator[str | int]:
+    """The parts of a place that are in the file: one value may stand where a list could be."""
+    for part in place:
+        if isinstance(part, int) and not isinstance(values, list):
+            continue
+        yield part
+        try:
+            values = values[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            values = None
+
+
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = _in_yaml(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _in_yaml(value: object) -> str:
+    match value:
+        case None | bool():
+            return json.dumps(value)
+        case list():
+            return f"[{', '.join(map(_in_yaml, value))}]"
+        case dict():
+            entries = (f"{_in_yaml(key)}: {_in_yaml(entry)}" for key, entry in value.items())
+            return f"{{{', '.join(entries)}}}"
+        case date():
+            return str(value)
+        case _:
+            return repr(value)
 
 
 def _dotted(place: Sequence[str | int]) -> str:

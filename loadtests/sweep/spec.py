@@ -1,10 +1,20 @@
 """The fields of a sweep file: head configurations, loads, and what every engine is given."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, TypeAdapter
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from models.config import MAX_WINDOW, DTypeName
 
@@ -20,13 +30,18 @@ Several = Annotated[
     BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
     Field(min_length=1, max_length=MAX_CONFIGURATIONS),
 ]
-NumBytes = Annotated[
-    int,
-    BeforeValidator(
-        lambda value: int(_BYTE_SIZE.validate_python(value)) if isinstance(value, str) else value
-    ),
-    Field(ge=1),
-]
+
+
+def _num_bytes(value: object) -> object:
+    if isinstance(value, str):
+        with contextlib.suppress(ValidationError):
+            return int(_BYTE_SIZE.validate_python(value))
+    elif isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise PydanticCustomError("num_bytes", "bytes, such as 512MiB")
+
+
+NumBytes = Annotated[int, BeforeValidator(_num_bytes), Field(ge=1)]
 Name = Annotated[str, Field(pattern=_NAME)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Tokens = Annotated[int, Field(ge=1, le=131_072)]

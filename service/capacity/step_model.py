@@ -24,6 +24,9 @@ Slopes: TypeAlias = dict[str, float]
 
 # Columns that agree to so many digits cannot be told apart by measured times.
 _RANK_TOLERANCE = 1e-4
+# Where the fit does not tell what weights cost, they may be the whole step: weights that are so
+# much more or fewer change it by no more than that.
+_UNTOLD_WEIGHTS = 0.1
 
 
 class UndeterminedFitError(ValueError):
@@ -56,7 +59,8 @@ class StepModel:
     Attributes:
         a: seconds of every step. Where `c` is None, it includes the reading of the weights.
         c: seconds per weight byte; None where all samples have the same weights, which do not
-            tell a constant from the time of reading them.
+            tell a constant from the time of reading them. 0 is where the fit is bounded: it does
+            not tell either, and `a` has what the weights cost.
         e: seconds per key/value byte.
         f: seconds per operation; 0 where the samples do not tell operations from bytes.
         r2: share of the variance of the measured times that the model explains.
@@ -86,6 +90,14 @@ class StepModel:
         Raises:
             ValueError: the samples had other weights and do not say what these cost.
         """
+        least, most = self.weight_bytes
+        if self.c == 0 and not (
+            (1 - _UNTOLD_WEIGHTS) * least <= weight_bytes <= (1 + _UNTOLD_WEIGHTS) * most
+        ):
+            raise ValueError(
+                f"weight_bytes is {weight_bytes:.0f}; the step model does not tell what weights "
+                f"cost, and was fitted for {least:.0f} to {most:.0f}"
+            )
         if self.c is None:
             fitted = self.weight_bytes[0]
             if not math.isclose(weight_bytes, fitted, rel_tol=_RANK_TOLERANCE):

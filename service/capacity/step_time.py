@@ -44,7 +44,8 @@ class StepTime:
             many bytes: no bound, caches read faster and arithmetic takes longer.
         seconds: of one step.
         parts: seconds of what every step costs, of reading the weights, of reading the cache and
-            of arithmetic. A step model that does not know the weights' part counts it as fixed.
+            of arithmetic. A step model that does not know the weights' part, its `c` None or 0,
+            counts it as fixed.
         bound_by: the largest part.
         extrapolated: more or fewer bytes or operations than the fitted samples had.
         arithmetic_bound: the parts that have more operations per byte than the machine's ridge:

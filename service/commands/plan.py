@@ -18,7 +18,13 @@ from service.commands.connection import (
     TokenFile,
     connect,
 )
-from service.commands.plan_flags import read_num_bytes, read_shapes
+from service.commands.plan_flags import (
+    Written,
+    given,
+    read_fit,
+    read_shapes,
+    refuse_beside,
+)
 from service.commands.plan_text import plan_text
 from service.console import err, fail, out
 
@@ -151,40 +157,46 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Say what a head configuration holds and how fast it decodes, without running it."""
-    own_shape = _given(layers=layers, hidden=hidden, intermediate=intermediate, vocab=vocab)
-    own_limits = _given(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
-    own_heads = _given(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=window)
+    own_shape = given(layers=layers, hidden=hidden, intermediate=intermediate, vocab=vocab)
+    own_limits = given(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    own_heads = given(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, window=window)
     if target is not None:
-        _refuse("with --target", model=model, measure=measure or None, **own_limits, **own_shape)
+        refuse_beside(
+            "with --target", model=model, measure=measure or None, **own_limits, **own_shape
+        )
     elif model is not None:
-        _refuse("with --model", **own_shape)
+        refuse_beside("with --model", **own_shape)
     if memory is not None:
-        _refuse("with --memory", kv_memory=kv_memory)
+        refuse_beside("with --memory", kv_memory=kv_memory)
     elif kv_memory is None and target is None:
-        fail("memory is missing; allowed: --memory 8GiB, or --kv-memory for the cache", code=2)
-    fields = _given(
+        fail("--memory is missing; allowed: --memory 8GiB, or --kv-memory for the cache", code=2)
+    if target_tokens_per_s is not None and fit is None and not measure:
+        predicted = "--fit" if target is not None else "--fit or --measure"
+        fail(f"--target-tokens-per-s needs {predicted}, to predict the rate from", code=2)
+    written = Written(memory, kv_memory, mix)
+    fields = given(
         dtype=dtype,
         kv_cache_dtype=kv_cache_dtype,
         block_size=block_size,
         clients=clients,
-        memory=read_num_bytes(memory or kv_memory),
-        weights_included=True if memory else None,
+        memory=written.num_bytes(),
+        weights_included=None if memory is None else True,
         target_concurrent=target_concurrency,
         target_tokens_per_s=target_tokens_per_s,
         target_context=target_context,
     )
-    planning = cast(Planning, fields | (_read_fit(fit) if fit else {}))
+    planning = cast(Planning, fields | (read_fit(fit) if fit else {}))
     shapes: list[Shape] = [(prompt, output)] if mix is None else read_shapes(mix)
     if target is not None:
         planning |= cast(Planning, own_heads)
         with connect(target, application, token_file, tls_ca, tls_cert, tls_key) as client:
-            answer = _ask(client, shapes, planning)
+            answer = _ask(client, shapes, planning, written)
     elif model is not None:
         planning |= cast(Planning, own_heads)
-        answer = _answer(_read_model(model), own_limits, shapes, planning, measure)
+        answer = _answer(_read_model(model), own_limits, shapes, planning, measure, written)
     else:
-        served = _random_model(own_shape, own_heads, dtype or "bfloat16")
-        answer = _answer(served, own_limits, shapes, planning, measure)
+        served = _random_model(own_shape, own_heads, dtype or "bfloat16", written)
+        answer = _answer(served, own_limits, shapes, planning, measure, written)
     if as_json:
         fields = MessageToDict(
             answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -194,12 +206,14 @@ def plan(
         out.print(plan_text(answer))
 
 
-def _ask(client: Client, shapes: list[Shape], planning: Planning) -> "PlanCapacityResponse":
+def _ask(
+    client: Client, shapes: list[Shape], planning: Planning, written: Written
+) -> "PlanCapacityResponse":
     try:
         return client.plan_capacity(shapes, **planning)
     except HeadroomError as error:
         if error.violations:
-            fail("\n".join(error.violations.values()), code=2)
+            written.refuse(error.violations.values())
         fail(str(error))
     except (TypeError, ValueError) as error:  # not a number of the message's type
         fail(str(error), code=2)
@@ -211,6 +225,7 @@ def _answer(
     shapes: list[Shape],
     planning: Planning,
     measure: bool,
+    written: Written,
 ) -> "PlanCapacityResponse":
     from service.codec import planning_call
     from service.engine.config import EngineConfig
@@ -227,9 +242,9 @@ def _answer(
             planning["machine"] = _measured(plan.weight_bytes + round(plan.step_kv_bytes))
         return ask(planning)
     except InvalidRequestError as error:
-        fail("\n".join(map(str, error.violations)), code=2)
+        written.refuse(map(str, error.violations))
     except (EncoderModelError, TypeError, ValueError) as error:
-        fail(str(error), code=2)
+        written.refuse([str(error)])
 
 
 def _read_model(name: str) -> "ModelConfig":
@@ -244,7 +259,7 @@ def _read_model(name: str) -> "ModelConfig":
 
 
 def _random_model(
-    shape: dict[str, Any], heads: dict[str, Any], dtype: "DTypeName"
+    shape: dict[str, Any], heads: dict[str, Any], dtype: "DTypeName", written: Written
 ) -> "ModelConfig":
     from models.errors import ConfigError
     from service.bench import BenchShape
@@ -260,7 +275,7 @@ def _random_model(
             dtype=dtype,
         ).model_config(_CONTEXT)
     except ConfigError as error:
-        fail(str(error), code=2)
+        written.refuse([str(error)])
 
 
 def _measured(footprint: int) -> dict[str, Any]:
@@ -274,29 +289,3 @@ def _measured(footprint: int) -> dict[str, Any]:
             progress.update(task, completed=done, total=total)
 
         return measure_machine(resolve_device("auto"), footprint, on_progress=show).to_dict()
-
-
-def _read_fit(path: Path) -> dict[str, Any]:
-    """The step model of a sweep and, if it has them, the limits of its machine."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        step_model = result["step_model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"fit is {path}; allowed: the sweep.json of a sweep ({error!r})", code=2)
-    if step_model is None:
-        reason = result.get("step_model_reason")
-        fail(f"fit is {path}, which has no step model: {reason}", code=2)
-    return _given(step_model=step_model, machine=result.get("limits"))
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _refuse(beside: str, **values: Any) -> None:
-    lines = [
-        f"{name.replace('_', '-')} is {value}; allowed: nothing {beside}"
-        for name, value in _given(**values).items()
-    ]
-    if lines:
-        fail("\n".join(lines), code=2)

@@ -61,7 +61,10 @@ def _prediction(plan: "CapacityPlan") -> Iterator[tuple[str, str]]:
         f"{rate:,.0f} tokens/s{basis}, {rate / plan.running:,.1f} for each sequence; "
         "prompts not counted",
     )
-    yield "bound by", _BOUND[time.bound_by]
+    untold = time.weight_seconds == 0 and time.bound_by == "fixed"
+    yield "bound by", f"{_BOUND[time.bound_by]}{', the weights with it' if untold else ''}"
+    if time.weight_seconds == 0:
+        yield "", "the step model does not tell what reading the weights costs: fixed has it too"
     if time.extrapolated:
         yield (
             "",
@@ -78,9 +81,10 @@ def _prediction(plan: "CapacityPlan") -> Iterator[tuple[str, str]]:
 
 
 def _parts(time: "StepPrediction") -> str:
+    told = time.weight_seconds > 0
     parts = (
-        ("fixed", time.fixed_seconds),
-        ("weights", time.weight_seconds),
+        ("fixed" if told else "fixed and weights", time.fixed_seconds),
+        *([("weights", time.weight_seconds)] if told else []),
         ("cache", time.cache_seconds),
         ("arithmetic", time.arithmetic_seconds),
     )

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from deploy.grafana.dashboard import FILE, TTFT_TARGET, dashboard_json
+from deploy.grafana.rows import ROWS
 
 DEPLOY = FILE.parent.parent
 DASHBOARD: dict[str, Any] = json.loads(FILE.read_text())
@@ -61,3 +62,29 @@ def test_grafana_finds_the_interval_of_the_scrapes() -> None:
     provisioned = DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml"
     source = yaml.safe_load(provisioned.read_text())["datasources"][0]
     assert source["jsonData"]["timeInterval"] == scrapes["scrape_interval"]
+
+
+def test_what_two_configurations_do_is_never_one_line() -> None:
+    """Every sum of the rows about a model is of one model and one head configuration; single
+    numbers are of all that is chosen, and an alert or a process belongs to no model."""
+    rows = ("Overview", "Latency", "Latency of $model", "Engine", "KV cache")
+    panels = [(row, panel) for row in rows for panel in ROWS[row]]
+    for row, panel in panels:
+        for query in panel.queries:
+            if panel.title in ("Alerts", "Replicas"):
+                continue
+            for label in ("model", "head_config"):
+                assert f'{label}=~"${label}"' in query.expr, (row, panel.title)
+            if panel.kind == "stat":
+                continue
+            sums = re.findall(r"\b(?:sum|avg|max|count)\b(?: by \(([^)]*)\))?", query.expr)
+            for labels in sums:
+                assert {"model", "head_config"} <= set(labels.split(", ")), (row, panel.title)
+
+
+def test_a_title_that_names_a_variable_is_repeated_for_its_values() -> None:
+    """A heatmap draws only one of several histograms."""
+    for panel in DASHBOARD["panels"]:
+        names = re.findall(r"\$(\w+)", panel["title"])
+        assert panel.get("repeat") == (names[0] if names else None), panel["title"]
+        assert panel["type"] != "heatmap" or names == ["head_config"], panel["title"]

@@ -130,6 +130,20 @@ def test_one_weight_leaves_its_cost_unknown() -> None:
         model.predict(GQA, 1e9, 0)
 
 
+def test_weights_that_a_bounded_fit_leaves_untold_are_not_free() -> None:
+    """Larger weights that take less time, as noise makes them: no slope of theirs is above 0."""
+    falling = [
+        dataclasses.replace(sample, seconds=A - C * sample.weight_bytes / 10 + E * sample.kv_bytes)
+        for sample in _samples()
+    ]
+    model = fit_step_model(falling)
+    assert model.c == 0
+    assert model.predict(1.09 * MHA, 1e9, 0) == model.predict(MQA, 1e9, 0)
+    for weights in (1.11 * MHA, 0.89 * MQA):
+        with pytest.raises(ValueError, match=r"does not tell what weights cost.* 193107456 to 219"):
+            model.predict(weights, 1e9, 0)
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from models.checkpoints.loader import read_config
@@ -28,6 +29,7 @@ from service.capacity import (
 from service.cli import app
 from service.client import AsyncClient, Client, HeadroomError, to_error
 from service.client.planning import Shape
+from service.commands.plan_flags import Written
 from service.engine import EngineConfig
 from service.engine.errors import EncoderModelError, InvalidRequestError
 from tests.models.tiny import llama
@@ -282,6 +284,22 @@ def test_flags_describe_a_model(tmp_path: Path) -> None:
     assert "reaches the target; so does" in _plan(*flags, "--target-concurrency", "1").stdout
 
 
+def test_a_fit_that_does_not_tell_the_weights_says_so(tmp_path: Path) -> None:
+    """A coefficient at its bound is no measurement: nothing is read in 0.00 ms."""
+    fit = tmp_path / "sweep.json"
+    untold = STEP_MODEL.to_dict() | {"c": 0.0, "weight_bytes": [2e8, 3e8]}
+    fit.write_text(json.dumps({"step_model": untold}))
+    flags = ("--kv-memory", "1GiB", "--fit", str(fit))
+    text = _plan(*flags).stdout
+    assert "weights 0.00" not in text
+    assert "fixed and weights 1.00, cache" in text
+    assert "does not tell what reading the weights costs" in text
+    larger = _json(*flags, "--layers", "24")["plan"]
+    assert larger["no_prediction"].startswith(f"weight_bytes is {larger['weight_bytes']}; the step")
+    fit.write_text(json.dumps({"step_model": untold | {"c": 1e-9}}))
+    assert "does not tell" not in _plan(*flags).stdout
+
+
 def test_measuring_gives_times_at_copy_bandwidth() -> None:
     flags = ("--layers", "1", "--kv-memory", "1MiB", "--prompt", "5", "--output", "5", "--measure")
     assert _json(*flags)["plan"]["prediction"]["fitted"] is False
@@ -313,28 +331,54 @@ async def test_a_server_answers_the_command_too(server: RunningServer) -> None:
     wrong = await asyncio.to_thread(_plan, *flags, "--kv-heads", "3", "--clients", "1000001")
     assert wrong.exit_code == 2
     assert sorted(wrong.stderr.splitlines()) == [
-        "error: clients is 1000001; allowed: 1 to 1000000",
-        "error: heads.num_kv_heads is 3; allowed: a divisor of num_heads=4",
+        "error: --clients is 1000001; allowed: 1 to 1000000",
+        "error: --kv-heads is 3; allowed: a divisor of --heads=4",
     ]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "memory is missing"),
-        ("--memory 8XB", "memory is '8XB'"),
-        ("--memory 1GiB --kv-memory 1GiB", "kv-memory is 1GiB; allowed: nothing with --memory"),
-        ("--memory 1GiB --model demo --layers 3", "layers is 3; allowed: nothing with --model"),
-        ("--target 127.0.0.1:1 --measure", "measure is True; allowed: nothing with --target"),
+        ("", "--memory is missing"),
+        ("--memory 8XB", "--memory is '8XB'"),
+        ("--kv-memory 8XB", "--kv-memory is '8XB'"),
+        ("--memory 1GiB --kv-memory 1GiB", "--kv-memory is given; allowed: nothing with --memory"),
+        ("--memory 1GiB --model demo --layers 3", "--layers is given; allowed: nothing with --mod"),
+        ("--target 127.0.0.1:1 --measure", "--measure is given; allowed: nothing with --target"),
         ("--memory 1GiB --model nowhere", "nowhere is not a directory"),
-        ("--memory 1GiB --kv-heads 5", "num_kv_heads is 5; allowed: a divisor of num_heads=12"),
-        ("--memory 1GiB --mix 5x5", "mix is '5x5'"),
-        ("--memory 1GiB --mix 5/5:0", "mix[0].share is 0"),
-        ("--memory 1KiB", "memory is 1024; allowed: more than the"),
-        ("--memory 1GiB --max-num-seqs 1000", "max_num_batched_tokens is 512"),
-        ("--memory 1GiB --fit nowhere.json", "fit is nowhere.json"),
-        ("--memory 1GiB --target-tokens-per-s 5", "target.tokens_per_s is set"),
-        ("--memory 1GiB --prompt 4294967295", "mix[0].prompt is 4294967295"),
+        ("--memory 1GiB --kv-heads 5", "--kv-heads is 5; allowed: a divisor of --heads=12"),
+        (
+            "--memory 1GiB --model demo --kv-heads 3",
+            "--kv-heads is 3; allowed: a divisor of --heads=8",
+        ),
+        ("--memory 1GiB --head-dim 7", "--head-dim is 7; allowed: an even number"),
+        ("--memory 1GiB --mix 5x5", "--mix is '5x5'"),
+        ("--memory 1GiB --mix 5/5:0", "--mix[0].share is 0"),
+        ("--memory 0", "--memory is 0; allowed: 1 to"),
+        ("--memory 10MiB", "--memory is 10MiB; allowed: more than the"),
+        ("--kv-memory 1KiB", "--kv-memory is 1KiB, which leaves 1024 bytes for the cache; allowed"),
+        ("--memory 1GiB --clients 1000001", "--clients is 1000001; allowed"),
+        (
+            "--memory 1GiB --max-num-seqs 1000",
+            "--max-num-batched-tokens is 512; allowed: at least --max-num-seqs=1000",
+        ),
+        (
+            "--memory 1GiB --fit nowhere.json",
+            "--fit is nowhere.json, which cannot be read: No such",
+        ),
+        (
+            "--memory 1GiB --fit loadtests/results/engine.json",
+            "--fit is loadtests/results/engine.json, which has no step model; allowed: the sweep",
+        ),
+        ("--memory 1GiB --fit README.md", "--fit is README.md, which is no JSON; allowed: the sw"),
+        (
+            "--memory 1GiB --target-tokens-per-s 500",
+            "--target-tokens-per-s needs --fit or --measure",
+        ),
+        ("--target 127.0.0.1:1 --target-tokens-per-s 5", "--target-tokens-per-s needs --fit, to"),
+        ("--memory 1GiB --target-context 999999", "--target-context is 999999; allowed"),
+        ("--memory 1GiB --target-concurrency 1000001", "--target-concurrency is 1000001; allowed"),
+        ("--memory 1GiB --prompt 4294967295", "--prompt is 4294967295"),
         ("--memory 99999999TiB --target 127.0.0.1:1", "Value out of range"),
     ],
 )
@@ -343,6 +387,13 @@ def test_bad_usage_is_one_clear_line(flags: str, message: str) -> None:
     assert result.exit_code == 2, result.output
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: {message}")
+
+
+def test_what_is_not_about_a_flag_stays_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        Written("1GiB", None, None).refuse([str(EncoderModelError())])
+    assert caught.value.exit_code == 2
+    assert capsys.readouterr().err == f"error: {EncoderModelError()}\n"
 
 
 @pytest.mark.parametrize(

@@ -139,3 +139,29 @@ loads: [{clients: 1, prompt: 16, output: 8}]
     assert document["step_model"] is None
     assert "1 samples; at least 3 are needed" in document["step_model_reason"]
     assert document["ratios"] == []
+
+
+def test_a_plan_that_misses_for_want_of_sequences_says_so() -> None:
+    """Steps of the largest load hold one sequence of four, as where prompts are long: a plan of
+    four is far off, one of one is not; and arithmetic, which binds four, is not to blame."""
+    document = measured(plan())
+    for run in document["runs"]:
+        if not run["load"].startswith("c4-p128-"):
+            continue
+        alone = next(
+            other["server"]
+            for other in document["runs"]
+            if (other["configuration"], other["repeat"]) == (run["configuration"], run["repeat"])
+            and other["load"].startswith("c1-p128-")
+        )
+        run["server"] |= {name: alone[name] for name in alone if name.startswith("decode_")}
+    for point in analyse(plan(), document)["points"]:
+        planned = point["decode"]["planned"]
+        if point["load"].startswith("c4-p128-"):
+            assert (planned["sequences"], point["decode"]["sequences"]) == (4, 1)
+            assert planned["off"] > 0.2
+            assert planned["held_off"] == pytest.approx(0, abs=0.02)
+            assert planned["cause"] == "fewer sequences than clients"
+        else:
+            assert planned["held_off"] == planned["off"] == pytest.approx(0, abs=0.02)
+            assert planned["cause"] is None

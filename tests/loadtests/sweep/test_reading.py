@@ -117,8 +117,21 @@ loads:
         ("hidden: 64", "hidden: 4",
          "sweep.yaml:6: configurations[0].head_dim is 1; allowed: an even number, 2 or more"),
         ("kv_cache_bytes: 64MiB", "kv_cache_bytes: 64 apples",
-         "sweep.yaml:4: engine.kv_cache_bytes is '64 apples'; allowed: could not interpret byte "
-         "unit: apples"),
+         "sweep.yaml:4: engine.kv_cache_bytes is '64 apples'; allowed: bytes, such as 512MiB"),
+        ("kv_cache_bytes: 64MiB", "kv_cache_bytes: -4MiB",
+         "sweep.yaml:4: engine.kv_cache_bytes is '-4MiB'; allowed: bytes, such as 512MiB"),
+        ("kv_cache_bytes: 64MiB", "kv_cache_bytes: null",
+         "sweep.yaml:4: engine.kv_cache_bytes is null; allowed: bytes, such as 512MiB"),
+        ("prompt: [16, 128]", "prompt: '12'",
+         "sweep.yaml:15: loads[0].prompt is '12'; allowed: a valid integer"),
+        ("prompt: [16, 128]", "prompt: [16, no]",
+         "sweep.yaml:15: loads[0].prompt[1] is false; allowed: a valid integer"),
+        ("prompt: [16, 128]", "prompt: {a: [yes]}",
+         "sweep.yaml:15: loads[0].prompt is {'a': [true]}; allowed: a valid integer"),
+        ("clients: [1, 4]", "clients: []",
+         "sweep.yaml:14: loads[0].clients is []; allowed: entries, at least 1"),
+        ("repeats: 3", "repeats: 2026-01-02",
+         "sweep.yaml:2: repeats is 2026-01-02; allowed: a valid integer"),
         ("clients: [1, 4]", "clients: [1, 0]",
          "sweep.yaml:14: loads[0].clients[1] is 0; allowed: greater than or equal to 1"),
         ("clients: [1, 4]", "clients: [4, 4]", "sweep.yaml:14: loads[0] repeats c4-p128-o8"),
@@ -135,7 +148,7 @@ loads:
          "sweep.yaml:5: engine.max_num_seqs is 3; load c4-p128-o8 needs 4, or `waiting: true`"),
         ("kv_heads: [4, 2, 1]", f"kv_heads: {[1] * 33}",
          "sweep.yaml:12: configurations[0].kv_heads is [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, "
-         "1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1...; allowed: "),
+         "1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1...; allowed: entries, at most 32"),
         ("clients: [1, 4]", "clients: &few [1, 4]\n    waves: *few",
          "sweep.yaml:15: aliases are not allowed"),
         ("repeats: 3", "repeats: " + "[" * 10_000, "sweep.yaml cannot be read: maximum recursion"),
@@ -143,6 +156,11 @@ loads:
 )  # fmt: skip
 def test_a_mistake_is_named_with_its_line(old: str, new: str, expected: str) -> None:
     assert mistakes(edited(old, new))[0].startswith(expected)
+
+
+def test_a_section_that_is_missing_is_one_mistake() -> None:
+    without = edited("engine:\n  kv_cache_bytes: 64MiB\n", "")
+    assert mistakes(without) == ["sweep.yaml:1: engine is missing"]
 
 
 def test_too_many_are_counted_before_any_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,12 +168,18 @@ def test_flags_name_their_folder(tmp_path: Path) -> None:
         (("sweep.yaml", "--repeats", "1"),
          "error: --repeats: allowed beside --heads and other flags of a model, not a file\n"),
         (("--heads", "12", "--name", "two words"),
-         "error: name is 'two words'; allowed: match pattern '^[a-zA-Z0-9_-]{1,64}$'\n"),
+         "error: --name is 'two words'; allowed: match pattern '^[a-zA-Z0-9_-]{1,64}$'\n"),
         (("--quick", "--heads", "4"),
          "error: give a FILE, or --quick, or --heads and other flags of a model\n"),
         (("--heads", "12", "--kv-heads", "12,5", "--clients", "none"),
-         "error: configurations[0].kv_heads is 5; allowed: a divisor of heads=12\n"
-         "error: loads[0].clients[0] is 'none'; allowed: a valid integer\n"),
+         "error: --kv-heads is 5; allowed: a divisor of heads=12\n"
+         "error: --clients is 'none'; allowed: a valid integer\n"),
+        (("--heads", "12,12", "--clients", "8,-3"),
+         "error: configurations[0] is another 'h12kv12d64'; allowed: names that differ\n"
+         "error: --clients is -3; allowed: greater than or equal to 1\n"),
+        (("--heads", "12", "--kv-cache", "1MiB", "--clients", "1"),
+         "error: --kv-cache is 1048576, which holds 0 sequences of load c1-p128-o128 in "
+         "configuration h12kv12d64; needed: 1\n"),
     ],
 )  # fmt: skip
 def test_bad_usage_ends_with_2_before_anything_starts(
