@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install tools serve test test-slow lint format proto bench sweep saturation attention operations gpu peers dashboard parity \
-	mutations demo image image-test image-tools image-locks image-clean manifests clean
+.PHONY: install tools serve test test-slow lint format proto bench sweep saturation attention operations curves gpu peers \
+	dashboard parity mutations demo image image-test image-tools image-locks image-clean manifests clean
 
 install: $(VENV)/.installed  ## a virtual environment with everything
 
@@ -61,6 +61,9 @@ attention: install  ## fused and split attention; writes loadtests/results
 
 operations: install  ## our operations in C++ and torch's; writes loadtests/results
 	$(BIN)/python -m loadtests.operations
+
+curves: install  ## loss against bytes of cache and against heads removed; writes loadtests/results, takes a quarter of an hour
+	$(BIN)/python -m loadtests.head_curves
 
 gpu:  ## a GPU: correct? how fast? where does the time go? Writes loadtests/results/gpu, within nine minutes
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m loadtests.gpu

@@ -14,6 +14,7 @@ from models.errors import ConfigError
 from models.heads.gates import gate_heads, head_means, open_gates, text_loss
 from models.heads.inputs import attention_weights
 from models.heads.weights import HeadWeights
+from models.heads.writing import written_sizes
 from models.transformer import Transformer
 
 Ranking: TypeAlias = Literal["weights", "entropy", "gradient", "ablation", "gates", "random"]
@@ -40,7 +41,9 @@ def rank_heads(
     - `weights`: Frobenius norm of what a head can write, its output times its value projection (the
       OV circuit, Elhage et al. 2021), relative to its layer. Reads no text.
     - `entropy`: one minus the mean entropy of its weights, as a share of that of equal weights on
-      what it may look at, relative to its layer: confident heads matter (Voita et al. 2019).
+      what it may look at, times the size of what it adds relative to what its layer is given.
+      Confident heads matter (Voita et al. 2019), but weights alone do not tell how much they move
+      (Kobayashi et al. 2020), nor compare layers.
     - `gradient`: mean over rows of |dL/dg| of a gate `g` that turns the head down to its mean
       (Michel et al. 2019).
     - `ablation`: by how much the loss grows when the head hands on its mean. One pass for each.
@@ -68,7 +71,7 @@ def rank_heads(
         raise ConfigError("batches", list(batches), f"one or more for the ranking {ranking}")
     if ranking == "gates":
         return _learned_gates(model, batches, seed, on_progress)
-    measure = {"entropy": _confidence, "gradient": _gate_gradients, "ablation": _ablations}
+    measure = {"entropy": _confident_writing, "gradient": _gate_gradients, "ablation": _ablations}
     return measure[ranking](model, batches, on_progress)
 
 
@@ -119,8 +122,10 @@ def _weight_norms(model: Transformer) -> Scores:
 
 
 @torch.inference_mode()
-def _confidence(model: Transformer, batches: Sequence[Tensor], on_progress: Progress) -> Scores:
-    sums = _zeros(model)
+def _confident_writing(
+    model: Transformer, batches: Sequence[Tensor], on_progress: Progress
+) -> Scores:
+    means, confidence, sizes = head_means(model, batches), _zeros(model), _zeros(model)
     for done, ids in enumerate(batches, 1):
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         for layer, weights in enumerate(attention_weights(model, ids)):
@@ -130,9 +135,16 @@ def _confidence(model: Transformer, batches: Sequence[Tensor], on_progress: Prog
             num_choices = (num_visible > 1).sum(dim=-1).clamp(min=1)
             entropy = torch.special.entr(weights).sum(dim=-1) / num_visible.clamp(min=2).log()
             of_heads = 1 - (entropy.sum(dim=-1) / num_choices).double().mean(dim=0)
-            sums[layer] += of_heads.view(len(sums[layer]), -1).mean(dim=1).cpu()
+            confidence[layer] += _of_groups(of_heads, confidence[layer])
+        for layer, size in enumerate(written_sizes(model, ids, means)):
+            sizes[layer] += _of_groups(size, sizes[layer])
         on_progress(done, len(batches))
-    return _relative_to_layer(sums)
+    return [one * other / len(batches) ** 2 for one, other in zip(confidence, sizes, strict=True)]
+
+
+def _of_groups(of_heads: Tensor, of_layer: Tensor) -> Tensor:
+    """The mean over the query heads that read each key/value head."""
+    return of_heads.view(len(of_layer), -1).mean(dim=1).to(of_layer)
 
 
 def _gate_gradients(model: Transformer, batches: Sequence[Tensor], on_progress: Progress) -> Scores:

@@ -102,6 +102,26 @@ def test_entropy_is_of_what_a_head_may_look_at() -> None:
     assert int(scores.argmax()) == 0
 
 
+def test_a_confident_head_that_adds_little_matters_little() -> None:
+    model = random_model(shape(num_kv_heads=6), seed=0).requires_grad_(False)
+    attention, head_dim = model.attentions[0], model.config.layers[0].head_dim
+    before = rank_heads(model, BATCHES, "entropy")
+    best = int(before[0].argmax())
+    attention.output.weight[:, best * head_dim : (best + 1) * head_dim] *= 1e-3
+    after = rank_heads(model, BATCHES, "entropy")
+    assert float(after[0][best]) == pytest.approx(1e-3 * float(before[0][best]), rel=1e-4)
+    assert least_important(after, 1) == [(0, best)]
+
+
+def test_entropy_compares_layers_by_what_they_are_given() -> None:
+    """The first layer, which norms what it is given, adds as much to twice as much."""
+    model = random_model(shape(num_kv_heads=6), seed=0).requires_grad_(False)
+    before = rank_heads(model, BATCHES, "entropy")[0]
+    model.get_parameter("embed_tokens.weight").mul_(2.0)
+    after = rank_heads(model, BATCHES, "entropy")[0]
+    assert after.tolist() == pytest.approx((before / 2).tolist(), rel=1e-2)
+
+
 def test_the_group_is_what_is_ranked() -> None:
     model = random_model(shape(num_kv_heads=2), seed=0, dtype=torch.bfloat16)
     for ranking in RANKINGS:

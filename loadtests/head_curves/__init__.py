@@ -1,0 +1,1 @@
+"""Loss against bytes of cache, and against heads removed: measured and drawn."""
