@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _RIGHT = 720, 400, 56, 48, 16
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _RIGHT = 720, 400, 56, 48, 24
 _LEGEND_TOP, _LEGEND_ROW, _LEGEND_COLUMN, _LEGEND_COLUMNS = 28, 18, 150, 4
 _MAX_Y_STEPS = 10
 # With markers points can be told apart; many would hide the line.
