@@ -75,7 +75,7 @@ podman image inspect "$image" | jq --exit-status '.[0].Healthcheck.Test == ["CMD
     || fail "HEALTHCHECK"
 try standalone
 try ray
-for model in demo demo-gqa demo-mqa; do
+for model in demo demo-gqa demo-mqa demo-pruned; do
     podman run --rm "${confined[@]}" --network none "$image" plan --model "$model" --kv-memory 192MiB --json \
         | jq --exit-status '.plan.concurrent | tonumber > 0' > /dev/null || fail "no $model"
 done
