@@ -23,10 +23,10 @@ def test_points_are_where_the_numbers_say() -> None:
         for line in root.iter(f"{SVG}polyline")
     ]
     assert len(lines) == 3
-    # The frame is 648 x 312 at (56, 40); the axes go to step 40 and 10 nats.
+    # The frame is 640 x 312 at (56, 40); the axes go to step 40 and 10 nats.
     for field, line in zip(("loss", "validation_loss", "repeat_loss"), lines, strict=True):
         expected = [
-            (56 + 648 * p.step / 40, 40 + 312 * (1 - getattr(p, field) / 10)) for p in POINTS
+            (56 + 640 * p.step / 40, 40 + 312 * (1 - getattr(p, field) / 10)) for p in POINTS
         ]
         assert [x for x, _ in line] == pytest.approx([x for x, _ in expected], abs=0.1)
         assert [y for _, y in line] == pytest.approx([y for _, y in expected], abs=0.1)
