@@ -86,8 +86,7 @@ class ModelRunner:
         input_ids, positions, metadata = self._build_batch(plan.scheduled)
         lengths = self._rope_lengths(plan.scheduled, positions)
         hidden = self.model(input_ids, positions, self.kv_cache, metadata, lengths)
-        # 0 times what is not finite is no number.
-        broken = Received((hidden * 0).sum(dim=-1) != 0)
+        broken = Received(broken_rows(hidden))
         ends = itertools.accumulate(item.num_tokens for item in plan.scheduled)
         sampled, unsampled, last_rows = [], [], array("q")
         for index, (item, end) in enumerate(zip(plan.scheduled, ends, strict=True)):
@@ -262,6 +261,11 @@ class ModelRunner:
             uniform=0.0 if seq.rng is None else seq.rng.random(),
             num_logprobs=params.logprobs,
         )
+
+
+def broken_rows(hidden: Tensor) -> Tensor:
+    """Which rows of `[tokens, hidden]` hold something that is not finite."""
+    return (hidden * 0).sum(dim=-1) != 0  # 0 times what is not finite is no number
 
 
 def _pool(item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
