@@ -14,8 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from datetime import date
 from functools import cached_property
@@ -58,8 +58,8 @@ class StepWatch:
     """Seconds in functions, for each step."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[int, Counter[str]]] = []
-        self._parts: Counter[str] = Counter()
+        self.steps: list[tuple[int, Mapping[str, float]]] = []
+        self._parts: defaultdict[str, float] = defaultdict(float)
 
     def timed(self, part: str, function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
@@ -74,7 +74,7 @@ class StepWatch:
     def end_step(self, num_sequences: int) -> None:
         """What was timed since the last call belongs to one step."""
         self.steps.append((num_sequences, self._parts))
-        self._parts = Counter()
+        self._parts = defaultdict(float)
 
 
 def main(
@@ -101,7 +101,7 @@ def main(
         "machine": machine(torch.device("cpu")),
         "heads": f"{config.head_label} x {layers} layers",
         "sequences": sequences,
-        **_summary([_own(parts) for number, parts in watch.steps if number == sequences]),
+        **_summary([own_parts(parts) for number, parts in watch.steps if number == sequences]),
     }
     results.mkdir(exist_ok=True)
     (results / "engine-cost.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -169,8 +169,8 @@ def _timed_functions(watch: StepWatch) -> ExitStack:
     return patches
 
 
-def _own(parts: Counter[str]) -> dict[str, float]:
-    """Each part's milliseconds, and all that is not the model's."""
+def own_parts(parts: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds of a step's parts; `all` is what is neither the model's nor another thread's."""
     model = parts["model"] - parts["forms"]
     batch = parts["batch"] + parts["forms"]
     named = batch + parts["planning"] + parts["recording"] + parts["statistics"]
@@ -192,24 +192,26 @@ def _own(parts: Counter[str]) -> dict[str, float]:
 def _summary(steps: list[dict[str, float]]) -> dict[str, Any]:
     return {
         "steps": len(steps),
-        "ms": {part: round(statistics.median(step[part] for step in steps), 3) for part in steps[0]},
+        "ms": {
+            part: round(statistics.median(step[part] for step in steps), 3) for part in steps[0]
+        },
     }
 
 
 def _markdown(document: dict[str, Any]) -> str:
     machine, times = document["machine"], document["ms"]
     lines = [
-        f"`{document['command']}`, {document['date']}: {machine['cpu']} ({machine['cpu_capability']}), "
-        f"torch {machine['torch']}, {document['heads']}, {document['sequences']} sequences, medians of "
-        f"{document['steps']} decode steps.",
+        f"`{document['command']}`, {document['date']}: {machine['cpu']} "
+        f"({machine['cpu_capability']}), torch {machine['torch']}, {document['heads']}, "
+        f"{document['sequences']} sequences, medians of {document['steps']} decode steps.",
         "",
         "| the engine's own | | ms |",
         "|---|---|---|",
         *(f"| {part} | {what} | {times[part]:.3f} |" for part, what in _PARTS.items()),
         f"| all | | {times['all']:.3f} |",
         "",
-        f"Beside it: the model {times['model']:.1f} ms, choosing tokens {times['choosing']:.2f} ms; on the "
-        f"thread of the streams, text {times['text']:.2f} ms.",
+        f"Beside it: the model {times['model']:.1f} ms, choosing tokens "
+        f"{times['choosing']:.2f} ms; on the thread of the streams, text {times['text']:.2f} ms.",
     ]
     return "\n".join(lines) + "\n"
 

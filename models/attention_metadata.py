@@ -150,9 +150,8 @@ class GroupMetadata:
         """All rows of the step, as they are."""
         width = max(len(row.block_table) for row in self._rows)
         tables = array("i")
-        for row in self._rows:
-            tables.extend(row.block_table)
-            tables.extend([RELEASED] * (width - len(row.block_table)))
+        for table, _, _ in self._rows:
+            tables.fromlist([*table, *[RELEASED] * (width - len(table))])
         ends = itertools.accumulate((row.num_new for row in self._rows), initial=0)
         return BlockTables(
             self._int32(tables).view(-1, width),

@@ -437,14 +437,14 @@ MUTATIONS = (
     Mutation(
         "deadlines wait as long as steps are foreseen",
         "service/engine/scheduler.py",
-        "            or self._overdue()\n",
+        "            or self._is_overdue()\n",
         "",
         ("tests/engine/test_foreseeing.py",),
     ),
     Mutation(
         "a foreseen step computes who surely ends",
         "service/engine/scheduler.py",
-        "            if length_ending(seq, item.end + 1, max_len=self._max_len) is not None:\n",
+        "            if length_ending(seq, item.end + 1, self._max_len) is not None:\n",
         "            if False:\n",
         ("tests/engine/test_foreseeing.py",),
     ),

@@ -132,7 +132,8 @@ class BlockManager:
         Returns:
             False if there are not enough blocks; then the tables are as long as before.
         """
-        self._release(seq)
+        if self._windows:
+            self._release(seq)
         num_blocks = self._blocks_for(num_tokens)
         if min(map(len, seq.block_tables)) >= num_blocks:  # most decodes
             return True
@@ -148,6 +149,8 @@ class BlockManager:
             return
         first = (seq.num_computed_tokens - num_new_tokens) // self.block_size
         num_full = seq.num_computed_tokens // self.block_size
+        if first == num_full:  # most decodes
+            return
         seq.hash_blocks(num_full, self.block_size)
         for pool, table in zip(self._pools, seq.block_tables, strict=True):
             for index in range(first, num_full):

@@ -6,7 +6,7 @@ from service.engine.sequence import FinishReason, Sequence
 
 
 def ending_of(
-    seq: Sequence, *, eos_token_ids: Container[int], max_len: int
+    seq: Sequence, eos_token_ids: Container[int], max_len: int
 ) -> tuple[FinishReason, str | int | None] | None:
     """Why the newest token of a generation is its last one, and what it matched; None if it is not.
 
@@ -18,16 +18,17 @@ def ending_of(
     matched = seq.match_stop(token_id) if seq.match_stop else None
     if matched is not None:
         return FinishReason.STOP, matched
-    if seq.num_output_tokens >= params.min_tokens:
+    num_tokens = len(seq.token_ids)
+    if num_tokens - seq.num_prompt_tokens >= params.min_tokens:
         if token_id in params.stop_token_ids:
             return FinishReason.STOP, token_id
         if token_id in eos_token_ids and not params.ignore_eos:
             return FinishReason.EOS, None
-    length = length_ending(seq, seq.num_tokens, max_len=max_len)
+    length = length_ending(seq, num_tokens, max_len)
     return None if length is None else (length, None)
 
 
-def length_ending(seq: Sequence, num_tokens: int, *, max_len: int) -> FinishReason | None:
+def length_ending(seq: Sequence, num_tokens: int, max_len: int) -> FinishReason | None:
     """Why a generation ends that has grown to so many tokens, whatever they are."""
     params = seq.params
     assert params is not None, "only generations sample"

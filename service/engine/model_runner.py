@@ -195,15 +195,14 @@ class ModelRunner:
     def _build_batch(
         self, scheduled: SequenceOf[ScheduledSequence]
     ) -> tuple[Tensor, Tensor, AttentionMetadata]:
-        input_ids: list[int] = []
-        positions: list[int] = []
-        for item in scheduled:
-            input_ids.extend(item.seq.token_ids[item.start : item.end])
-            positions.extend(range(item.start, item.end))
+        input_ids, positions = array("q"), array("q")
+        for seq, num_tokens, start in scheduled:
+            input_ids.extend(seq.token_ids[start : start + num_tokens])
+            positions.extend(range(start, start + num_tokens))
         device = self.model.device
         return (
-            send(torch.tensor(input_ids, dtype=torch.int64), device),
-            send(torch.tensor(positions, dtype=torch.int64), device),
+            send(torch.frombuffer(input_ids, dtype=torch.int64), device),
+            send(torch.frombuffer(positions, dtype=torch.int64), device),
             self._describe(scheduled),
         )
 

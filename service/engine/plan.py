@@ -6,7 +6,7 @@ from typing import NamedTuple
 from service.engine.sequence import Sequence, SequenceOutput, TokenLogprobs
 
 # What is made for every sequence of every step is a tuple: made in half the time of a frozen
-# dataclass.
+# dataclass. What is asked of it for every sequence asks no other property: each is a call.
 
 
 class ScheduledSequence(NamedTuple):
@@ -29,12 +29,13 @@ class ScheduledSequence(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether the step computes the sequence's last token, so that a new one follows."""
-        return self.seq.params is not None and self.end >= self.seq.num_tokens
+        seq = self.seq
+        return seq.params is not None and self.start + self.num_tokens >= len(seq.token_ids)
 
     @property
     def num_unknown(self) -> int:
         """Tokens that a step before chooses and that the host does not know yet: 1, or none."""
-        return max(self.end - self.seq.num_tokens, 0)
+        return max(self.start + self.num_tokens - len(self.seq.token_ids), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: every token asks the properties, which are kept
 class SamplingParams:
     """Sampling settings of one request; `validation` says what is allowed.
 
@@ -45,7 +46,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def is_plainly_greedy(self) -> bool:
         """Whether the likeliest token is taken as the model says, and nothing is reported of it."""
         return (
@@ -56,7 +57,7 @@ class SamplingParams:
             and not (self.logit_bias or self.allowed_token_ids)
         )
 
-    @property
+    @cached_property
     def uses_output(self) -> bool:
         """Whether a token's chances are edited for the tokens that were chosen before it."""
         return (

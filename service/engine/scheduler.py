@@ -69,6 +69,8 @@ class Scheduler:
         self._on_finish = on_finish
         self._clock = clock
         self._by_id: dict[int, Sequence] = {}
+        # No request has an earlier one; that which had it may have ended.
+        self._earliest_deadline = math.inf
         # Whether something may be admitted that the last plan did not admit.
         self._has_changed = False
         # The last token of a request needs no slot.
@@ -113,6 +115,8 @@ class Scheduler:
         if not self.has_room_for(seq.num_tokens):
             raise QueueFullError(unit="tokens", limit=self._config.max_waiting_tokens)
         self._by_id[seq.seq_id] = seq
+        if seq.deadline is not None:
+            self._earliest_deadline = min(self._earliest_deadline, seq.deadline)
         self._has_changed = True
         self.waiting.push(seq)
 
@@ -131,7 +135,7 @@ class Scheduler:
         scheduled: list[ScheduledSequence] = []
         num_preempted = 0
         # Decodes first: a long prompt may slow them down, but never stop them.
-        for seq in sorted(self.running, key=lambda running: running.num_uncomputed_tokens > 1):
+        for seq in sorted(self.running, key=_is_prefill):
             if budget == 0:
                 break
             if seq.status is not SequenceStatus.RUNNING:
@@ -156,7 +160,7 @@ class Scheduler:
             budget == 0 or num_preempted > 0
         )
         # Decodes of like length side by side: they are gathered together, padded to the longest.
-        scheduled.sort(key=lambda item: item.seq.num_tokens if item.num_tokens == 1 else math.inf)
+        scheduled.sort(key=lambda item: item.start if item.num_tokens == 1 else math.inf)
         return StepPlan(tuple(scheduled), tuple(expired), num_preempted)
 
     def foresee(self, plan: StepPlan) -> StepPlan | None:
@@ -174,13 +178,13 @@ class Scheduler:
             not all(item.samples for item in running)
             or len(running) < len(self.running)
             or (self.waiting and self._has_changed)
-            or self._overdue()
+            or self._is_overdue()
         ):
             return None
         following: list[ScheduledSequence] = []
         for item in running:
             seq, params = item.seq, item.seq.params
-            if length_ending(seq, item.end + 1, max_len=self._max_len) is not None:
+            if length_ending(seq, item.end + 1, self._max_len) is not None:
                 continue
             assert params is not None, "only generations sample"
             if params.uses_output or not self.block_manager.grow(seq, item.end + 1):
@@ -235,14 +239,21 @@ class Scheduler:
                 held = len(table) * self.block_manager.block_size
                 assert seq.num_computed_tokens <= held, "computed tokens without blocks"
 
-    def _overdue(self) -> list[Sequence]:
-        now = self._clock()
-        return [
-            seq for seq in self._by_id.values() if seq.deadline is not None and seq.deadline <= now
-        ]
+    def _is_overdue(self) -> bool:
+        """Whether a deadline may have passed."""
+        return self._clock() >= self._earliest_deadline
 
     def _expire(self) -> list[SequenceOutput]:
-        return [self._end(seq, FinishReason.DEADLINE) for seq in self._overdue()]
+        """End all whose deadline has passed."""
+        if not self._is_overdue():
+            return []
+        now = self._clock()
+        deadlines = {seq: seq.deadline for seq in self._by_id.values() if seq.deadline is not None}
+        overdue = [seq for seq, deadline in deadlines.items() if deadline <= now]
+        self._earliest_deadline = min(
+            (deadline for deadline in deadlines.values() if deadline > now), default=math.inf
+        )
+        return [self._end(seq, FinishReason.DEADLINE) for seq in overdue]
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> int:
         """Preempt from the end of the order until a running sequence has grown, itself at the last.
@@ -294,18 +305,14 @@ class Scheduler:
         assert result.token_id is not None, "a sampling step has a token"
         seq.token_ids.append(result.token_id)
         self.progress.add_token(seq, now)
-        ending = ending_of(seq, eos_token_ids=self._eos_token_ids, max_len=self._max_len)
+        ending = ending_of(seq, self._eos_token_ids, self._max_len)
         finish = None if ending is None else self._end(seq, *ending).finish
         switch = self._rope_switch_length
         if finish is None and switch is not None and seq.num_tokens == switch + 1:
             self._preempt(seq)
             seq.min_rope_length = seq.num_tokens
-        return SequenceOutput(
-            seq_id=seq.seq_id,
-            token_ids=(result.token_id,),
-            logprobs=() if result.logprobs is None else (result.logprobs,),
-            finish=finish,
-        )
+        logprobs = () if result.logprobs is None else (result.logprobs,)
+        return SequenceOutput(seq.seq_id, (result.token_id,), logprobs, finish=finish)
 
     def _end(
         self, seq: Sequence, reason: FinishReason, matched_stop: str | int | None = None
@@ -325,3 +332,8 @@ class Scheduler:
             embedding=tuple(seq.pooled),
             finish=finish,
         )
+
+
+def _is_prefill(seq: Sequence) -> bool:
+    """Whether a running sequence has more to compute than its last token."""
+    return len(seq.token_ids) - seq.num_computed_tokens > 1
