@@ -31,7 +31,7 @@ def sweep(
     file: Annotated[
         Path | None, typer.Argument(help="YAML file, as docs/sweep.md describes.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny models, under 3 minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny models, some two minutes.")] = False,
     results: Annotated[
         Path, typer.Option(help="Folder in which the sweep gets one of its own.")
     ] = Path("loadtests/results"),
