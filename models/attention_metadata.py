@@ -149,9 +149,10 @@ class GroupMetadata:
     def block_tables(self) -> BlockTables:
         """All rows of the step, as they are."""
         width = max(len(row.block_table) for row in self._rows)
-        tables = array("i")
+        tables, nothing = array("i"), array("i", [RELEASED]) * width
         for table, _, _ in self._rows:
-            tables.fromlist([*table, *[RELEASED] * (width - len(table))])
+            tables.extend(table)
+            tables.extend(nothing[len(table) :])
         ends = itertools.accumulate((row.num_new for row in self._rows), initial=0)
         return BlockTables(
             self._int32(tables).view(-1, width),

@@ -113,7 +113,7 @@ def mean_kv_bytes(shape: RequestShape, model: ModelConfig) -> float:
     """Keys and values that a decode step of such a request reads, on average."""
     seq = Sequence(seq_id=0, token_ids=[], params=None, arrival_time=0.0)
     starts = range(shape.prompt, shape.prompt + shape.num_decodes)
-    steps = (ScheduledSequence(seq, 1, start) for start in starts)
+    steps = (ScheduledSequence(seq, 1, start, samples=False) for start in starts)
     return KVReads(model).count(steps) / shape.num_decodes
 
 

@@ -10,6 +10,7 @@ it is *cached*, and the last to be reused.
 """
 
 import bisect
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
@@ -216,7 +217,7 @@ class BlockManager:
             for block in blocks:
                 if block != RELEASED:
                     self._reference(index, block)
-        seq.block_tables.extend(prefix)
+        seq.block_tables.extend(array("i", blocks) for blocks in prefix)
         self._extend(seq, missing)
         seq.num_computed_tokens = computed
         return True

@@ -87,16 +87,12 @@ class ModelRunner:
         lengths = self._rope_lengths(plan.scheduled, positions)
         hidden = self.model(input_ids, positions, self.kv_cache, metadata, lengths)
         broken = Received(broken_rows(hidden))
-        ends = itertools.accumulate(item.num_tokens for item in plan.scheduled)
-        sampled, unsampled, last_rows = [], [], array("q")
-        for index, (item, end) in enumerate(zip(plan.scheduled, ends, strict=True)):
-            if item.samples:
-                sampled.append(index)
-                last_rows.append(end - 1)
-            else:
-                unsampled.append(index)
+        sampled = [index for index, item in enumerate(plan.scheduled) if item.samples]
+        unsampled = [index for index, item in enumerate(plan.scheduled) if not item.samples]
         choice = None
         if sampled:
+            ends = _ends(plan.scheduled)
+            last_rows = array("q", [ends[index] - 1 for index in sampled])
             rows = send(torch.frombuffer(last_rows, dtype=torch.int64), hidden.device)
             logits = self.model.project_to_vocab(hidden.index_select(0, rows))
             choice = choose(logits, [self._sampling_row(plan.scheduled[at]) for at in sampled])
@@ -140,11 +136,11 @@ class ModelRunner:
             assert step.hidden is not None, "whose rows are broken"
             (broken,) = step.broken.wait()
             rows: list[bool] = broken.tolist()
-            ends = list(itertools.accumulate(item.num_tokens for item in scheduled))
-            for index in step.unsampled:
-                item, end = scheduled[index], ends[index]
-                results[index] = self._read(item, step.hidden[end - item.num_tokens : end])
-            if any(rows):
+            if step.unsampled or any(rows):
+                ends = _ends(scheduled)
+                for index in step.unsampled:
+                    item, end = scheduled[index], ends[index]
+                    results[index] = self._read(item, step.hidden[end - item.num_tokens : end])
                 for index, (item, end) in enumerate(zip(scheduled, ends, strict=True)):
                     if any(rows[end - item.num_tokens : end]):
                         results[index] = StepResult(failed=True)
@@ -196,7 +192,7 @@ class ModelRunner:
         self, scheduled: SequenceOf[ScheduledSequence]
     ) -> tuple[Tensor, Tensor, AttentionMetadata]:
         input_ids, positions = array("q"), array("q")
-        for seq, num_tokens, start in scheduled:
+        for seq, num_tokens, start, _ in scheduled:
             input_ids.extend(seq.token_ids[start : start + num_tokens])
             positions.extend(range(start, start + num_tokens))
         device = self.model.device
@@ -282,6 +278,13 @@ def _pool(item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
     return tuple(pooled.tolist())
 
 
+def _ends(scheduled: SequenceOf[ScheduledSequence]) -> list[int]:
+    """For each sequence, the row of the packed step behind its last."""
+    return list(itertools.accumulate([item.num_tokens for item in scheduled]))
+
+
 def _result(token: SampledToken) -> StepResult:
-    logprobs = None if token.logprob is None else TokenLogprobs(token.logprob, token.top_logprobs)
-    return StepResult(token_id=token.token_id, logprobs=logprobs, failed=token.token_id is None)
+    token_id, logprob, top = token
+    if token_id is None:
+        return StepResult(failed=True)
+    return StepResult(token_id, None if logprob is None else TokenLogprobs(logprob, top))

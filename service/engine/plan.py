@@ -15,22 +15,24 @@ class ScheduledSequence(NamedTuple):
     Attributes:
         num_tokens: how many of them.
         start: tokens of the sequence that were computed before.
+        samples: whether the last token of a generation is among them, so that a new one follows.
     """
 
     seq: Sequence
     num_tokens: int
     start: int
+    samples: bool
+
+    @classmethod
+    def next_of(cls, seq: Sequence, num_tokens: int) -> "ScheduledSequence":
+        start = seq.num_computed_tokens
+        samples = seq.params is not None and start + num_tokens == len(seq.token_ids)
+        return cls(seq, num_tokens, start, samples)
 
     @property
     def end(self) -> int:
         """Tokens of the sequence that are computed after the step."""
         return self.start + self.num_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether the step computes the sequence's last token, so that a new one follows."""
-        seq = self.seq
-        return seq.params is not None and self.start + self.num_tokens >= len(seq.token_ids)
 
     @property
     def num_unknown(self) -> int:

@@ -140,22 +140,21 @@ class Scheduler:
                 break
             if seq.status is not SequenceStatus.RUNNING:
                 continue
-            start = seq.num_computed_tokens
-            num_tokens = min(seq.num_uncomputed_tokens, budget)
-            if not self.block_manager.grow(seq, start + num_tokens):
-                num_preempted += self._make_room(seq, start + num_tokens)
+            item = ScheduledSequence.next_of(seq, min(seq.num_uncomputed_tokens, budget))
+            if not self.block_manager.grow(seq, item.end):
+                num_preempted += self._make_room(seq, item.end)
             if seq.status is SequenceStatus.RUNNING:
-                scheduled.append(ScheduledSequence(seq, num_tokens, start))
-                budget -= num_tokens
+                scheduled.append(item)
+                budget -= item.num_tokens
         # A chunk of a prompt may need blocks too, and take them from a decode planned before it.
         scheduled = [item for item in scheduled if item.seq.status is SequenceStatus.RUNNING]
         while budget and not num_preempted and len(self.running) < self._config.max_num_seqs:
             admitted = self._admit_next(budget)
             if admitted is None:
                 break
-            num_tokens = min(admitted.num_uncomputed_tokens, budget)
-            scheduled.append(ScheduledSequence(admitted, num_tokens, admitted.num_computed_tokens))
-            budget -= num_tokens
+            item = ScheduledSequence.next_of(admitted, min(admitted.num_uncomputed_tokens, budget))
+            scheduled.append(item)
+            budget -= item.num_tokens
         self._has_changed = len(self.running) < self._config.max_num_seqs and (
             budget == 0 or num_preempted > 0
         )
@@ -189,7 +188,7 @@ class Scheduler:
             assert params is not None, "only generations sample"
             if params.uses_output or not self.block_manager.grow(seq, item.end + 1):
                 return None
-            following.append(ScheduledSequence(seq, 1, item.end))
+            following.append(ScheduledSequence(seq, 1, item.end, samples=True))
         return StepPlan(tuple(following), (), 0) if following else None
 
     def update(self, plan: StepPlan, results: SequenceOf[StepResult]) -> list[SequenceOutput]:
@@ -198,7 +197,7 @@ class Scheduler:
         self.progress = Progress()
         outputs = list(plan.expired)
         for item, result in zip(plan.scheduled, results, strict=True):
-            seq, samples = item.seq, item.samples
+            seq = item.seq
             if seq.status is SequenceStatus.FINISHED:  # since the step was foreseen
                 continue
             assert seq.status is SequenceStatus.RUNNING, "only running sequences are planned"
@@ -207,7 +206,7 @@ class Scheduler:
                 continue
             seq.num_computed_tokens += item.num_tokens
             self.block_manager.remember(seq, item.num_tokens)
-            if samples:
+            if item.samples:
                 outputs.append(self._append(seq, result, now))
             elif seq.params is None:
                 seq.prompt_logprobs.extend(result.prompt_logprobs)

@@ -127,7 +127,8 @@ class Sequence:
         deadline: engine clock time after which the request ends; None never.
         cache_namespace: sequences share cached blocks only within one namespace.
         request_id: the client's name for the request.
-        block_tables: for each group of heads, the block of every `block_size` tokens.
+        block_tables: for each group of heads, the block of every `block_size` tokens, as int32 in
+            a row: a step copies them whole.
         min_rope_length: no token is rotated as if the sequence were shorter than this.
         match_stop: told each new token, returns the stop string it completes.
         num_computed_tokens: tokens whose keys and values are in the cache.
@@ -149,7 +150,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     min_rope_length: int = field(init=False)
     status: SequenceStatus = field(default=SequenceStatus.WAITING, init=False)
-    block_tables: list[list[int]] = field(default_factory=list, init=False)
+    block_tables: "list[array[int]]" = field(default_factory=list, init=False)
     block_hashes: list[bytes] = field(default_factory=list, init=False)
     num_computed_tokens: int = field(default=0, init=False)
     num_cached_tokens: int = field(default=0, init=False)

@@ -51,7 +51,7 @@ def run(blocks: BlockManager, seq: Sequence) -> Sequence:
     """Admit, compute and free a sequence; returns it with the blocks it had."""
     admitted(blocks, seq)
     compute(blocks, seq)
-    table = list(seq.block_tables[0])
+    table = seq.block_tables[0][:]
     blocks.free(seq)
     blocks.check_integrity([])
     seq.block_tables.append(table)
@@ -256,7 +256,7 @@ def test_the_oldest_content_is_evicted_first_and_of_one_sequence_its_tail() -> N
     new = run(blocks, make(range(200, 212)))
     assert blocks.num_cached_pages == 6
     stranger = admitted(blocks, make(range(300, 320)))
-    assert stranger.block_tables[0] == [
+    assert list(stranger.block_tables[0]) == [
         *reversed(old.block_tables[0]),
         *list(reversed(new.block_tables[0]))[:2],
     ]

@@ -48,9 +48,7 @@ def admit(blocks: BlockManager, token_ids: list[int], params: SamplingParams | N
 
 
 def plan(*items: tuple[Sequence, int]) -> StepPlan:
-    return StepPlan(
-        tuple(ScheduledSequence(seq, count, seq.num_computed_tokens) for seq, count in items), (), 0
-    )
+    return StepPlan(tuple(ScheduledSequence.next_of(seq, count) for seq, count in items), (), 0)
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
