@@ -7,6 +7,7 @@ of `ray_environment` are set.
 
 import asyncio
 import dataclasses
+import io
 import logging
 import math
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +196,10 @@ def stop(config: ServiceConfig) -> None:
             time.sleep(_POLL_SECONDS)
     except Exception:  # Serve may never have run; the cluster has to end all the same
         log.exception("replicas were not drained")
-    serve.shutdown()
-    ray.shutdown()
+    # Serve's controller ends within the call that asks it to, and Ray prints that the call failed.
+    with redirect_stdout(io.StringIO()):
+        serve.shutdown()
+        ray.shutdown()
 
 
 def serve_until_stopped(
