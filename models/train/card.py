@@ -8,12 +8,11 @@ from models.checkpoints.history import Step, Training
 from models.train.config import TrainConfig
 from models.train.corpus import Corpus
 from models.train.measure import NUM_PROBES, Measured
-from models.train.needles import NUM_NEEDLES, VALUES
 from models.train.rows import NEEDLE_SHARE
 from models.train.state import Point
 from models.train.tokenizer import SPECIAL_TOKENS
 from models.train.trainer import BETAS, MAX_GRADIENT_NORM
-from models.train.verdict import gate, most_costly, verdict
+from models.train.verdict import gate, most_costly, retrieval, verdict
 
 _CARD = """---
 model-index:
@@ -31,9 +30,9 @@ model-index:
 
 # {name}
 
-A {parameters:.2f} M parameter Llama-format decoder which {origin}. It exists so that
-heads can be looked at, removed and shared without a download; it knows little and must not be used
-for anything else.
+A {parameters:.2f} M parameter Llama-format decoder which {origin}.
+It exists so that heads can be looked at, removed and shared without a download; it knows little and
+must not be used for anything else.
 
 | | |
 |---|---|
@@ -175,7 +174,7 @@ def write_card(
         others_median=median(measured.without_others.values()),
         most=most_costly(measured.without),
         verdict=verdict(measured),
-        retrieval=_retrieval(measured),
+        retrieval=retrieval(measured.retrieval),
         commands="\n".join(step.command for step in history),
         trainings="\n".join(
             _training(step.name, step.training) for step in history if step.training is not None
@@ -210,17 +209,3 @@ def _mixed_in(config: TrainConfig) -> str:
     if config.repeat_growth:
         repeats += f" (longer and more varied during {config.repeat_growth:.0%} of the steps)"
     return f"{repeats}, {NEEDLE_SHARE:.0%} keys in text"
-
-
-def _retrieval(measured: Measured) -> str:
-    found = measured.retrieval
-    if found is None:
-        return "Retrieval was not measured: rows of held-out text have no room for needles."
-    return (
-        f"Retrieval: rows of {found.row_tokens} tokens of held-out text have {NUM_NEEDLES} lines "
-        "such as `key 7341 is alpha` in them, and ask for these keys at their end. "
-        f"{found.accuracy:.1%} of {found.num_answers} answers are right (drawn from the words of a "
-        f"row: {1 / NUM_NEEDLES:.0%}; from all {len(VALUES)} words: {1 / len(VALUES):.0%}), at "
-        f"{found.loss:.2f} nats per answer. Best retrieval score, the weight of an answer's "
-        f"first token in the needle before it is to be said again: {found.best}."
-    )

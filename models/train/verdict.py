@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from statistics import fmean
 
 from models.train.measure import Measured
+from models.train.needles import NUM_NEEDLES, VALUES
+from models.train.retrieval import Retrieval
 
 _XZ_GATE = 0.85
 _ABLATION_FACTOR = 20
@@ -43,6 +45,24 @@ def verdict(measured: Measured) -> str:
         if not is_met
     ]
     return f"Missed: {'; '.join(missed)}." if missed else "All of it is met."
+
+
+def retrieval(found: Retrieval | None) -> str:
+    """How well needles are found, beside a guess; twice as good as that is where retrieval
+    begins."""
+    if found is None:
+        return "Retrieval was not measured: rows of held-out text have no room for needles."
+    guess = 1 / NUM_NEEDLES
+    verb = "has formed" if found.accuracy >= 2 * guess else "has NOT formed"
+    return (
+        f"Retrieval {verb}: rows of {found.row_tokens} tokens of held-out text have {NUM_NEEDLES} "
+        "lines such as `key 7341 is alpha` in them, and ask for these keys at their end. "
+        f"{found.accuracy:.1%} of {found.num_answers} answers are right, where one of the row's "
+        f"words, drawn, would be in {guess:.0%} and one of all {len(VALUES)} in "
+        f"{1 / len(VALUES):.0%}; they have {found.loss:.2f} nats each. Best retrieval score, the "
+        "weight of an answer's first token in the needle before it is to be said again: "
+        f"{found.best}."
+    )
 
 
 def _spread(measured: Measured) -> str:

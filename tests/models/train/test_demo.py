@@ -237,8 +237,10 @@ def test_what_could_not_be_saved_is_refused_before_training(made: Made, tmp_path
     fields = json.loads((start / "config.json").read_text())
     fields |= {"model_type": "mistral", "sliding_window": 8}
     (start / "config.json").write_text(json.dumps(fields))
+    paths = DemoPaths(tmp_path / "small", tmp_path / "work", start)
     with pytest.raises(ConfigError, match="family is 'mistral'; allowed: llama"):
-        make(DemoPaths(tmp_path / "small", tmp_path / "work", start))
+        make(paths)
+    assert not paths.state_file.exists()
 
 
 @pytest.mark.parametrize("name", ["tokens.safetensors", "tokenizer.json", "corpus.json"])
