@@ -192,9 +192,7 @@ def _all_tokens(history: Sequence[Step]) -> str:
 
 def _training(name: str, training: Training) -> str:
     machine = training.machine
-    place = (
-        f"{machine['threads']} threads of {machine['cpu']} ({machine['cpu_capability']}), no GPU"
-    )
+    place = f"{machine['cpu']} ({machine['cpu_capability']}), threads: {machine['threads']}, no GPU"
     if machine["device"] != "cpu":
         place = str(machine["device"])
     versions = f"torch {machine['torch']}, Python {machine['python']}"

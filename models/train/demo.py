@@ -101,7 +101,7 @@ def make_demo(
         TrainingError: `paths.work` belongs to another training, or a directory cannot be written
             to; see `train` too.
     """
-    history = [] if paths.start is None else read_history(paths.start)
+    history = _history(paths)
     prepared = prepare(paths.work, corpus, paths.start, paths.teacher, vocab_size=VOCAB_SIZE)
     tokenizer = prepared.tokenizer
     model = _first_model(paths, tokenizer.get_vocab_size(), config.seed, device)
@@ -145,6 +145,15 @@ def make_demo(
             f"{paths.output} cannot be written to: {error}; what was learned is in {paths.work}"
         ) from error
     return measured.bits_per_byte
+
+
+def _history(paths: DemoPaths) -> list[Step]:
+    """The steps to what is learned from, each once: a start often came from its teacher."""
+    steps: list[Step] = []
+    for directory in (paths.start, paths.teacher):
+        known = [] if directory is None else read_history(directory)
+        steps += [step for step in known if step not in steps]
+    return steps
 
 
 def _first_model(paths: DemoPaths, vocab_size: int, seed: int, device: str) -> Transformer:

@@ -191,8 +191,8 @@ def test_a_card_tells_all_that_was_done(made: Made, tmp_path: Path) -> None:
     start = shutil.copytree(directory, tmp_path / "start")
     step = Step("start", "headroom convert --model small --kv-heads 2 --output start")
     write_history(start, [*read_history(directory), step])
-    paths = DemoPaths(tmp_path / "further", tmp_path / "work", start)
-    rate = dataclasses.replace(CONFIG, learning_rate=5e-4)
+    paths = DemoPaths(tmp_path / "further", tmp_path / "work", start, teacher=directory)
+    rate = dataclasses.replace(CONFIG, learning_rate=5e-4, distillation=0.5)
     make(paths, config=rate, command="headroom train-demo --start start --output further")
     card = (paths.output / "MODEL_CARD.md").read_text(encoding="utf-8")
     commands = [
@@ -204,7 +204,7 @@ def test_a_card_tells_all_that_was_done(made: Made, tmp_path: Path) -> None:
     assert [step.command for step in read_history(paths.output)] == commands
     assert "in 60 steps of 64, seed 3; 0.01 M in all trainings together |" in card
     where = (
-        r"\| 2 threads of 2 x some \(AVX2\), no GPU, products in b?float(16|32), torch 2, Python 3 "
+        r"\| 2 x some \(AVX2\), threads: 2, no GPU, products in b?float(16|32), torch 2, Python 3 "
     )
     for name, learning_rate in (("small", "0.002"), ("further", "0.0005")):
         assert re.search(rf"\| `{name}` \| 0\.00 M \| {learning_rate} \| \d+ {where}\|", card)
@@ -315,6 +315,8 @@ def test_a_model_with_heads_of_its_own_in_each_layer_and_a_rank_learns_from_a_te
     assert trained.projection_rank == 8
     card = (paths.output / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "| teacher | `small`, its divergence 50% of the loss |" in card
+    # How the start came to be nobody has written down.
+    assert [step.name for step in read_history(paths.output)] == ["small", "small"]
 
 
 def test_a_teacher_with_other_tokens_is_refused(made: Made, tmp_path: Path) -> None:
