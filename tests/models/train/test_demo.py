@@ -21,7 +21,6 @@ from models.errors import (
     CheckpointError,
     ConfigError,
     CorpusError,
-    TokenizerError,
     TrainingError,
 )
 from models.heads.convert import convert
@@ -34,7 +33,6 @@ from models.train.demo import DemoPaths, demo_config, make_demo
 from models.train.sources import STANDARD_LIBRARY
 from models.train.tokenizer import train_tokenizer
 from models.transformer import Transformer
-from tests.checkpoints import byte_tokenizer
 from tests.models import tiny
 
 TEXT = "the cat sat on the mat; the dog — größer — lay on the log.\n" * 12
@@ -243,32 +241,6 @@ def test_what_could_not_be_saved_is_refused_before_training(made: Made, tmp_path
     assert not paths.state_file.exists()
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "tokenizer.json", "corpus.json"])
-@pytest.mark.parametrize("damage", [None, b"", b"{"])
-def test_a_damaged_work_directory_is_named(tmp_path: Path, name: str, damage: bytes | None) -> None:
-    paths = DemoPaths(tmp_path / "small", tmp_path / "work")
-    make(paths, num_steps=1)
-    (paths.work / name).unlink()
-    if damage is not None:
-        (paths.work / name).write_bytes(damage)
-    with pytest.raises(
-        TrainingError, match=rf"work/{name} cannot be read: .*; to begin the training anew, delete"
-    ):
-        make(paths)
-
-
-@pytest.mark.parametrize("name", ["tokens", "tokenizer", "corpus"])
-def test_a_disk_that_is_full_at_the_beginning_leaves_nothing_half(
-    made: Made, tmp_path: Path, name: str
-) -> None:
-    paths = DemoPaths(tmp_path / "small", tmp_path / "work")
-    paths.work.mkdir()
-    (paths.work / f"{name}.partial").symlink_to("/dev/full")
-    with pytest.raises(TrainingError, match=r"work cannot be written to: .*No space left"):
-        make(paths)
-    assert make(paths) == made[1]
-
-
 @pytest.mark.parametrize("name", ["tokenizer.json", "history.json", "MODEL_CARD.md"])
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
     made: Made, tmp_path: Path, name: str
@@ -280,17 +252,6 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
         make(paths)
     (paths.output / name).unlink()
     assert make(paths) == made[1]
-
-
-def test_a_start_needs_a_tokenizer_that_begins_texts(made: Made, tmp_path: Path) -> None:
-    start = shutil.copytree(made[0], tmp_path / "start")
-    paths = DemoPaths(tmp_path / "small", tmp_path / "work", start)
-    (start / "tokenizer.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"start/tokenizer\.json is not a tokenizer"):
-        make(paths)
-    byte_tokenizer().save(str(start / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"before a text is \[\]; allowed: \[0\]"):
-        make(paths)
 
 
 def test_a_model_with_heads_of_its_own_in_each_layer_and_a_rank_learns_from_a_teacher(
