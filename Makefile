@@ -80,17 +80,22 @@ parity: install  ## compare every family with transformers; writes docs/parity.m
 mutations: install  ## break the code on purpose, expect red tests; writes docs/mutations.md
 	$(BIN)/python -m tests.mutations
 
-demo: install  ## train the bundled models again: hours on processors; goes on where it stopped
-	$(BIN)/headroom train-demo --tokens 12 --output models/demo/mha.base
-	$(BIN)/headroom train-demo --start models/demo/mha.base --tokens 6 --learning-rate 1e-3 \
-	  --repeat-share 0.4 --repeat-growth 0.5 --output models/demo/mha
-	for made in "gqa convert --kv-heads 2" "mqa convert --kv-heads 1" "pruned prune --remove 10"; do \
-	  set -- $$made; name=$$1; shift; untrained=models/demo/$$name.untrained; \
-	  test -f $$untrained/config.json || \
-	    $(BIN)/headroom "$$@" --model models/demo/mha --output $$untrained || exit 1; \
-	  $(BIN)/headroom train-demo --start $$untrained --tokens 1 --learning-rate 1e-3 \
-	    --repeat-share 0.2 --output models/demo/$$name || exit 1; \
-	done
+# What is finished has a card; what is not goes on where it stopped.
+NEW := build/demo
+train = test -f $(NEW)/$(1)/MODEL_CARD.md || $(BIN)/headroom train-demo --output $(NEW)/$(1) $(2)
+change = test -f $(NEW)/$(2)/config.json || \
+  $(BIN)/headroom $(1) --model $(NEW)/mha --output $(NEW)/$(2) $(3)
+uptrain = $(call train,$(1),--start $(NEW)/$(1).untrained --tokens 1 --learning-rate 1e-3 --repeat-share 0.2)
+
+demo: install  ## train the bundled models again, into build/demo: hours on processors; goes on where it stopped
+	$(call train,mha.base,--tokens 12)
+	$(call train,mha,--start $(NEW)/mha.base --tokens 6 --learning-rate 1e-3 --repeat-share 0.4 --repeat-growth 0.5)
+	$(call change,convert,gqa.untrained,--kv-heads 2)
+	$(call uptrain,gqa)
+	$(call change,convert,mqa.untrained,--kv-heads 1)
+	$(call uptrain,mqa)
+	$(call change,prune,pruned.untrained,--remove 10)
+	$(call uptrain,pruned)
 
 image:  ## the container image; TARGET=cpu, loadtests or cuda
 	deploy/docker/build.sh $(or $(TARGET),cpu)

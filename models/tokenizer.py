@@ -29,13 +29,7 @@ class Tokenizer:
         Raises:
             TokenizerError: the file is missing or not a tokenizer.
         """
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            raise TokenizerError(f"{file} is missing; the model cannot be given text without it")
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)))
-        except Exception as error:  # the library raises a bare Exception
-            raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
+        return cls(read_tokenizer(path))
 
     @classmethod
     def for_model(cls, path: str | Path, config: ModelConfig) -> "Tokenizer":
@@ -83,6 +77,21 @@ class Tokenizer:
     def step(self, stream: "DecodeStream", token_id: int) -> str:
         """Text that `token_id` completes; empty while bytes of a character are missing."""
         return stream.step(self._backend, token_id) or ""
+
+
+def read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
+    """The tokenizer.json of a directory, as it is written.
+
+    Raises:
+        TokenizerError: the file is missing or not a tokenizer.
+    """
+    file = Path(path) / "tokenizer.json"
+    if not file.is_file():
+        raise TokenizerError(f"{file} is missing; the model cannot be given text without it")
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception
+        raise TokenizerError(f"{file} is not a tokenizer: {error}") from error
 
 
 class IncrementalDetokenizer:

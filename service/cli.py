@@ -60,5 +60,7 @@ app.command(
 )(convert)
 app.command(epilog="Example: headroom prune --model demo --remove 10 --output ./demo-pruned")(prune)
 app.command(
-    "train-demo", epilog="Example: headroom train-demo --tokens 6 --output models/demo/mha"
+    "train-demo",
+    epilog="Example: headroom train-demo --start ./gqa --teacher models/demo/mha --tokens 1 "
+    "--output ./gqa-trained",
 )(train_demo)

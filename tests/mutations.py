@@ -653,6 +653,35 @@ MUTATIONS = (
         ),
     ),
     Mutation(
+        "training: gradients are not clipped",
+        "models/train/trainer.py",
+        "    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)\n",
+        "",
+        (
+            "tests/models/train/test_trainer.py",
+            "-k",
+            "clipped",
+        ),
+    ),
+    Mutation(
+        "training: a start is known by its path alone",
+        "models/train/prepared.py",
+        '"start": _digest(start)',
+        '"start": str(start)',
+        (
+            "tests/models/train/test_demo.py",
+            "-k",
+            "start",
+        ),
+    ),
+    Mutation(
+        "retrieval: read one token behind the answer",
+        "models/train/retrieval.py",
+        "answer.start - 1, answer.found)",
+        "answer.start - 1, answer.found + 1)",
+        ("tests/models/train/test_retrieval.py",),
+    ),
+    Mutation(
         "training: the first of repeated tokens count in the loss",
         "models/train/rows.py",
         "> period",
@@ -675,7 +704,7 @@ MUTATIONS = (
     ),
     Mutation(
         "training: a state is written over the old one",
-        "models/train/state.py",
+        "models/train/files.py",
         'partial = path.with_suffix(".partial")',
         "partial = path",
         ("tests/models/train/test_state.py",),

@@ -27,7 +27,7 @@ from rich.progress import (
 )
 from safetensors import SafetensorError
 
-from loadtests.head_curves.merging import measure_merging
+from loadtests.head_curves.merging import LEARNING_RATE, REPEAT_SHARE, SEED, measure_merging
 from loadtests.head_curves.removal import measure_removal
 from loadtests.head_curves.report import heads_removed_picture, kv_bytes_picture, markdown
 from models.checkpoints.bundled import model_name
@@ -53,19 +53,19 @@ def main(
     """Measure merged and removed heads of one model, and draw both."""
     try:
         original = Original.load(model, text)
+        results.mkdir(parents=True, exist_ok=True)  # before a quarter of an hour of work
         document = _measure(original, calibration_tokens, uptrain_tokens, draws)
+        document["text"] = "Python's standard library" if text is None else str(text)
+        tables = markdown(document)
+        for name, content in (
+            ("curves.json", json.dumps(document, indent=1) + "\n"),
+            ("kv-bytes.svg", kv_bytes_picture(document)),
+            ("heads-removed.svg", heads_removed_picture(document)),
+            ("curves.md", tables),
+        ):
+            (results / name).write_text(content, encoding="utf-8")
     except (ModelError, OSError, SafetensorError) as error:
         fail(str(error), code=2)
-    document["text"] = "Python's standard library" if text is None else str(text)
-    results.mkdir(parents=True, exist_ok=True)
-    tables = markdown(document)
-    for name, content in (
-        ("curves.json", json.dumps(document, indent=1) + "\n"),
-        ("kv-bytes.svg", kv_bytes_picture(document)),
-        ("heads-removed.svg", heads_removed_picture(document)),
-        ("curves.md", tables),
-    ):
-        (results / name).write_text(content, encoding="utf-8")
     out.print(tables)
 
 
@@ -92,6 +92,9 @@ def _measure(
         "calibration_tokens": sum(ids.numel() for ids in calibration),
         "held_out_tokens": held_out.numel(),
         "uptrain_tokens": uptrain_tokens,
+        "uptrain_learning_rate": LEARNING_RATE,
+        "uptrain_repeat_share": REPEAT_SHARE,
+        "uptrain_seed": SEED,
         "original_loss": validation_loss(original.model, held_out),
         "merging": [asdict(point) for point in merging],
         "removal": asdict(removal),

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +30,7 @@ def save_model(
     *,
     stored_as: torch.dtype | None = None,
     weight_dtype: WeightDType = "auto",
+    token_ids: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Write config.json and model.safetensors into a directory, made if it is missing; both or
     none of them. transformers reads it too, unless projections have a rank.
@@ -37,6 +40,8 @@ def save_model(
             config.json names and loading goes back to.
         weight_dtype: `int8` rounds the weights of linear layers as serving with it does (see
             `Transformer.pack_weights`); embeddings and output head stay as they are.
+        token_ids: fields of config.json that the model does without and others read, such as
+            `bos_token_id` and `pad_token_id`.
 
     Raises:
         ConfigError: the format cannot say what the configuration says.
@@ -44,7 +49,7 @@ def save_model(
     """
     directory = Path(path)
     dtype = str(model.dtype).removeprefix("torch.")
-    fields = _llama_fields(model.config.replace(dtype=dtype))
+    fields = _llama_fields(model.config.replace(dtype=dtype)) | dict(token_ids)
     if weight_dtype == "int8":
         fields |= int8_fields()
     tensors = _tensors(model, stored_as or model.dtype, is_int8=weight_dtype == "int8")
@@ -59,6 +64,15 @@ def save_model(
     finally:
         for new in partial:
             new.unlink(missing_ok=True)
+
+
+def check_exportable(config: ModelConfig) -> None:
+    """Whether `save_model` can say what a configuration says.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    _llama_fields(config)
 
 
 def _tensors(model: Transformer, dtype: torch.dtype, *, is_int8: bool) -> dict[str, Tensor]:
@@ -91,7 +105,8 @@ def _llama_fields(config: ModelConfig) -> dict[str, object]:
         ConfigError: there is none.
     """
     if config.family != "llama":
-        raise ConfigError("family", config.family, "llama")
+        allowed = "llama, the only format that is written"
+        raise ConfigError("family", config.family, allowed)
     heads = config.layers[0]
     eos = config.eos_token_ids
     fields: dict[str, object] = {

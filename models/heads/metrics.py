@@ -4,12 +4,32 @@ Weights are `[batch, heads, tokens, tokens]`; element `[..., i, j]` is what quer
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True)
+class BestHead:
+    """The head with the highest score."""
+
+    layer: int
+    head: int
+    score: float
+
+    def __str__(self) -> str:
+        return f"{self.score:.3f} (layer {self.layer}, head {self.head})"
+
+
+def best_head(scores: Sequence[Tensor]) -> BestHead:
+    """Of scores `[heads]` of each layer."""
+    layer = max(range(len(scores)), key=lambda index: float(scores[index].max()))
+    head = int(scores[layer].argmax())
+    return BestHead(layer, head, float(scores[layer][head]))
 
 
 def previous_token_score(weights: Tensor) -> Tensor:
@@ -31,6 +51,17 @@ def induction_score(weights: Tensor, period: int) -> Tensor:
 def sink_score(weights: Tensor) -> Tensor:
     """Mean weight of the first token, the first query left out, `[heads]` (Gu et al. 2024)."""
     return weights[..., 1:, 0].float().mean(dim=(0, 2))
+
+
+def retrieval_score(weights: Tensor, places: Tensor) -> Tensor:
+    """Mean weight, `[heads]`, that some queries give to the key each of them should find (after Wu
+    et al. 2024).
+
+    Args:
+        places: int64 `[queries, 3]`, the row, the query and its key.
+    """
+    row, query, key = places.unbind(dim=1)
+    return weights[row, :, query, key].float().mean(dim=0)
 
 
 @torch.inference_mode()

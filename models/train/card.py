@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 
+from models.checkpoints.history import Step, Training
 from models.train.config import TrainConfig
 from models.train.corpus import Corpus
 from models.train.measure import NUM_PROBES, Measured
 from models.train.rows import NEEDLE_SHARE
 from models.train.state import Point
-
-_XZ_GATE = 0.85
+from models.train.tokenizer import SPECIAL_TOKENS
+from models.train.trainer import BETAS, MAX_GRADIENT_NORM
+from models.train.verdict import gate, most_costly, retrieval, verdict
 
 _CARD = """---
 model-index:
@@ -19,8 +21,8 @@ model-index:
   - task:
       type: text-generation
     dataset:
-      name: held-out files of Python and Debian packages
-      type: python-and-debian-packages
+      name: held-out documents of {sources}
+      type: {dataset}
     metrics:
     - type: bits_per_byte
       value: {bpb:.3f}
@@ -28,18 +30,18 @@ model-index:
 
 # {name}
 
-A {parameters:.2f} M parameter Llama-format decoder, small enough to be trained on two processor
-cores, which {origin}. It exists so that heads can be looked at, removed and shared without a
-download; it knows little and must not be used for anything else.
+A {parameters:.2f} M parameter Llama-format decoder which {origin}.
+It exists so that heads can be looked at, removed and shared without a download; it knows little and
+must not be used for anything else.
 
 | | |
 |---|---|
-| heads | `{heads}`, {layers} layers, hidden {hidden}, FFN {ffn}, tied embeddings |
+| heads | `{heads}`, {layers} layers, hidden {hidden}, FFN {ffn}, {embeddings} |
 | weights | bfloat16 in the file, float32 when loaded |
 | context | {context} tokens; trained on rows of {seq_len}, at the end of {final_seq_len} |
-| tokenizer | byte-level BPE, {vocab} tokens, `<bos>` 0, `<eos>` 1, `<pad>` 2 |
-| training | {tokens:.2f} M tokens in {steps} steps of {batch}, {minutes:.0f} minutes, seed {seed} |
-| recipe | AdamW (0.9, 0.95), weight decay {decay}, rate {rate:g}, cosine to a tenth, clip 1.0 |
+| tokenizer | byte-level BPE, {vocab} tokens, {special_tokens} |
+| training | {tokens:.2f} M tokens in {steps} steps of {batch}, seed {seed}{all_tokens} |
+| recipe | AdamW {betas}, weight decay {decay}, rate {rate:g}, cosine to a tenth, clip {clip} |
 | options of heads | dropout {dropout:g}, diversity {diversity:g}, temperature {temperature} |
 | teacher | {teacher} |
 | mixed in | {mixed_in} |
@@ -63,8 +65,8 @@ notices, sizes and SHA-256.
 
 ## Heads
 
-Measured on {probe} sequences of `<bos>` and 50 random tokens that come twice; layers and heads
-are counted from 0.
+Measured on {probe} sequences of `<bos>` and {period} random tokens that come twice; layers and
+heads are counted from 0.
 
 | | | asked for |
 |---|---|---|
@@ -79,16 +81,22 @@ are counted from 0.
 | without another head, median of all | {others_median:+.4f} nats | |
 | without the head that matters most | {most} | |
 
-{heads_verdict}
+{verdict}
+
+{retrieval}
 
 ## Make it again
 
 ```sh
-{command}
+{commands}
 ```
 
-The same seed gives the same losses on the same machine with the same number of threads; the
-command goes on where it was interrupted. NOTICE of the texts: see `corpus.json`.
+| | tokens | rate | minutes | on |
+|---|---|---|---|---|
+{trainings}
+
+The same seed gives the same losses on the same machine with the same number of threads; a training
+goes on where it was interrupted. NOTICE of the texts: see `corpus.json`.
 """
 
 
@@ -98,41 +106,44 @@ def write_card(
     points: Sequence[Point],
     measured: Measured,
     corpus: Corpus,
-    command: str,
+    history: Sequence[Step],
     origin: tuple[Path | None, Path | None],
 ) -> None:
     """Write MODEL_CARD.md into a directory.
 
     Args:
+        history: all steps to the model, the last of which was this training.
         origin: the checkpoint to start from and the teacher, if there were any.
     """
     start, teacher = origin
     shape = measured.shape.config
     first, second = measured.repeat_losses
-    names = ", ".join(source.name for source in corpus.sources)
-    made_of = (
-        f"has read {names}"
-        if start is None
-        else f"was made of `{start.name}` and then has read {names}"
-    )
+    names = [source.name for source in corpus.sources]
+    has_read = f"has read {', '.join(names)}"
     card = _CARD.format(
         name=output.name,
-        origin=made_of,
+        sources=", ".join(names),
+        dataset="-and-".join(names),
+        origin=has_read if start is None else f"was made of `{start.name}` and then {has_read}",
         bpb=measured.bits_per_byte,
         parameters=measured.shape.num_parameters / 1e6,
         heads=shape.head_label,
         layers=shape.num_layers,
         hidden=shape.hidden_size,
         ffn=shape.intermediate_size,
+        embeddings=f"{'tied' if shape.tie_word_embeddings else 'separate'} embeddings",
         context=shape.max_position_embeddings,
         seq_len=config.seq_len,
         final_seq_len=config.final_seq_len,
         vocab=shape.vocab_size,
+        special_tokens=", ".join(f"`{name}` {i}" for i, name in enumerate(SPECIAL_TOKENS)),
         tokens=config.num_steps * config.batch_tokens / 1e6,
+        all_tokens=_all_tokens(history),
         steps=config.num_steps,
         batch=config.batch_tokens,
-        minutes=points[-1].seconds / 60,
         seed=config.seed,
+        betas=BETAS,
+        clip=MAX_GRADIENT_NORM,
         decay=config.weight_decay,
         rate=config.learning_rate,
         dropout=config.head_dropout,
@@ -149,8 +160,9 @@ def write_card(
         ),
         **measured.compressors,
         xz_after=measured.xz_after_training,
-        gate=_gate(measured),
+        gate=gate(measured),
         probe=NUM_PROBES,
+        period=measured.period,
         induction=measured.induction,
         num_induction=measured.num_induction_heads,
         previous=measured.previous_token,
@@ -158,13 +170,36 @@ def write_card(
         first=first,
         second=second,
         ablated=measured.without_best,
-        others_mean=fmean(measured.without_others),
-        others_median=median(measured.without_others),
-        most=_most(measured),
-        heads_verdict=_verdict(measured),
-        command=command,
+        others_mean=fmean(measured.without_others.values()),
+        others_median=median(measured.without_others.values()),
+        most=most_costly(measured.without),
+        verdict=verdict(measured),
+        retrieval=retrieval(measured.retrieval),
+        commands="\n".join(step.command for step in history),
+        trainings="\n".join(
+            _training(step.name, step.training) for step in history if step.training is not None
+        ),
     )
     (output / "MODEL_CARD.md").write_text(card, encoding="utf-8")
+
+
+def _all_tokens(history: Sequence[Step]) -> str:
+    trainings = [step.training for step in history if step.training is not None]
+    if len(trainings) == 1:
+        return ""
+    return f"; {sum(each.num_tokens for each in trainings) / 1e6:.2f} M in all trainings together"
+
+
+def _training(name: str, training: Training) -> str:
+    machine = training.machine
+    place = f"{machine['cpu']} ({machine['cpu_capability']}), threads: {machine['threads']}, no GPU"
+    if machine["device"] != "cpu":
+        place = str(machine["device"])
+    versions = f"torch {machine['torch']}, Python {machine['python']}"
+    return (
+        f"| `{name}` | {training.num_tokens / 1e6:.2f} M | {training.learning_rate:g} | "
+        f"{training.seconds / 60:.0f} | {place}, products in {training.products}, {versions} |"
+    )
 
 
 def _mixed_in(config: TrainConfig) -> str:
@@ -172,42 +207,3 @@ def _mixed_in(config: TrainConfig) -> str:
     if config.repeat_growth:
         repeats += f" (longer and more varied during {config.repeat_growth:.0%} of the steps)"
     return f"{repeats}, {NEEDLE_SHARE:.0%} keys in text"
-
-
-def _gate(measured: Measured) -> str:
-    ratio = measured.bits_per_byte / measured.compressors["xz"]
-    after = measured.bits_per_byte / measured.xz_after_training
-    verdict = "below" if ratio < _XZ_GATE else "NOT below"
-    return (
-        f"That is {ratio:.2f} of xz on the same files, {verdict} the {_XZ_GATE} asked for, and "
-        f"{after:.2f} of what xz needs for them once it has seen the training text."
-    )
-
-
-def _most(measured: Measured) -> str:
-    (layer, head), growth = max(measured.without.items(), key=lambda item: item[1])
-    return f"{growth:+.3f} nats (layer {layer}, head {head})"
-
-
-def _verdict(measured: Measured) -> str:
-    first, second = measured.repeat_losses
-    hurt, other = measured.without_best, fmean(measured.without_others)
-    induction, previous = measured.induction.score, measured.previous_token.score
-    missed = [
-        text
-        for is_met, text in (
-            (induction >= 0.8, f"the induction score is {induction:.3f}, not 0.8"),
-            (previous >= 0.5, f"the previous-token score is {previous:.3f}, not 0.5"),
-            (first >= 5, f"the loss of the first half is {first:.2f} nats, not 5"),
-            (second <= 0.5, f"the loss of the second half is {second:.3f} nats, not 0.5"),
-            (
-                hurt > 0 and hurt >= 20 * other,
-                f"without the best induction head the loss grows by {hurt:.3f} nats, without "
-                f"another by {other:.4f} on average: not 20 times. Heads stand in for each other, "
-                f"{measured.num_induction_heads} have a score of 0.5 or more; and the mean is "
-                f"mostly that of one head, {_most(measured)}",
-            ),
-        )
-        if not is_met
-    ]
-    return f"Missed: {'; '.join(missed)}." if missed else "All of it is met."

@@ -72,8 +72,10 @@ def build_corpus(cache: Path, sources: Sequence[Source] = SOURCES) -> Corpus:
     """Read all sources; packages are fetched into `cache` and unpacked there.
 
     Raises:
-        CorpusError: a source is missing, or its package is not the recorded one.
+        CorpusError: a source is missing, or its package is not the recorded one; or `cache` cannot
+            be written to.
     """
+    cache = cache.absolute()  # tools that read packages run in directories of their own
     documents: list[Document] = []
     for source in sources:
         root = unpack(source.packages, cache)

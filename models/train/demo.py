@@ -1,6 +1,5 @@
 """The bundled demo models, from text to a checkpoint directory with its card."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,29 +7,29 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch import Tensor
 
-from models.checkpoints.loader import load_model, weight_files
-from models.checkpoints.writer import save_model
+from models.checkpoints.history import Step, Training, read_history, write_history
+from models.checkpoints.loader import load_model
+from models.checkpoints.writer import check_exportable, save_model
 from models.config import HeadConfig, ModelConfig
-from models.errors import CheckpointError, ConfigError, CorpusError, TrainingError
+from models.errors import ConfigError, TrainingError
 from models.positions import RopeConfig
+from models.tokenizer import read_tokenizer
 from models.train.card import write_card
 from models.train.config import TrainConfig
-from models.train.corpus import PARTS, Corpus, Part
+from models.train.corpus import Corpus
 from models.train.curve import loss_curve
 from models.train.evaluate import validation_rows
 from models.train.measure import measure
+from models.train.prepared import STATE_FILE, prepare
 from models.train.rows import Rows
-from models.train.tokenizer import EOS, encode_documents, train_tokenizer
-from models.train.trainer import TrainProgress, train
+from models.train.tokenizer import BOS, EOS
+from models.train.trainer import TrainProgress, has_bfloat16, train
 from models.transformer import Transformer, random_model
 
 VOCAB_SIZE = 4096
 _NUM_VALIDATION_ROWS = 32
-_TRAINED: tuple[Part, ...] = ("train", "validation")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +47,11 @@ class DemoPaths:
     work: Path
     start: Path | None = None
     teacher: Path | None = None
+
+    @property
+    def state_file(self) -> Path:
+        """What has been learned up to now."""
+        return self.work / STATE_FILE
 
 
 def demo_config(vocab_size: int = VOCAB_SIZE) -> ModelConfig:
@@ -78,6 +82,7 @@ def make_demo(
     config: TrainConfig,
     *,
     command: str,
+    machine: dict[str, str | int],
     on_step: Callable[[TrainProgress], None],
     should_stop: Callable[[], bool] = lambda: False,
     device: str = "cpu",
@@ -87,43 +92,54 @@ def make_demo(
 
     Args:
         command: what makes the model again, for the card.
+        machine: what times and bits depend on, as `Training.machine`.
 
     Raises:
         CorpusError: a part of the corpus is empty.
-        CheckpointError, ConfigError: the model to start from, or the teacher, cannot be loaded,
-            or has another vocabulary.
+        CheckpointError, ConfigError, TokenizerError: the model to start from, or the teacher,
+            cannot be loaded, or has another vocabulary; or what is made of it could not be saved.
         TrainingError: `paths.work` belongs to another training, or a directory cannot be written
             to; see `train` too.
     """
-    tokenizer, tokens, validation = _prepare(paths, corpus)
-    model = _first_model(paths, tokenizer, config.seed, device)
-    teacher = None
-    if paths.teacher is not None:
-        _check_vocabulary(paths.teacher, tokenizer)
-        teacher = load_model(paths.teacher, dtype=torch.float32, device=device)
+    history = _history(paths)
+    prepared = prepare(paths.work, corpus, paths.start, paths.teacher, vocab_size=VOCAB_SIZE)
+    tokenizer = prepared.tokenizer
+    model = _first_model(paths, tokenizer.get_vocab_size(), config.seed, device)
     points = train(
         model,
-        Rows(tokens, tokenizer, config.seed, config.repeat_share),
-        validation_rows(validation, _NUM_VALIDATION_ROWS, config.seq_len),
+        Rows(prepared.train, tokenizer, config.seed, config.repeat_share),
+        validation_rows(prepared.validation, _NUM_VALIDATION_ROWS, config.seq_len),
         config,
-        state_file=paths.work / "state.safetensors",
+        state_file=paths.state_file,
         on_step=on_step,
         should_stop=should_stop,
-        teacher=teacher,
+        teacher=_teacher(paths, tokenizer, device),
     )
     if points is None:
         return None
+    training = Training(
+        config.num_steps * config.batch_tokens,
+        config.learning_rate,
+        points[-1].seconds,
+        "bfloat16" if has_bfloat16(model.device) else "float32",
+        machine,
+    )
+    history.append(Step(paths.output.name, command, training))
     try:
         # Half the size; config.json says float32, which is what computes everywhere.
-        save_model(model, paths.output, stored_as=torch.bfloat16)
-        tokenizer.save(str(paths.output / "tokenizer.json"))
-        described = json.dumps(corpus.describe(), indent=2) + "\n"
-        (paths.output / "corpus.json").write_text(described, encoding="utf-8")
-        curve = loss_curve(points, f"{paths.output.name}: losses while it was trained")
-        (paths.output / "loss.svg").write_text(curve, encoding="utf-8")
+        token_ids = {"bos_token_id": BOS, "pad_token_id": tokenizer.token_to_id("<pad>")}
+        save_model(model, paths.output, stored_as=torch.bfloat16, token_ids=token_ids)
+        written = {
+            "tokenizer.json": tokenizer.to_str(pretty=True),
+            "corpus.json": json.dumps(corpus.describe(), indent=2) + "\n",
+            "loss.svg": loss_curve(points, f"{paths.output.name}: losses while it was trained"),
+        }
+        for name, content in written.items():
+            (paths.output / name).write_text(content, encoding="utf-8")
+        write_history(paths.output, history)
         measured = measure(load_model(paths.output, device=device), tokenizer, corpus)
         origin = paths.start, paths.teacher
-        write_card(paths.output, config, points, measured, corpus, command, origin)
+        write_card(paths.output, config, points, measured, corpus, history, origin)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"{paths.output} cannot be written to: {error}; what was learned is in {paths.work}"
@@ -131,65 +147,29 @@ def make_demo(
     return measured.bits_per_byte
 
 
-def _first_model(paths: DemoPaths, tokenizer: Tokenizer, seed: int, device: str) -> Transformer:
+def _history(paths: DemoPaths) -> list[Step]:
+    """The steps to what is learned from, each once: a start often came from its teacher."""
+    steps: list[Step] = []
+    for directory in (paths.start, paths.teacher):
+        known = [] if directory is None else read_history(directory)
+        steps += [step for step in known if step not in steps]
+    return steps
+
+
+def _first_model(paths: DemoPaths, vocab_size: int, seed: int, device: str) -> Transformer:
+    """Raises ConfigError: what is learned could not be saved."""
     if paths.start is None:
-        config = demo_config(tokenizer.get_vocab_size()).replace(name=paths.output.name)
+        config = demo_config(vocab_size).replace(name=paths.output.name)
         return random_model(config, seed=seed, device=device)
-    return load_model(paths.start, dtype=torch.float32, device=device)
+    model = load_model(paths.start, dtype=torch.float32, device=device)
+    check_exportable(model.config)
+    return model
 
 
-def _prepare(paths: DemoPaths, corpus: Corpus) -> tuple[Tokenizer, Tensor, Tensor]:
-    """The tokenizer, and tokens to train on and to validate with; kept for the next part of the
-    training."""
-    began = {"corpus": corpus.describe(), "start": str(paths.start)}
-    if paths.teacher is not None:
-        began["teacher"] = _digest(paths.teacher)
-    described = json.dumps(began, indent=2)
-    recorded, tokens_file = paths.work / "corpus.json", paths.work / "tokens.safetensors"
-    tokenizer_file = paths.work / "tokenizer.json"
-    if recorded.exists() and recorded.read_text(encoding="utf-8") != described:
-        raise TrainingError(
-            f"the text is not the one that the training in {paths.work} began with, or start or "
-            "teacher are not; allowed: the same packages, Python version, start and teacher, or "
-            "another directory"
-        )
-    for part in PARTS:
-        if not corpus.texts(part):
-            raise CorpusError(f"no document of the corpus is in the part {part!r}; add some")
-    if recorded.exists():
-        tokens = load_file(tokens_file)
-        return Tokenizer.from_file(str(tokenizer_file)), tokens["train"], tokens["validation"]
-    if paths.start is None:
-        tokenizer = train_tokenizer(corpus.texts("train"), VOCAB_SIZE)
-    else:
-        tokenizer = _tokenizer_of(paths.start)
-    tokens = {part: encode_documents(tokenizer, corpus.texts(part)) for part in _TRAINED}
-    try:
-        paths.work.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(tokenizer_file))
-        save_file(tokens, tokens_file)
-        recorded.write_text(described, encoding="utf-8")
-    except Exception as error:  # the libraries raise errors of their own for a full disk
-        raise TrainingError(f"{paths.work} cannot be written to: {error}") from error
-    return tokenizer, tokens["train"], tokens["validation"]
-
-
-def _digest(checkpoint: Path) -> str:
-    """SHA-256 of what decides what a model says."""
-    digest = hashlib.sha256()
-    for file in (checkpoint / "config.json", *weight_files(checkpoint)):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def _check_vocabulary(teacher: Path, tokenizer: Tokenizer) -> None:
-    if _tokenizer_of(teacher).get_vocab() != tokenizer.get_vocab():
+def _teacher(paths: DemoPaths, tokenizer: Tokenizer, device: str) -> Transformer | None:
+    if paths.teacher is None:
+        return None
+    if read_tokenizer(paths.teacher).get_vocab() != tokenizer.get_vocab():
         allowed = "that of the model that learns; --start with the teacher, or a model made of it"
-        raise ConfigError("vocabulary of the teacher", str(teacher), allowed)
-
-
-def _tokenizer_of(directory: Path) -> Tokenizer:
-    file = directory / "tokenizer.json"
-    if not file.exists():
-        raise CheckpointError(f"{file} is missing")
-    return Tokenizer.from_file(str(file))
+        raise ConfigError("vocabulary of the teacher", str(paths.teacher), allowed)
+    return load_model(paths.teacher, dtype=torch.float32, device=device)

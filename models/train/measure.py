@@ -1,14 +1,14 @@
 """A trained model in numbers: bits per byte of held-out text, and what its heads do."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from tokenizers import Tokenizer as Backend
 
 from models.bits_per_byte import bits_per_byte
 from models.heads.inputs import attention_weights
 from models.heads.metrics import (
+    BestHead,
+    best_head,
     induction_score,
     previous_token_score,
     repeat_losses,
@@ -17,22 +17,13 @@ from models.heads.metrics import (
 from models.tokenizer import Tokenizer
 from models.train.corpus import Corpus
 from models.train.evaluate import compressors_bits_per_byte, xz_after_training_text
-from models.train.trainer import repeat_probe
+from models.train.retrieval import Retrieval, measure_retrieval
+from models.train.tokenizer import encode_documents
+from models.train.trainer import probe_period, repeat_probe
 from models.transformer import Transformer
 
 NUM_PROBES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class BestHead:
-    """The head with the highest score."""
-
-    layer: int
-    head: int
-    score: float
-
-    def __str__(self) -> str:
-        return f"{self.score:.3f} (layer {self.layer}, head {self.head})"
+_SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +34,12 @@ class Measured:
         by_source: held-out bits per byte of each source.
         compressors: of the same files behind one another.
         xz_after_training: bits per byte that these files add to an xz file of the training text.
+        period: after which random tokens come again.
         num_induction_heads: with a score of 0.5 or more; one stands in for another.
         repeat_losses: nats per token of the first and second half of random tokens that come twice.
         without: by layer and head, how much the loss of the second half grows without it, in nats
             per token.
+        retrieval: on held-out text; None where there is no room for it.
     """
 
     shape: Transformer
@@ -54,12 +47,14 @@ class Measured:
     by_source: dict[str, float]
     compressors: dict[str, float]
     xz_after_training: float
+    period: int
     induction: BestHead
     num_induction_heads: int
     previous_token: BestHead
     sink: BestHead
     repeat_losses: tuple[float, float]
     without: dict[tuple[int, int], float]
+    retrieval: Retrieval | None
 
     @property
     def without_best(self) -> float:
@@ -67,10 +62,10 @@ class Measured:
         return self.without[self.induction.layer, self.induction.head]
 
     @property
-    def without_others(self) -> list[float]:
+    def without_others(self) -> dict[tuple[int, int], float]:
         """How much the loss grows without each of the other heads."""
         best = self.induction.layer, self.induction.head
-        return [growth for place, growth in self.without.items() if place != best]
+        return {place: growth for place, growth in self.without.items() if place != best}
 
 
 def measure(model: Transformer, backend: Backend, corpus: Corpus) -> Measured:
@@ -83,8 +78,8 @@ def measure(model: Transformer, backend: Backend, corpus: Corpus) -> Measured:
         name: bits_per_byte(model, tokenizer, part) for name, part in texts.items() if sizes[name]
     }
     total = sum(bits * sizes[name] for name, bits in by_source.items()) / sum(sizes.values())
-    probe = repeat_probe(model, seed=1, batch=NUM_PROBES).to(model.device)
-    period = (probe.shape[1] - 1) // 2
+    probe = repeat_probe(model, seed=_SEED, batch=NUM_PROBES).to(model.device)
+    period = probe_period(model)
     weights = attention_weights(model, probe[:, :-1])
     induction = [induction_score(layer, period) for layer in weights]
     losses = repeat_losses(model, probe)
@@ -100,16 +95,14 @@ def measure(model: Transformer, backend: Backend, corpus: Corpus) -> Measured:
         by_source=by_source,
         compressors=compressors_bits_per_byte(held_out),
         xz_after_training=xz_after_training_text(corpus.texts("train"), held_out),
-        induction=_best(induction),
+        period=period,
+        induction=best_head(induction),
         num_induction_heads=sum(int((scores >= 0.5).sum()) for scores in induction),
-        previous_token=_best([previous_token_score(layer) for layer in weights]),
-        sink=_best([sink_score(layer) for layer in weights]),
+        previous_token=best_head([previous_token_score(layer) for layer in weights]),
+        sink=best_head([sink_score(layer) for layer in weights]),
         repeat_losses=losses,
         without=without,
+        retrieval=measure_retrieval(
+            model, backend, encode_documents(backend, held_out), seed=_SEED
+        ),
     )
-
-
-def _best(scores: Sequence[torch.Tensor]) -> BestHead:
-    layer = max(range(len(scores)), key=lambda index: float(scores[index].max()))
-    head = int(scores[layer].argmax())
-    return BestHead(layer, head, float(scores[layer][head]))

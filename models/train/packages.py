@@ -24,21 +24,32 @@ def unpack(packages: Sequence[Package], cache: Path) -> Path:
 
     A package file that lies in `cache` is used; one that is missing is fetched with apt-get.
 
+    Args:
+        cache: an absolute path.
+
     Raises:
-        CorpusError: a package is not to be had, or is not the one that was recorded.
+        CorpusError: a package is not to be had, or is not the one that was recorded; or `cache`
+            cannot be written to.
     """
     root = cache / "root"
     for package in packages:
-        marker = cache / f"{package.sha256}.unpacked"
-        if marker.exists():
-            continue
-        file = _find(package, cache) or _download(package, cache)
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != package.sha256:
-            raise CorpusError(f"{file} has SHA-256 {found}; allowed: {package.sha256}")
-        _run(["dpkg-deb", "-x", str(file), str(root)], package, cache)
-        marker.touch()
+        try:
+            _unpack(package, cache, root)
+        except OSError as error:
+            raise CorpusError(f"{cache} cannot hold packages: {error}") from error
     return root
+
+
+def _unpack(package: Package, cache: Path, root: Path) -> None:
+    marker = cache / f"{package.sha256}.unpacked"
+    if marker.exists():
+        return
+    file = _find(package, cache) or _download(package, cache)
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise CorpusError(f"{file} has SHA-256 {found}; allowed: {package.sha256}")
+    _run(["dpkg-deb", "-x", str(file), str(root)], package, cache)
+    marker.touch()
 
 
 def _find(package: Package, cache: Path) -> Path | None:

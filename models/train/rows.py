@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from models.train.needles import needle_row
 from models.train.tokenizer import BOS, SPECIAL_TOKENS
 
 IGNORED = -100  # cross_entropy leaves such targets out
@@ -16,12 +17,6 @@ NEEDLE_SHARE = 0.02
 _SHORTEST_PERIOD = 4, 16
 _LONGEST_PERIOD = 24, 256
 _FEWEST_TOKENS = 64  # the hardest have the whole vocabulary
-_NUM_NEEDLES = 4
-_VALUES = (
-    "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel", "india", "juliet",
-    "kilo", "lima", "mike", "november", "oscar", "papa", "quebec", "romeo", "sierra", "tango",
-    "uniform", "victor", "whiskey", "yankee", "zulu",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +61,14 @@ class Rows:
             period = _draw(shortest, longest + 1, generator)
             ids = repeated(1, period, seq_len, self._repeating(difficulty), generator)[0]
             known = torch.arange(seq_len + 1) > period
-        elif kind < self.repeat_share + NEEDLE_SHARE:
-            ids, known = self._needles(seq_len, generator)
+        elif (
+            kind < self.repeat_share + NEEDLE_SHARE
+            # None in the short rows of tests
+            and (needles := needle_row(self.tokenizer, seq_len + 1, self.text, generator))
+        ):
+            ids, known = needles.ids, needles.known
         else:
-            ids = self._text(seq_len + 1, generator)
+            ids = self.text(seq_len + 1, generator)
             known = torch.ones(seq_len + 1, dtype=torch.bool)
         return ids[:-1], ids.where(known, IGNORED)[1:]
 
@@ -81,40 +80,12 @@ class Rows:
         order = torch.randperm(len(choices), generator=torch.Generator().manual_seed(self.seed))
         return choices[order[:num_tokens].sort().values]
 
-    def _text(self, length: int, generator: torch.Generator) -> Tensor:
-        """A window of the text behind `<bos>`, which every prompt begins with too."""
+    def text(self, length: int, generator: torch.Generator) -> Tensor:
+        """A window of the text behind `<bos>`, which every prompt begins with too; int64
+        `[length]`."""
         start = _draw(0, len(self.tokens) - length + 1, generator)
         ids = self.tokens[start : start + length].long()
         ids[0] = BOS
-        return ids
-
-    def _needles(self, seq_len: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`key 7341 is alpha` in text, and at its end the keys once more; only what a key is the
-        second time can be known."""
-        keys = torch.randint(1000, 10_000, (_NUM_NEEDLES,), generator=generator).tolist()
-        values = torch.randint(len(_VALUES), (_NUM_NEEDLES,), generator=generator).tolist()
-        questions = [self._ids(f"\nkey {key} is") for key in keys]
-        answers = [self._ids(f" {_VALUES[value]}") for value in values]
-        needles = [question + answer for question, answer in zip(questions, answers, strict=True)]
-        line_end = self._ids("\n")
-        order = torch.randperm(_NUM_NEEDLES, generator=generator).tolist()
-        room = seq_len + 1 - 2 * sum(map(len, needles)) - _NUM_NEEDLES * len(line_end)
-        if room < _NUM_NEEDLES + 1:  # rows of tests are short
-            ids = self._text(seq_len + 1, generator)
-            return ids, torch.ones(seq_len + 1, dtype=torch.bool)
-        hay = self._text(room, generator).tolist()
-        cuts = sorted(torch.randint(1, room + 1, (_NUM_NEEDLES,), generator=generator).tolist())
-        ids_list: list[int] = hay[: cuts[0]]
-        for needle, start, end in zip(needles, cuts, [*cuts[1:], room], strict=True):
-            ids_list += needle + line_end + hay[start:end]
-        known = [False] * len(ids_list)
-        for index in order:
-            ids_list += needles[index]
-            known += [False] * len(questions[index]) + [True] * len(answers[index])
-        return torch.tensor(ids_list), torch.tensor(known)
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
 

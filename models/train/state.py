@@ -1,7 +1,6 @@
 """The state of a training on disk, whole or not at all."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from models.errors import TrainingError
 from models.train.config import TrainConfig
+from models.train.files import replace_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +63,9 @@ def save_state(path: Path, config: TrainConfig, state: TrainState) -> None:
         "points": [asdict(point) for point in state.points],
     }
     content = save(dict(_named(state)), metadata={"training": json.dumps(numbers)})
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_file(path, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         kept = "the one saved before is kept" if path.exists() else "there is none before it"
         raise TrainingError(
             f"the training's state at step {state.step} cannot be written to {path}: "

@@ -21,6 +21,8 @@ from models.train.rows import IGNORED, Rows, ordinary_tokens, repeated
 from models.train.state import Point, TrainState, load_state, save_state
 from models.transformer import HeadEdit, Transformer
 
+BETAS = 0.9, 0.95  # of AdamW
+MAX_GRADIENT_NORM = 1.0
 _SECONDS_BETWEEN_SAVES = 60.0
 _NUM_POINTS = 40
 
@@ -98,7 +100,10 @@ def _train(
     step, earlier, loss_sum = 0, 0.0, 0.0
     points: list[Point] = []
     if (state := load_state(state_file, config)) is not None:
-        model.load_state_dict(state.model)
+        try:
+            model.load_state_dict(state.model)
+        except RuntimeError as error:
+            raise TrainingError(f"{state_file} holds a model of another shape: {error}") from error
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state.optimizer})
         step, earlier, loss_sum, points = state.step, state.seconds, state.loss_sum, state.points
     first, started = step, time.monotonic()
@@ -147,10 +152,15 @@ def _train(
     return points
 
 
+def probe_period(model: Transformer) -> int:
+    """After how many tokens a probe repeats: 50, as in most of the literature, or what the context
+    has room for."""
+    return min(50, (model.config.max_position_embeddings - 1) // 2)
+
+
 def repeat_probe(model: Transformer, seed: int, *, batch: int) -> Tensor:
-    """`<bos>` and random tokens that come twice, int64 `[batch, 1 + 2 * period]`; 50 tokens, as in
-    most of the literature, or what the context has room for."""
-    period = min(50, (model.config.max_position_embeddings - 1) // 2)
+    """`<bos>` and random tokens that come twice, int64 `[batch, 1 + 2 * period]`."""
+    period = probe_period(model)
     generator = torch.Generator().manual_seed(seed)
     return repeated(batch, period, 2 * period, ordinary_tokens(model.config.vocab_size), generator)
 
@@ -183,8 +193,7 @@ def _step(
             attended = one(layer, attended)
         return attended
 
-    # On processors, only those with instructions for bfloat16 are faster with it.
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=_has_bfloat16(model.device)):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=has_bfloat16(model.device)):
         hidden = model.forward_dense(
             inputs, edit=edit if edits else None, recompute=config.recompute
         )
@@ -198,7 +207,7 @@ def _step(
         total = total + config.head_diversity * similarity.mean
     optimizer.zero_grad(set_to_none=True)
     total.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
     return float(loss.detach())
 
@@ -211,10 +220,12 @@ def _optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer
             {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
-        betas=(0.9, 0.95),
+        betas=BETAS,
         fused=True,
     )
 
 
-def _has_bfloat16(device: torch.device) -> bool:
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether products are computed in bfloat16: on processors, only those with instructions for it
+    are faster with it."""
     return device.type != "cpu" or has_feature("avx512_bf16")

@@ -64,6 +64,7 @@ def convert(
     try:
         wanted = None if kv_heads is None else _counts(kv_heads)
         original = Original.load(model, text)
+        original.check_format()
         changed = original.model
         groups: list[list[list[int]]] | None = None
         if wanted is not None or rank is not None:
@@ -85,7 +86,7 @@ def convert(
     elif rank is None:
         derived.print(max_kl)
     else:
-        derived.print(max_kl, f"rank    {rank} of each projection; only Headroom reads it")
+        derived.print(max_kl, f"rank    {rank} of each projection")
 
 
 def _counts(text: str) -> int | list[int]:

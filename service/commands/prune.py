@@ -22,8 +22,6 @@ from service.console import err, fail
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.config import ModelConfig
-
 # As `models.heads.importance.Ranking`, which would bring torch into every command.
 _Ranking = Literal["weights", "entropy", "gradient", "ablation", "gates", "random"]
 
@@ -71,6 +69,7 @@ def prune(
         named = _places(heads) if heads is not None else []
         counts = _numbers(keep) if keep is not None else None
         original = Original.load(model, text)
+        original.check_format()
         batches = original.batches(calibration_tokens)
         if not named:
             named = _least_important(original, batches, ranking, seed, remove, counts)
@@ -83,10 +82,7 @@ def prune(
         derived.print_json(max_kl, removed=named, ranking=None if heads else ranking)
         return
     places = ", ".join(f"{layer}.{head}" for layer, head in named)
-    readers = "transformers reads it too"
-    if (reason := _why_only_ours(derived.configs[1])) is not None:
-        readers = f"only Headroom reads it: {reason}"
-    derived.print(max_kl, f"removed {places}", f"format  {readers}")
+    derived.print(max_kl, f"removed {places}")
 
 
 def _least_important(
@@ -113,17 +109,6 @@ def _least_important(
     if keep is not None:
         return least_important_by_layer(scores, keep)
     return least_important(scores, remove or 0)
-
-
-def _why_only_ours(config: "ModelConfig") -> str | None:
-    """What transformers' Llama cannot say of a model; None if there is nothing."""
-    if len({(heads.num_heads, heads.num_kv_heads) for heads in config.layers}) > 1:
-        return "its layers have different numbers of heads"
-    if config.hidden_size % config.layers[0].num_heads:
-        return (
-            f"its width {config.hidden_size} is no multiple of {config.layers[0].num_heads} heads"
-        )
-    return None
 
 
 def _places(text: str) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """`headroom train-demo`: the bundled models, once more."""
 
+import math
 import shlex
 import signal
 from collections.abc import Callable, Iterator
@@ -11,9 +12,12 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
 from models.errors import ModelError
+from service.commands.derived import refuse_existing
 from service.console import err, fail, out
 
 if TYPE_CHECKING:
+    import torch
+
     from models.train.config import TrainConfig
     from models.train.demo import DemoPaths
     from models.train.trainer import TrainProgress
@@ -60,7 +64,7 @@ def train_demo(
     distillation: Annotated[
         float | None, typer.Option(help="Its share of the loss, 0 to 1 [default: 0.5].")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Train a small model on openly licensed text of Python and Debian packages.
@@ -71,10 +75,18 @@ def train_demo(
     from models.train.corpus import build_corpus
     from models.train.demo import DemoPaths, make_demo
     from models.train.sources import SOURCES, STANDARD_LIBRARY
+    from service.bench import machine
 
+    if not math.isfinite(tokens):
+        fail(f"--tokens is {tokens}; allowed: a finite number, in millions", code=2)
+    if output.name in ("", ".."):
+        fail(f"--output is {str(output)!r}; allowed: a directory with a name", code=2)
+    place = _device(device)
     if teacher is not None and distillation is None:
         distillation = 0.5
     paths = DemoPaths(output, work or output.with_name(f"{output.name}.training"), start, teacher)
+    if not paths.state_file.exists():
+        refuse_existing(output)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -115,10 +127,11 @@ def train_demo(
                 paths,
                 texts,
                 config,
-                command=_command(config, paths, minimal=minimal),
+                command=_command(config, paths, minimal=minimal, device=place.type),
+                machine=machine(place),
                 on_step=show,
                 should_stop=should_stop,
-                device=device,
+                device=str(place),
             )
     except ModelError as error:
         fail(str(error), code=2)
@@ -150,7 +163,16 @@ def _stop_signal() -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str:
+def _device(name: str) -> "torch.device":
+    from service.engine.memory import resolve_device
+
+    try:
+        return resolve_device(name)
+    except ValueError as error:
+        fail(f"--{error}", code=2)
+
+
+def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool, device: str) -> str:
     """What makes the model again; where packages and state lie does not matter to it."""
     parts = ["headroom", "train-demo", "--output", str(paths.output)]
     parts += ["--tokens", f"{config.num_tokens / 1e6:g}"]
@@ -175,6 +197,8 @@ def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool) -> str
     ):
         if is_on:
             parts.append(option)
+    if device != "cpu":
+        parts += ["--device", device]
     return shlex.join(parts)
 
 

@@ -93,6 +93,8 @@ def test_a_run_writes_figures_tables_and_pictures(
     document = json.loads((results / "curves.json").read_text())
     whole = validation_loss(original.model, held_out)
     assert document["original_loss"] == whole
+    trained = [document[f"uptrain_{name}"] for name in ("learning_rate", "repeat_share", "seed")]
+    assert trained == [5e-4, 0.1, 0]
     points = {
         (point["method"], point["uptrain_tokens"] > 0, point["kv_heads"]): point
         for point in document["merging"]
@@ -232,6 +234,17 @@ def test_a_missing_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert line.startswith("error: ")
     assert "none" in line
     assert not (tmp_path / "results").exists()
+
+
+def test_results_that_cannot_be_written_are_one_line_before_anything_is_measured(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(typer.Exit) as raised:
+        main(model=str(checkpoint), text=text, results=tmp_path / "file" / "results")
+    assert raised.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: [Errno 20] Not a directory")
 
 
 def test_one_key_value_head_cannot_be_merged(text: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`headroom convert` writes a checkpoint that others read, and says what it cost."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import transformers
 from typer.testing import CliRunner
 
 from models import load_model
+from models.checkpoints.history import Step, read_history
 from models.config import HeadConfig
 from models.heads.fidelity import compare
 from models.heads.text import text_batches
 from models.positions import RopeConfig
 from models.tokenizer import Tokenizer
 from service.cli import app
+from service.commands.derived import Original
 from tests.service.small_checkpoint import TEXT, write_checkpoint
 
 
@@ -98,6 +102,7 @@ def test_the_report_is_of_the_rounded_weights(model: Path, tmp_path: Path) -> No
     assert 0 < report["kl"] < 0.01
     files = [path / "model.safetensors" for path in (model, tmp_path / "int8")]
     assert list(report["file_bytes"].values()) == [file.stat().st_size for file in files]
+    assert report["only_headroom_reads_it"] is None
     both = convert(model, tmp_path / "both", *flags)
     assert both.exit_code == 0, both.output
     assert json.loads(both.stdout)["heads"] == "h4kv2d8"
@@ -108,7 +113,8 @@ def test_heads_ranks_and_bits_go_together(model: Path, tmp_path: Path) -> None:
     answer = convert(model, tmp_path / "all", "--rank", "8", "--weights", "int8")
     assert answer.exit_code == 0, answer.output
     assert "heads   h4kv4d8 -> h4kv2d8\n" in answer.stdout
-    assert "rank    8 of each projection; only Headroom reads it\n" in answer.stdout
+    assert "rank    8 of each projection\n" in answer.stdout
+    assert "format  only Headroom reads it: its projections have a rank\n" in answer.stdout
     assert load_model(tmp_path / "all").config.projection_rank == 8
     large = convert(model, tmp_path / "large", "--rank", "14", kv_heads=None)
     assert large.exit_code == 2
@@ -117,6 +123,88 @@ def test_heads_ranks_and_bits_go_together(model: Path, tmp_path: Path) -> None:
     )
     assert large.stderr.startswith(expected)
     assert not (tmp_path / "large").exists()
+
+
+def test_the_report_says_who_reads_it(model: Path, tmp_path: Path) -> None:
+    same = convert(model, tmp_path / "same", kv_heads="2")
+    assert "format  transformers reads it too\n" in same.stdout
+    different = convert(model, tmp_path / "different", kv_heads="4,1")
+    reason = "its layers have different numbers of heads"
+    assert f"format  only Headroom reads it: {reason}\n" in different.stdout
+    script = convert(model, tmp_path / "script", "--json", kv_heads="4,1")
+    assert json.loads(script.stdout)["only_headroom_reads_it"] == reason
+    rounded = convert(model, tmp_path / "int8", "--weights", "int8", kv_heads=None)
+    assert "transformers reads it too, with its package compressed-tensors\n" in rounded.stdout
+
+
+def test_the_history_goes_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["headroom", "convert", "--model", "a model", "--kv-heads", "2"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert convert(model, tmp_path / "first").exit_code == 0
+    text = str(model.parent / "text.txt")
+    assert convert(tmp_path / "first", tmp_path / "second", "--text", text).exit_code == 0
+    command = "headroom convert --model 'a model' --kv-heads 2"
+    assert read_history(tmp_path / "second") == [Step("first", command), Step("second", command)]
+
+
+@pytest.mark.parametrize(
+    ("family", "allowed"),
+    [
+        ("mistral", "llama, the only format that is written"),
+        ("bert", "a decoder, which predicts tokens"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    family: str, allowed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_checkpoint(tmp_path, HeadConfig(4, 4, 8, rope=RopeConfig(1e4, 8)), hidden_size=24)
+    if family == "bert":
+        transformers.BertModel(
+            transformers.BertConfig(
+                vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                intermediate_size=32,
+            )
+        ).save_pretrained(path)  # fmt: skip
+    else:
+        fields = json.loads((path / "config.json").read_text()) | {"model_type": family}
+        (path / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(Original, "batches", None)
+    answer = convert(path, tmp_path / "none")
+    assert answer.exit_code == 2
+    assert answer.stderr == f"error: family is '{family}'; allowed: {allowed}\n"
+    assert not (tmp_path / "none").exists()
+
+
+def test_tokens_that_others_read_are_those_of_the_original(model: Path, tmp_path: Path) -> None:
+    original = shutil.copytree(model, tmp_path / "original")
+    fields = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(
+        json.dumps(fields | {"bos_token_id": 0, "pad_token_id": 2})
+    )
+    text = str(model.parent / "text.txt")
+    assert convert(original, tmp_path / "gqa", "--text", text).exit_code == 0
+    written = json.loads((tmp_path / "gqa/config.json").read_text())
+    assert (written["bos_token_id"], written["pad_token_id"]) == (0, 2)
+
+
+def test_a_disk_that_is_full_leaves_no_half_of_a_model(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "gqa"
+    output.mkdir()
+    (output / "tokenizer.json").symlink_to("/dev/full")
+    answer = convert(model, output)
+    assert answer.exit_code == 2
+    assert answer.stderr.startswith("error: ")
+    assert "No space left" in answer.stderr
+    (output / "tokenizer.json").unlink()
+    assert convert(model, output).exit_code == 0
+
+
+def test_a_text_that_is_no_text_is_one_line(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xff\xfe of a text")
+    answer = convert(model, tmp_path / "none", "--text", str(tmp_path / "text"))
+    assert answer.exit_code == 2
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'text'} is no UTF-8 text: ")
 
 
 def test_one_change_at_least_is_asked_for(model: Path, tmp_path: Path) -> None:

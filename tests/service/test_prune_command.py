@@ -12,6 +12,7 @@ from models import load_model
 from models.config import HeadConfig
 from models.positions import RopeConfig
 from service.cli import app
+from service.commands.derived import Original
 from service.engine.config import EngineConfig
 from service.engine.engine import Engine
 from service.engine.sampling_params import SamplingParams
@@ -97,6 +98,21 @@ def test_bad_input_is_one_line(
     assert answer.stderr.splitlines()[-1].startswith("error: ")
     assert message in answer.stderr
     assert not (tmp_path / "pruned").exists()
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_checkpoint(tmp_path, HeadConfig(4, 4, 8, rope=RopeConfig(1e4, 8)), hidden_size=24)
+    fields = json.loads((path / "config.json").read_text()) | {"model_type": "mistral"}
+    (path / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr(Original, "batches", None)
+    answer = prune(path, tmp_path / "none", "--remove", "1")
+    assert answer.exit_code == 2
+    assert answer.stderr == (
+        "error: family is 'mistral'; allowed: llama, the only format that is written\n"
+    )
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_there_stays(model: Path) -> None:

@@ -1,6 +1,7 @@
 """`headroom train-demo` ends with a checkpoint, or with one clear line and nothing lost."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 from typer.testing import CliRunner
 
 from models.train import corpus, demo, trainer
+from models.train.config import TrainConfig
 from models.train.corpus import Corpus, Document
 from models.train.sources import STANDARD_LIBRARY
 from service.cli import app
+from service.commands.train_demo import _command
 from tests.models import tiny
 
 TEXT = "the cat sat on the mat; the dog — größer — lay on the log.\n" * 40
@@ -98,13 +101,59 @@ def test_the_command_names_the_teacher_and_its_share(tmp_path: Path) -> None:
             ["--distillation", "0.5"],
             "distillation is 0.5; allowed: above 0 with a teacher, 0 without one",
         ),
-        (["--start", "nowhere"], "nowhere/tokenizer.json is missing"),
+        (
+            ["--start", "nowhere"],
+            "nowhere is not a directory that holds a model; bundled models are demo, demo-gqa, "
+            "demo-mqa, demo-pruned",
+        ),
+        (["--tokens", "inf"], "--tokens is inf; allowed: a finite number, in millions"),
+        (["--device", "tpu"], "--device is 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
+        (["--device", "cuda:99"], "--device is 'cuda:99'; this machine has "),
+        (["--output", "."], "--output is '.'; allowed: a directory with a name"),
+        (["--output", ".."], "--output is '..'; allowed: a directory with a name"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, flags: list[str], message: str) -> None:
     answer = train(tmp_path / "small", *flags)
     assert answer.exit_code == 2
-    assert answer.stderr.splitlines()[-1] == f"error: {message}"
+    assert answer.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "small").exists()
+
+
+def test_the_seed_changes_the_result(tmp_path: Path) -> None:
+    weights = []
+    for name, seed in (("first", "0"), ("again", "0"), ("other", "1")):
+        assert train(tmp_path / name, "--seed", seed, tokens="0.005").exit_code == 0
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_a_model_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert train(other, tokens="0.002").exit_code == 0
+    weights = (other / "model.safetensors").read_bytes()
+    elsewhere = train(other, "--work", str(tmp_path / "state"), "--seed", "1", tokens="0.002")
+    assert elsewhere.exit_code == 2
+    assert elsewhere.stderr == (
+        f"error: --output is {other}, which holds a model; allowed: another directory\n"
+    )
+    assert not (tmp_path / "state").exists()
+    finished = train(other, tokens="0.002")
+    assert finished.exit_code == 0, "with its own state it goes on, here at its end"
+    another = train(other, "--seed", "1", tokens="0.002")
+    assert another.exit_code == 2
+    assert "seed is 1; allowed: 0, with which the training" in another.stderr
+    shutil.rmtree(tmp_path / "other.training")
+    assert train(other, tokens="0.002").exit_code == 2, "with no state it would begin anew"
+    assert (other / "model.safetensors").read_bytes() == weights
+
+
+def test_the_command_names_the_device() -> None:
+    paths = demo.DemoPaths(Path("small"), Path("work"))
+    config = TrainConfig(2000)
+    command = _command(config, paths, minimal=True, device="cuda")
+    assert command.endswith(" --repeat-share 0.1 --minimal --device cuda")
+    assert "--device" not in _command(config, paths, minimal=True, device="cpu")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from models import load_model
 from models.checkpoints.loader import check_checkpoint
@@ -84,6 +84,15 @@ def test_ending_tokens_survive(eos: tuple[int, ...], written: object, tmp_path: 
     save_model(tiny.model(tiny.llama(eos_token_ids=eos)), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == written
     assert check_checkpoint(tmp_path).eos_token_ids == eos
+
+
+def test_tokens_that_others_read_are_written(tmp_path: Path) -> None:
+    save_model(tiny.model(tiny.llama()), tmp_path, token_ids={"bos_token_id": 0, "pad_token_id": 2})
+    theirs = LlamaConfig.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.pad_token_id) == (0, 2)
+    assert check_checkpoint(tmp_path) == tiny.llama(name=tmp_path.name)
+    save_model(tiny.model(tiny.llama()), tmp_path)
+    assert LlamaConfig.from_pretrained(tmp_path).bos_token_id is None
 
 
 def test_on_a_failure_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ from torch import Tensor
 from models.config import ModelConfig
 from models.heads.inputs import attention_weights, head_inputs
 from models.heads.metrics import (
+    best_head,
     induction_score,
     previous_token_score,
     repeat_losses,
+    retrieval_score,
     sink_score,
 )
 from models.split_attention import split_attention
@@ -53,6 +55,20 @@ def test_the_score_is_the_mean_over_queries_that_saw_their_token() -> None:
         for h in range(3)
     ]
     assert induction_score(weights, PERIOD).tolist() == pytest.approx([float(e) for e in expected])
+
+
+def test_retrieval_is_the_mean_over_queries_and_their_keys() -> None:
+    weights = torch.rand(2, 3, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0))
+    places = torch.tensor([(0, 9, 2), (1, 8, 8), (1, 7, 0)])
+    expected = [
+        float(weights[0, h, 9, 2] + weights[1, h, 8, 8] + weights[1, h, 7, 0]) / 3 for h in range(3)
+    ]
+    assert retrieval_score(weights, places).tolist() == pytest.approx(expected)
+
+
+def test_the_best_head_is_that_of_all_layers() -> None:
+    best = best_head([torch.tensor([0.1, 0.6]), torch.tensor([0.2, 0.3, 0.7])])
+    assert (best.layer, best.head, str(best)) == (1, 2, "0.700 (layer 1, head 2)")
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,23 @@ def test_packages_are_read_as_documents(tmp_path: Path) -> None:
     assert sum(d.source == "king-james-bible" for d in corpus.documents) == 1189
 
 
+def test_packages_may_lie_at_a_relative_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with with_packages(tmp_path) as (cache, sources):
+        relative = build_corpus(cache.relative_to(tmp_path), sources)
+        assert relative.documents == build_corpus(cache, sources).documents
+    assert (cache / "root/usr/bin/bible").is_file()
+
+
+def test_a_directory_that_cannot_hold_packages_is_named(tmp_path: Path) -> None:
+    with with_packages(tmp_path) as (cache, sources):
+        cache.write_text("a file")
+        with pytest.raises(CorpusError, match=r"/cache cannot hold packages: .*File exists"):
+            build_corpus(cache, sources)
+
+
 def test_a_bible_with_missing_chapters_is_refused(tmp_path: Path) -> None:
     with (
         with_packages(tmp_path, num_chapters=1100) as (cache, sources),

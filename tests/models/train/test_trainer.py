@@ -181,7 +181,7 @@ def test_a_model_comes_nearer_to_its_teacher(rows: Rows, tmp_path: Path) -> None
 def test_a_step_follows_the_mean_of_text_and_teacher(
     rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "_has_bfloat16", lambda device: False)
+    monkeypatch.setattr(trainer, "has_bfloat16", lambda device: False)
     teacher, student = (tiny.model(config_for(rows), seed=seed) for seed in (3, 4))
     config = dataclasses.replace(QUICK, distillation=0.25)
     inputs, targets = rows.at(0, 8, 16)
@@ -201,6 +201,23 @@ def test_a_step_follows_the_mean_of_text_and_teacher(
         assert one.grad is not None
         assert other.grad is not None
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_are_clipped(rows: Rows) -> None:
+    model = tiny.model(config_for(rows)).requires_grad_(True)
+    with torch.no_grad():
+        model.get_parameter("lm_head.weight").mul_(50.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer._step(model, None, optimizer, rows, QUICK, 0)
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    assert float(torch.stack(norms).norm()) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_state_of_another_shape_is_refused(rows: Rows, tmp_path: Path) -> None:
+    learn(rows, tmp_path, stop_after=2)
+    other = random_model(config_for(rows, hidden_size=32), seed=0)
+    with pytest.raises(TrainingError, match=r"state\.safetensors holds a model of another shape"):
+        learn(rows, tmp_path, model=other)
 
 
 def test_the_rate_warms_up_and_ends_at_a_tenth(
