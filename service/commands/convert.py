@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from models.errors import ModelError
 from service.commands.derived import (
     CalibrationText,
     CalibrationTokens,
@@ -55,6 +54,7 @@ def convert(
     """
     from safetensors import SafetensorError
 
+    from models.errors import ModelError
     from models.heads.convert import convert as convert_heads
     from models.heads.low_rank import factorise
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from models.errors import ModelError
 from service.commands.derived import (
     CalibrationText,
     CalibrationTokens,
@@ -60,6 +59,7 @@ def prune(
     """
     from safetensors import SafetensorError
 
+    from models.errors import ModelError
     from models.heads.prune import prune as prune_heads
 
     if (remove is not None) + (keep is not None) + (heads is not None) != 1:

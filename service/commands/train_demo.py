@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 
-from models.errors import ModelError
 from service.commands.derived import refuse_existing
 from service.console import err, fail, out
 
@@ -71,6 +70,7 @@ def train_demo(
 
     Ctrl-C keeps what was learned; the same command goes on from there.
     """
+    from models.errors import ModelError
     from models.train.config import TrainConfig
     from models.train.corpus import build_corpus
     from models.train.demo import DemoPaths, make_demo
