@@ -435,6 +435,13 @@ MUTATIONS = (
         ("tests/engine/test_foreseeing.py",),
     ),
     Mutation(
+        "later deadlines are forgotten once one has passed",
+        "service/engine/scheduler.py",
+        "(deadline for deadline in deadlines.values() if deadline > now), default",
+        "(), default",
+        ("tests/engine/test_scheduler.py",),
+    ),
+    Mutation(
         "deadlines wait as long as steps are foreseen",
         "service/engine/scheduler.py",
         "            or self._is_overdue()\n",

@@ -634,6 +634,18 @@ def test_nobody_is_ended_before_the_deadline() -> None:
     assert loop.reason(seq) is FinishReason.LENGTH
 
 
+def test_each_of_several_is_ended_at_its_own_deadline() -> None:
+    loop = SchedulerLoop()
+    deadlines = [7.0, 3.0, 5.0, None, 3.0]
+    seqs = [loop.add([1], greedy(90), deadline=deadline) for deadline in deadlines]
+    for now in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0):
+        loop.clock.advance(1.0)
+        loop.step()
+        for seq, deadline in zip(seqs, deadlines, strict=True):
+            has_ended = seq.status is SequenceStatus.FINISHED
+            assert has_ended == (deadline is not None and deadline <= now), (now, deadline)
+
+
 def test_blocks_of_the_expired_are_there_for_others_in_the_same_step() -> None:
     loop = crowded()
     expiring = loop.add([1] * 20, greedy(3), deadline=5.0)
