@@ -27,7 +27,13 @@ from rich.progress import (
 )
 from safetensors import SafetensorError
 
-from loadtests.head_curves.merging import LEARNING_RATE, REPEAT_SHARE, SEED, measure_merging
+from loadtests.head_curves.merging import (
+    LEARNING_RATE,
+    NEEDLE_SHARE,
+    REPEAT_SHARE,
+    SEED,
+    measure_merging,
+)
 from loadtests.head_curves.removal import measure_removal
 from loadtests.head_curves.report import heads_removed_picture, kv_bytes_picture, markdown
 from models.checkpoints.bundled import model_name
@@ -94,6 +100,7 @@ def _measure(
         "uptrain_tokens": uptrain_tokens,
         "uptrain_learning_rate": LEARNING_RATE,
         "uptrain_repeat_share": REPEAT_SHARE,
+        "uptrain_needle_share": NEEDLE_SHARE,
         "uptrain_seed": SEED,
         "original_loss": validation_loss(original.model, held_out),
         "merging": [asdict(point) for point in merging],

@@ -29,6 +29,7 @@ METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 # `make demo` trains longer, at twice the rate, on twice the share of rows that repeat.
 LEARNING_RATE = 5e-4
 REPEAT_SHARE = 0.1
+NEEDLE_SHARE = 0.02
 SEED = 0
 
 
@@ -106,7 +107,7 @@ def _rows(original: Original) -> Rows:
         raise ConfigError("what the tokenizer puts before a text", begin, allowed)
     tokenizer = tokenizers.Tokenizer.from_file(str(original.path / "tokenizer.json"))
     tokens = encode_documents(tokenizer, original.calibration)
-    return Rows(tokens, tokenizer, SEED, REPEAT_SHARE)
+    return Rows(tokens, tokenizer, SEED, REPEAT_SHARE, NEEDLE_SHARE)
 
 
 def _uptrain(
@@ -120,6 +121,7 @@ def _uptrain(
         final_seq_len=min(1024, context),
         learning_rate=LEARNING_RATE,
         repeat_share=REPEAT_SHARE,
+        needle_share=NEEDLE_SHARE,
         seed=SEED,
     )
     with tempfile.TemporaryDirectory() as work:

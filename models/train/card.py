@@ -8,7 +8,6 @@ from models.checkpoints.history import Step, Training
 from models.train.config import TrainConfig
 from models.train.corpus import Corpus
 from models.train.measure import NUM_PROBES, Measured
-from models.train.rows import NEEDLE_SHARE
 from models.train.state import Point
 from models.train.tokenizer import SPECIAL_TOKENS
 from models.train.trainer import BETAS, MAX_GRADIENT_NORM
@@ -206,4 +205,4 @@ def _mixed_in(config: TrainConfig) -> str:
     repeats = f"{config.repeat_share:.0%} of rows are random tokens that repeat"
     if config.repeat_growth:
         repeats += f" (longer and more varied during {config.repeat_growth:.0%} of the steps)"
-    return f"{repeats}, {NEEDLE_SHARE:.0%} keys in text"
+    return f"{repeats}, {config.needle_share:.0%} keys in text"

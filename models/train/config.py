@@ -23,6 +23,8 @@ class TrainConfig:
         repeat_growth: share of the steps in which these grow from few tokens and short periods to
             the whole vocabulary and long ones. Small models learn no induction in millions of
             tokens without.
+        needle_share: part of the rows that are text with keys and their values in it, and the keys
+            once more; only retrieval can predict the values.
         head_dropout: probability that a head is left out of a row, the others being scaled up
             (Zhou et al. 2020).
         head_diversity: factor of the mean cosine of what two heads of a layer read, which is
@@ -46,6 +48,7 @@ class TrainConfig:
     warmup_share: float = 0.02
     repeat_share: float = 0.10
     repeat_growth: float = 0.0
+    needle_share: float = 0.02
     head_dropout: float = 0.0
     head_diversity: float = 0.0
     head_temperature: bool = False
@@ -66,6 +69,9 @@ class TrainConfig:
             raise ConfigError("repeat_share", self.repeat_share, "0 to 0.9")
         if not 0 <= self.repeat_growth <= 1:
             raise ConfigError("repeat_growth", self.repeat_growth, "0 to 1")
+        if not 0 <= self.needle_share <= 1 - self.repeat_share:
+            allowed = f"0 to {1 - self.repeat_share:g}, what repeat_share leaves"
+            raise ConfigError("needle_share", self.needle_share, allowed)
         if not 0 <= self.head_dropout < 1:
             raise ConfigError("head_dropout", self.head_dropout, "0 or more, below 1")
         if not 0 <= self.head_diversity < math.inf:

@@ -107,7 +107,7 @@ def make_demo(
     model = _first_model(paths, tokenizer.get_vocab_size(), config.seed, device)
     points = train(
         model,
-        Rows(prepared.train, tokenizer, config.seed, config.repeat_share),
+        Rows(prepared.train, tokenizer, config.seed, config.repeat_share, config.needle_share),
         validation_rows(prepared.validation, _NUM_VALIDATION_ROWS, config.seq_len),
         config,
         state_file=paths.state_file,

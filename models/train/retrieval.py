@@ -47,7 +47,7 @@ def measure_retrieval(
     row_tokens = min(_ROW_TOKENS, model.config.max_position_embeddings)
     if len(tokens) < row_tokens:
         return None
-    text = Rows(tokens, tokenizer, seed, repeat_share=0.0).text
+    text = Rows(tokens, tokenizer, seed, repeat_share=0.0, needle_share=0.0).text
     generator = torch.Generator().manual_seed(seed)
     drawn = [needle_row(tokenizer, row_tokens, text, generator) for _ in range(_NUM_ROWS)]
     rows = [row for row in drawn if row is not None]

@@ -12,7 +12,6 @@ from models.train.needles import needle_row
 from models.train.tokenizer import BOS, SPECIAL_TOKENS
 
 IGNORED = -100  # cross_entropy leaves such targets out
-NEEDLE_SHARE = 0.02
 # Of the easiest repetitions and of the hardest.
 _SHORTEST_PERIOD = 4, 16
 _LONGEST_PERIOD = 24, 256
@@ -27,12 +26,14 @@ class Rows:
         tokens: int32 `[tokens]`, all text.
         seed: decides everything that is drawn.
         repeat_share: part of the rows that are random tokens which repeat.
+        needle_share: part of the rows with keys to be found again.
     """
 
     tokens: Tensor
     tokenizer: Tokenizer
     seed: int
     repeat_share: float
+    needle_share: float
 
     def at(
         self, step: int, num_rows: int, seq_len: int, difficulty: float = 1.0
@@ -62,7 +63,7 @@ class Rows:
             ids = repeated(1, period, seq_len, self._repeating(difficulty), generator)[0]
             known = torch.arange(seq_len + 1) > period
         elif (
-            kind < self.repeat_share + NEEDLE_SHARE
+            kind < self.repeat_share + self.needle_share
             # None in the short rows of tests
             and (needles := needle_row(self.tokenizer, seq_len + 1, self.text, generator))
         ):

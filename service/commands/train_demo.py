@@ -47,6 +47,9 @@ def train_demo(
         float,
         typer.Option(help="Part of the steps in which those become longer and more varied."),
     ] = 0.0,
+    needle_share: Annotated[
+        float, typer.Option(help="Part of the rows that are text with keys to be found again.")
+    ] = 0.02,
     head_dropout: Annotated[float, typer.Option(help="Probability to leave out a head.")] = 0.0,
     head_diversity: Annotated[
         float, typer.Option(help="Factor of a term that pulls heads apart.")
@@ -98,6 +101,7 @@ def train_demo(
             learning_rate=learning_rate,
             repeat_share=repeat_share,
             repeat_growth=repeat_growth,
+            needle_share=needle_share,
             head_dropout=head_dropout,
             head_diversity=head_diversity,
             head_temperature=head_temperature,
@@ -178,6 +182,7 @@ def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool, device
     parts += ["--tokens", f"{config.num_tokens / 1e6:g}"]
     parts += ["--learning-rate", f"{config.learning_rate:g}", "--seed", str(config.seed)]
     parts += ["--repeat-share", f"{config.repeat_share:g}"]
+    parts += ["--needle-share", f"{config.needle_share:g}"]
     if paths.start is not None:
         parts += ["--start", str(paths.start)]
     if paths.teacher is not None:

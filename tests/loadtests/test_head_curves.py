@@ -93,8 +93,8 @@ def test_a_run_writes_figures_tables_and_pictures(
     document = json.loads((results / "curves.json").read_text())
     whole = validation_loss(original.model, held_out)
     assert document["original_loss"] == whole
-    trained = [document[f"uptrain_{name}"] for name in ("learning_rate", "repeat_share", "seed")]
-    assert trained == [5e-4, 0.1, 0]
+    settings = ("learning_rate", "repeat_share", "needle_share", "seed")
+    assert [document[f"uptrain_{name}"] for name in settings] == [5e-4, 0.1, 0.02, 0]
     points = {
         (point["method"], point["uptrain_tokens"] > 0, point["kv_heads"]): point
         for point in document["merging"]

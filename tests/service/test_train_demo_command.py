@@ -71,13 +71,13 @@ def test_interrupted_it_goes_on_and_ends_the_same(
 
 def test_the_card_has_the_command_that_makes_the_model_again(tmp_path: Path) -> None:
     flags = ["--seed", "4", "--head-dropout", "0.1", "--head-temperature", "--recompute"]
-    flags += ["--repeat-growth", "0.5"]
+    flags += ["--repeat-growth", "0.5", "--needle-share", "0.3"]
     answer = train(tmp_path / "small", "--work", str(tmp_path / "state"), *flags, tokens="0.002")
     assert answer.exit_code == 0, answer.output
     card = (tmp_path / "small/MODEL_CARD.md").read_text(encoding="utf-8")
     expected = (
         f"headroom train-demo --output {tmp_path / 'small'} --tokens 0.002 --learning-rate 0.002 "
-        "--seed 4 --repeat-share 0.1 --repeat-growth 0.5 --head-dropout 0.1 "
+        "--seed 4 --repeat-share 0.1 --needle-share 0.3 --repeat-growth 0.5 --head-dropout 0.1 "
         "--head-temperature --recompute\n"
     )
     assert expected in card
@@ -89,7 +89,10 @@ def test_the_command_names_the_teacher_and_its_share(tmp_path: Path) -> None:
     answer = train(tmp_path / "small", "--teacher", str(teacher), tokens="0.002")
     assert answer.exit_code == 0, answer.output
     card = (tmp_path / "small/MODEL_CARD.md").read_text(encoding="utf-8")
-    assert f" --seed 0 --repeat-share 0.1 --teacher {teacher} --distillation 0.5\n" in card
+    assert (
+        f" --seed 0 --repeat-share 0.1 --needle-share 0.02 --teacher {teacher} --distillation 0.5\n"
+        in card
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,7 +155,7 @@ def test_the_command_names_the_device() -> None:
     paths = demo.DemoPaths(Path("small"), Path("work"))
     config = TrainConfig(2000)
     command = _command(config, paths, minimal=True, device="cuda")
-    assert command.endswith(" --repeat-share 0.1 --minimal --device cuda")
+    assert command.endswith(" --repeat-share 0.1 --needle-share 0.02 --minimal --device cuda")
     assert "--device" not in _command(config, paths, minimal=True, device="cpu")
 
 

@@ -17,6 +17,11 @@ from models.train.config import TrainConfig
         ({"learning_rate": 0.0}, "learning_rate is 0.0; allowed: a finite number above 0"),
         ({"repeat_share": 1.0}, "repeat_share is 1.0; allowed: 0 to 0.9"),
         ({"repeat_growth": 1.5}, "repeat_growth is 1.5; allowed: 0 to 1"),
+        (
+            {"needle_share": 0.5, "repeat_share": 0.6},
+            "needle_share is 0.5; allowed: 0 to 0.4, what",
+        ),
+        ({"needle_share": -0.1}, "needle_share is -0.1; allowed: 0 to 0.9, what repeat_share"),
         ({"head_dropout": 1.0}, "head_dropout is 1.0; allowed: 0 or more, below 1"),
         ({"head_diversity": -1.0}, "head_diversity is -1.0; allowed: a finite number, 0 or more"),
         ({"recompute": True, "head_diversity": 1.0}, "recompute is True; allowed: false, because"),

@@ -19,7 +19,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Tokenizer) -> Rows:
-    return Rows(encode_documents(tokenizer, [TEXT]), tokenizer, seed=0, repeat_share=0.0)
+    tokens = encode_documents(tokenizer, [TEXT])
+    return Rows(tokens, tokenizer, seed=0, repeat_share=0.0, needle_share=0.0)
 
 
 def ids_of(ids: Tensor, start: int, length: int) -> list[int]:

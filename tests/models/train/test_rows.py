@@ -7,7 +7,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.train import rows as rows_module
 from models.train.rows import IGNORED, Rows, ordinary_tokens, repeated
 from models.train.tokenizer import BOS, SPECIAL_TOKENS, encode_documents, train_tokenizer
 
@@ -24,28 +23,32 @@ def tokens(tokenizer: Tokenizer) -> Tensor:
     return encode_documents(tokenizer, [TEXT])
 
 
-def needles_only(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    monkeypatch.setattr(rows_module, "NEEDLE_SHARE", share)
+def rows_of(
+    tokenizer: Tokenizer,
+    tokens: Tensor,
+    *,
+    seed: int = 0,
+    repeats: float = 0.0,
+    needles: float = 0.0,
+) -> Rows:
+    return Rows(tokens, tokenizer, seed, repeat_share=repeats, needle_share=needles)
 
 
 def test_a_step_can_be_made_again(tokenizer: Tokenizer, tokens: Tensor) -> None:
-    rows = Rows(tokens, tokenizer, seed=3, repeat_share=0.1)
+    rows = rows_of(tokenizer, tokens, seed=3, repeats=0.1)
     first = rows.at(5, 8, 64)
     torch.manual_seed(1)
-    again = Rows(tokens, tokenizer, seed=3, repeat_share=0.1).at(5, 8, 64)
+    again = rows_of(tokenizer, tokens, seed=3, repeats=0.1).at(5, 8, 64)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for other in (
         rows.at(6, 8, 64),
-        Rows(tokens, tokenizer, seed=4, repeat_share=0.1).at(5, 8, 64),
+        rows_of(tokenizer, tokens, seed=4, repeats=0.1).at(5, 8, 64),
     ):
         assert not torch.equal(first[0], other[0])
 
 
-def test_text_is_a_window_behind_bos(
-    tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needles_only(monkeypatch, 0.0)
-    inputs, targets = Rows(tokens, tokenizer, seed=0, repeat_share=0.0).at(0, 4, 32)
+def test_text_is_a_window_behind_bos(tokenizer: Tokenizer, tokens: Tensor) -> None:
+    inputs, targets = rows_of(tokenizer, tokens).at(0, 4, 32)
     everything = tokens.tolist()
     for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
         assert row[0] == BOS
@@ -58,7 +61,7 @@ def test_text_is_a_window_behind_bos(
 def test_repeats_can_be_predicted_from_one_period_before(
     tokenizer: Tokenizer, tokens: Tensor
 ) -> None:
-    inputs, targets = Rows(tokens, tokenizer, seed=0, repeat_share=1.0).at(0, 16, 128)
+    inputs, targets = rows_of(tokenizer, tokens, repeats=1.0).at(0, 16, 128)
     periods = set()
     for row, target in zip(inputs.tolist(), targets.tolist(), strict=True):
         period = target.count(IGNORED)
@@ -77,7 +80,7 @@ def test_repeats_can_be_predicted_from_one_period_before(
 def test_repetitions_become_harder(
     tokenizer: Tokenizer, tokens: Tensor, difficulty: float, shortest: int, longest: int
 ) -> None:
-    rows = Rows(tokens, tokenizer, seed=0, repeat_share=1.0)
+    rows = rows_of(tokenizer, tokens, repeats=1.0)
     ordinary = tokenizer.get_vocab_size() - len(SPECIAL_TOKENS)
     inputs, targets = rows.at(0, 200, 512, difficulty)
     assert len(inputs[:, 1:].unique()) == round(64 * (ordinary / 64) ** difficulty)
@@ -88,11 +91,8 @@ def test_repetitions_become_harder(
     assert set(inputs.unique().tolist()) <= set(harder.unique().tolist()), "none goes again"
 
 
-def test_needles_can_be_found(
-    tokenizer: Tokenizer, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    needles_only(monkeypatch, 1.0)
-    inputs, targets = Rows(tokens, tokenizer, seed=0, repeat_share=0.0).at(0, 6, 256)
+def test_needles_can_be_found(tokenizer: Tokenizer, tokens: Tensor) -> None:
+    inputs, targets = rows_of(tokenizer, tokens, needles=1.0).at(0, 6, 256)
     for row, target in zip(inputs, targets, strict=True):
         ids = [*row.tolist(), int(target[-1])]
         assert ids[0] == BOS
@@ -106,7 +106,7 @@ def test_needles_can_be_found(
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_shares_are_kept(tokenizer: Tokenizer, tokens: Tensor, share: float) -> None:
-    rows = Rows(tokens, tokenizer, seed=0, repeat_share=share)
+    rows = rows_of(tokenizer, tokens, repeats=share, needles=0.1)
     _, targets = rows.at(0, 2000, 32)
     masked = (targets == IGNORED).any(dim=1).float().mean()
     # Rows of 32 have no room for needles, which are text then.

@@ -34,9 +34,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: Tokenizer) -> Rows:
-    return Rows(
-        encode_documents(tokenizer, [TEXT, TEXT, TEXT]), tokenizer, seed=0, repeat_share=0.1
-    )
+    tokens = encode_documents(tokenizer, [TEXT, TEXT, TEXT])
+    return Rows(tokens, tokenizer, seed=0, repeat_share=0.1, needle_share=0.02)
 
 
 def config_for(rows: Rows, **changes: object) -> ModelConfig:
