@@ -437,8 +437,8 @@ MUTATIONS = (
     Mutation(
         "later deadlines are forgotten once one has passed",
         "service/engine/scheduler.py",
-        "(deadline for deadline in deadlines.values() if deadline > now), default",
-        "(), default",
+        "min(later, default=math.inf)",
+        "math.inf",
         ("tests/engine/test_scheduler.py",),
     ),
     Mutation(

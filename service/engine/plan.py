@@ -25,6 +25,7 @@ class ScheduledSequence(NamedTuple):
 
     @classmethod
     def next_of(cls, seq: Sequence, num_tokens: int) -> "ScheduledSequence":
+        """The first so many of the tokens that are not computed yet."""
         start = seq.num_computed_tokens
         samples = seq.params is not None and start + num_tokens == len(seq.token_ids)
         return cls(seq, num_tokens, start, samples)

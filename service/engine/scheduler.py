@@ -247,12 +247,13 @@ class Scheduler:
         if not self._is_overdue():
             return []
         now = self._clock()
-        deadlines = {seq: seq.deadline for seq in self._by_id.values() if seq.deadline is not None}
-        overdue = [seq for seq, deadline in deadlines.items() if deadline <= now]
-        self._earliest_deadline = min(
-            (deadline for deadline in deadlines.values() if deadline > now), default=math.inf
-        )
-        return [self._end(seq, FinishReason.DEADLINE) for seq in overdue]
+        overdue = [
+            seq for seq in self._by_id.values() if seq.deadline is not None and seq.deadline <= now
+        ]
+        outputs = [self._end(seq, FinishReason.DEADLINE) for seq in overdue]
+        later = (seq.deadline for seq in self._by_id.values() if seq.deadline is not None)
+        self._earliest_deadline = min(later, default=math.inf)
+        return outputs
 
     def _make_room(self, seq: Sequence, num_tokens: int) -> int:
         """Preempt from the end of the order until a running sequence has grown, itself at the last.
