@@ -7,19 +7,10 @@ from torch import Tensor
 
 from models.train.needles import NUM_NEEDLES, VALUES, needle_row
 from models.train.rows import Rows
-from models.train.tokenizer import encode_documents, train_tokenizer
-
-TEXT = "the cat sat on the mat; key and lock is alpha.\n" * 60
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([TEXT], 400)
-
-
-@pytest.fixture(scope="module")
-def rows(tokenizer: Tokenizer) -> Rows:
-    tokens = encode_documents(tokenizer, [TEXT])
+def rows(tokenizer: Tokenizer, tokens: Tensor) -> Rows:
     return Rows(tokens, tokenizer, seed=0, repeat_share=0.0, needle_share=0.0)
 
 

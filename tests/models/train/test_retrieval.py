@@ -13,22 +13,10 @@ from models.positions import RopeConfig
 from models.train import retrieval
 from models.train.needles import NUM_NEEDLES, NeedleRow, needle_row
 from models.train.retrieval import Retrieval, measure_retrieval
-from models.train.tokenizer import encode_documents, train_tokenizer
 from models.transformer import Transformer, random_model
 from tests.models import tiny
 
-TEXT = "the cat sat on the mat; key and lock is alpha.\n" * 60
 NUM_ANSWERS = 64 * NUM_NEEDLES
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([TEXT], 400)
-
-
-@pytest.fixture(scope="module")
-def tokens(tokenizer: Tokenizer) -> Tensor:
-    return encode_documents(tokenizer, [TEXT])
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models.train.rows import IGNORED, Rows, ordinary_tokens, repeated
-from models.train.tokenizer import BOS, SPECIAL_TOKENS, encode_documents, train_tokenizer
-
-TEXT = "the cat sat on the mat; key and lock is alpha.\n" * 60
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_tokenizer([TEXT], 400)
-
-
-@pytest.fixture(scope="module")
-def tokens(tokenizer: Tokenizer) -> Tensor:
-    return encode_documents(tokenizer, [TEXT])
+from models.train.tokenizer import BOS, SPECIAL_TOKENS
 
 
 def rows_of(
