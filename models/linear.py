@@ -1,5 +1,6 @@
 """Linear layers, and how their weights lie in memory."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from models.cpu.linear import Before, PackedWeight, WeightDType, pack, why_unpackable
+from models.gpu import fused as gpu
 
 
 class BeforeLinear(Protocol):
@@ -69,16 +71,20 @@ class Linear(nn.Linear):
         self, x: Tensor, before: BeforeLinear | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """`residual + before(x) @ weight.T + bias`; in one operation where the weight is packed."""
-        packed = self._packed
-        if packed is None or (torch.is_grad_enabled() and x.requires_grad):
+        multiply: Callable[..., Tensor]
+        if self._packed is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            multiply, fuses = self._packed.multiply, True
+        elif self._packed is None and gpu.can_multiply(x, self.weight):
+            multiply, fuses = functools.partial(gpu.multiply, self.weight), gpu.is_one_row(x)
+        else:
             rows = x if before is None else before(x)
             product = linear(rows, self.dense_weight, self.bias)
             return product if residual is None else residual + product
-        fused = None if before is None else before.fused(packed.dtype)
+        fused = before.fused(self.dtype) if before is not None and fuses else None
         if fused is None:
             rows = x if before is None else before(x)
-            return packed.multiply(rows, self.bias, residual=residual)
-        return packed.multiply(x, self.bias, before=fused, residual=residual)
+            return multiply(rows, self.bias, residual=residual)
+        return multiply(x, self.bias, before=fused, residual=residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Linear":
         self.unpack()  # the order depends on the type and the device

@@ -3,13 +3,16 @@
     python -m loadtests.gpu
 
 Needs torch, Triton and, for the comparison, transformers; nothing else of the lock file. Writes
-JSON and a table to `loadtests/results/gpu`; fails if anything is not correct.
+JSON and a table to `loadtests/results/gpu`; fails if anything is not correct. Where a GPU is not
+had for so long, `--parts` measures some now; what the files hold of the others stays.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import sys
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ BATCHES = (1, 8, 64)
 CONTEXTS = (512, 2048, 8192)
 PEER_LOADS = ("8x256+128", "64x256+128")
 _PEER_SHAPE = "0.5B-5kv"
+PARTS = ("correctness", "decode", "peers")
 _SECONDS = 520.0
 # Of the free memory, what a cache may take beside weights, recorded steps and the rest.
 _KV_SHARE = 0.8
@@ -43,17 +47,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=_SECONDS, help="what no longer fits is left out"
     )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+        help=f"what is measured: {', '.join(PARTS)} [default: all]")  # fmt: skip
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("device is cpu; allowed: a CUDA GPU that torch can use", file=sys.stderr)
         return 2
     budget, device = Budget(options.seconds), torch.device("cuda")
-    document = run(budget, device)
+    document = run(budget, device, options.parts, earlier(options.results, machine(device)))
     document["command"] = f"python -m loadtests.gpu {' '.join(sys.argv[1:])}".strip()
     write(document, options.results)
     print(markdown(document))
-    rows = [*document["correctness"]["attention"], *document["correctness"]["engine"]]
+    rows = itertools.chain(*document["correctness"].values())
     return 0 if all(row["passed"] for row in rows) else 1
+
+
+def earlier(results: Path, here: dict[str, str | int]) -> dict[str, Any]:
+    """What other runs on such a machine have measured."""
+    file = results / "gpu.json"
+    document = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return document if document.get("machine") == here else {}
 
 
 def write(document: dict[str, Any], results: Path) -> None:
@@ -62,25 +75,32 @@ def write(document: dict[str, Any], results: Path) -> None:
     (results / "gpu.md").write_text(markdown(document), encoding="utf-8")
 
 
-def run(budget: Budget, device: torch.device) -> dict[str, Any]:
-    """All parts, what matters most first."""
+def run(
+    budget: Budget, device: torch.device, parts: Sequence[str], document: dict[str, Any]
+) -> dict[str, Any]:
+    """What matters most first.
+
+    Args:
+        document: what is known of the other parts.
+    """
     import triton
 
     bandwidth = copy_bandwidth(device)
-    document: dict[str, Any] = {
+    document = {"correctness": {}, "decode": [], "profile": [], "peers": {}, **document}
+    document |= {
         "date": date.today().isoformat(),
         "machine": machine(device),
         "triton": triton.__version__,
         "copy_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
-        "correctness": _correctness(budget, device),
-        "decode": [],
-        "profile": [],
-        "peers": {},
     }
+    if "correctness" in parts:
+        document["correctness"] = _correctness(budget, device)
+    if "decode" in parts:
+        document |= {"decode": [], "profile": []}
     for name, shape in SHAPES.items():
-        if name == "1B-32kv" and budget.begin(f"peers, {_PEER_SHAPE}", 120):
+        if name == "1B-32kv" and "peers" in parts and budget.begin(f"peers, {_PEER_SHAPE}", 120):
             document["peers"] = _peers(budget, device)  # before less important models
-        if budget.begin(f"decode, {name}", 25):
+        if "decode" in parts and budget.begin(f"decode, {name}", 25):
             _decode(name, shape, bandwidth, document, budget, device)
     document["ratios"] = decode.ratios(document["decode"])
     document["left_out"] = budget.left_out
@@ -95,6 +115,12 @@ def _correctness(budget: Budget, device: torch.device) -> dict[str, list[dict[st
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             errors = correctness.attention_errors(heads, dtype, device)
             attention.append({"heads": name, "dtype": str(dtype).removeprefix("torch."), **errors})
+    budget.begin("products, norms and gates against their definitions", 0)
+    products = [
+        row
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        for row in correctness.fused_errors(dtype, device)
+    ]
     engine = []
     for kv_heads, window in ((4, None), (2, None), (1, None), (2, 40)):
         budget.begin(f"engine against the model, {kv_heads} key/value heads", 0)
@@ -107,7 +133,7 @@ def _correctness(budget: Budget, device: torch.device) -> dict[str, list[dict[st
             num_tokens=60,
         )
         engine.append({"model": f"h4kv{kv_heads}d64 window {window}", **row})
-    return {"attention": attention, "engine": engine}
+    return {"attention": attention, "products": products, "engine": engine}
 
 
 def _decode(

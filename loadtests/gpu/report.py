@@ -13,12 +13,17 @@ def markdown(document: dict[str, Any]) -> str:
         "| correct | error | allowed | |",
         "|---|---|---|---|",
     ]
-    for row in document["correctness"]["attention"]:
+    for row in document["correctness"].get("attention", ()):
         lines.append(
             f"| attention, {row['heads']}, {row['dtype']} | {row['ours']:.2e} "
             f"| {row['bound']:.2e} | {_passed(row)} |"
         )
-    for row in document["correctness"]["engine"]:
+    for row in document["correctness"].get("products", ()):
+        lines.append(
+            f"| {row['what']}, rows: {row['rows']}, {row['dtype']} | {row['ours']:.2e} "
+            f"| {row['bound']:.2e} | {_passed(row)} |"
+        )
+    for row in document["correctness"].get("engine", ()):
         lines.append(
             f"| engine, {row['model']}, {row['backend']} | {row['worst_logit_gap']:.2e} "
             f"| 1.00e-03 | {_passed(row)} |"

@@ -6,10 +6,9 @@ heads of a group, token after token, so a multi-query model fills the rows of a 
 of one token, and a multi-head one pads them.
 
 Spans lie at fixed positions, so that what a query reads does not depend on the other sequences of a
-step (Flash-Decoding, Dao et al. 2023, splits by what is left over instead). They are shorter where
-fewer key/value heads share the work: one sequence of a multi-query model has to fill the chip too.
-How many spans are launched may be more than there are: those behind the end do nothing, so that
-one recorded launch serves sequences of any length up to a bound.
+step (Flash-Decoding, Dao et al. 2023, splits by what is left over instead). How many spans are
+launched may be more than there are: those behind the end do nothing, so that one recorded launch
+serves sequences of any length up to a bound.
 """
 
 # Loops over pointers and masks are how Triton is written; types of its values are its own.
@@ -18,8 +17,10 @@ one recorded launch serves sequences of any length up to a bound.
 import triton
 import triton.language as tl
 
+from models.gpu.launch import await_previous
+
 # Keys at once; a span is several times as many.
-KEYS = 32
+KEYS = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # The running maximum before any key is seen; finite, so that differences are numbers.
 _NOTHING = tl.constexpr(-1e30)
@@ -61,6 +62,7 @@ def attend_spans(
     has_softcap: tl.constexpr,
     has_slopes: tl.constexpr,
     precision: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
     """Of each row of a tile and one span: highest score, sum of weights, weighted values.
 
@@ -73,6 +75,7 @@ def attend_spans(
         partial_read: `[tiles, kv_heads, spans, rows, wide_dim]` float32; the next two without
             the last axis.
     """
+    await_previous(overlaps)
     tile, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq = tl.load(tile_seq + tile)
     start = tl.load(query_start + seq)
@@ -172,11 +175,13 @@ def join_spans(
     parts: tl.constexpr,
     span: tl.constexpr,
     has_sinks: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
     """Outputs `[tokens, heads, head_dim]` of what `attend_spans` left, with the sinks' share.
 
     One program joins some rows of a tile, so many parts at once.
     """
+    await_previous(overlaps)
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     seq = tl.load(tile_seq + tile)
     start = tl.load(query_start + seq)

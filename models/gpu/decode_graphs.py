@@ -117,13 +117,15 @@ class DecodeGraphs:
                 (largest[0], model.config.vocab_size), dtype=torch.float32, device=device
             )
             self._tokens = torch.empty(largest[0], dtype=torch.int64, device=device)
-            self._replays: dict[tuple[int, int], Replay] = {}
+            self._recorded: dict[tuple[int, int], _Recorded] = {}
             # The largest first: the others find room in its memory.
             keys = [(b, n) for n in reversed(self._lengths) for b in reversed(self._batches)]
             for done, key in enumerate(keys):
                 progress(done, len(keys))
                 self._fill([], *key)
-                self._replays[key] = capture(functools.partial(self._step, self._views(*key)))
+                views = self._views(*key)
+                replay = capture(functools.partial(self._step, views))
+                self._recorded[key] = _Recorded(replay, views)
             progress(len(keys), len(keys))
 
     def run(self, decodes: Sequence[Decode], before: Tensor | None = None) -> Decoded:
@@ -138,7 +140,7 @@ class DecodeGraphs:
         if before is not None:
             ids = self._numbers[:batch]
             ids.copy_(before.index_select(0, ids).clamp_(min=0))
-        self._replays[batch, length]()
+        self._recorded[batch, length].replay()
         return Decoded(self._logits[: len(decodes)], self._tokens[: len(decodes)].clone())
 
     def _sizes(self, batch: int, length: int) -> list[int]:
@@ -197,6 +199,13 @@ class _Views(NamedTuple):
     ids: Tensor
     computed: Tensor
     metadata: AttentionMetadata
+
+
+class _Recorded(NamedTuple):
+    """A step, and what it reads: a graph knows addresses only, and keeps nothing alive."""
+
+    replay: Replay
+    views: _Views
 
 
 class _StaticDecodes(GroupMetadata):

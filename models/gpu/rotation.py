@@ -5,6 +5,8 @@
 import triton
 import triton.language as tl
 
+from models.gpu.launch import await_previous
+
 
 @triton.jit
 def rotate_and_store(
@@ -33,6 +35,7 @@ def rotate_and_store(
     wide_half: tl.constexpr,
     wide_dim: tl.constexpr,
     interleaved: tl.constexpr,
+    overlaps: tl.constexpr,
 ):
     """One program for each token and head: a query is rotated where it is, a key on its way to its
     slot, a value goes there as it is.
@@ -43,6 +46,7 @@ def rotate_and_store(
         cos, sin: `[tokens, half]`; not read where `half` is 0.
         slots: `[tokens]`; of a token whose slot is -1, nothing is rotated or written.
     """
+    await_previous(overlaps)
     token, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + token).to(tl.int64)
     if slot < 0:

@@ -1,19 +1,15 @@
 """Attention in Triton (`models/gpu/attention.py`), which reads the cache where it lies; whole
 prompts by torch's own, which reads each key once for many queries."""
 
-import functools
-import importlib.util
 import os
-import shutil
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from models.attention_metadata import GroupMetadata, QueryTiles
 from models.config import MAX_WINDOW, HeadConfig
+from models.gpu.availability import why_unavailable
 from models.kernels.dense import attend
 from models.kv_cache import CachePart
 from models.scoring import Scoring
@@ -22,9 +18,10 @@ _MAX_HEAD_DIM = 256
 # Of a matrix product in Triton.
 _LEAST_ROWS = 16
 _LEAST_DIM = 16
-# Keys of one span for each key/value head, and at most.
-_SPAN_OF_HEAD = 128
-_MAX_SPAN = 512
+# Keys of one span: longer ones leave a GPU idle where sequences are few, shorter ones leave more to
+# be joined.
+SPAN = 256
+_WARPS, _STAGES = 2, 3
 # Numbers that one program joins at once: what the registers of four warps hold with ease.
 _JOINED = 4096
 
@@ -44,34 +41,13 @@ def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device)
         return "the heads are not causal"
     if heads.alibi is not None and heads.alibi.bfloat16:
         return "the position bias is rounded to bfloat16"
-    if not _is_installed():
-        return "triton is not installed"
-    return _why_not_compiled() if device.type == "cuda" else None
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _why_not_compiled() -> str | None:
-    """What Triton misses, which compiles its driver when the first kernel starts."""
-    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if not any(map(shutil.which, compilers)):
-        return f"Triton needs a C compiler; there is no {' or '.join(compilers)}"
-    header = Path(sysconfig.get_config_var("INCLUDEPY")) / "Python.h"
-    return None if header.is_file() else f"Triton needs {header} (python3-dev)"
-
-
-def span_of(num_kv_heads: int) -> int:
-    """Keys of one span, where so many heads share the work."""
-    return min(_MAX_SPAN, _SPAN_OF_HEAD * num_kv_heads)
+    return why_unavailable(device)
 
 
 def partial_bytes(heads: HeadConfig, batch: int, length: int) -> int:
     """Bytes of what the spans of a step of decodes leave to be joined."""
     rows = max(_LEAST_ROWS, heads.num_heads // heads.num_kv_heads)
-    spans = -(-length // span_of(heads.num_kv_heads))
+    spans = -(-length // SPAN)
     numbers = max(_LEAST_DIM, heads.head_dim) + 2
     return 4 * batch * heads.num_kv_heads * spans * rows * numbers
 
@@ -112,13 +88,14 @@ def _attend_tiles(
     from triton import next_power_of_2
 
     from models.gpu.attention import KEYS, attend_spans, join_spans
+    from models.gpu.launch import launch_options
 
+    options = launch_options(query.device)
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = len(cache.part.kv_heads)
     group = num_heads // num_kv_heads
     tables = metadata.block_tables
-    span = span_of(num_kv_heads)
-    num_spans = -(-metadata.max_length // span)
+    num_spans = -(-metadata.max_length // SPAN)
     rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
     shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
     partial_read = query.new_empty((*shape, wide_dim), dtype=torch.float32)
@@ -154,10 +131,13 @@ def _attend_tiles(
         wide_dim=wide_dim,
         rows=rows,
         keys=KEYS,
-        span=span,
+        span=SPAN,
         has_softcap=scoring.softcap is not None,
         has_slopes=scoring.alibi is not None,
         precision="ieee",
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        **options,
     )
     parts = min(next_power_of_2(num_spans), max(1, _JOINED // wide_dim))
     joined_rows = max(1, min(rows, _JOINED // (parts * wide_dim)))
@@ -180,8 +160,9 @@ def _attend_tiles(
         tile_rows=rows,
         rows=joined_rows,
         parts=parts,
-        span=span,
+        span=SPAN,
         has_sinks=scoring.sinks is not None,
+        **options,
     )
 
 
@@ -199,6 +180,7 @@ def rotate_and_store(
     """`models.cpu.fused.rotate_and_store` on a GPU: one launch for all of it."""
     from triton import next_power_of_2
 
+    from models.gpu.launch import launch_options
     from models.gpu.rotation import rotate_and_store as kernel
 
     num_tokens, num_heads, head_dim = query.shape
@@ -229,4 +211,5 @@ def rotate_and_store(
         wide_half=max(1, next_power_of_2(half)),
         wide_dim=next_power_of_2(head_dim),
         interleaved=interleaved,
+        **launch_options(query.device),
     )

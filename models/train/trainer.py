@@ -1,10 +1,12 @@
 """Trains a small decoder on texts: AdamW, warm-up and cosine, resumable at any step."""
 
+import os
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +78,10 @@ def train(
         raise ConfigError("seq_len", longest, f"up to {allowed}, of the context and the text")
     check_teacher(teacher, model, config)
     model.unpack_weights()
-    with head_temperatures(model) if config.head_temperature else nullcontext():
+    with (
+        _reproducible(model.device),
+        head_temperatures(model) if config.head_temperature else nullcontext(),
+    ):
         model.train().requires_grad_(True)
         try:
             return _train(
@@ -117,11 +122,15 @@ def _train(
         now = TrainState(step, seconds, loss_sum, points, model.state_dict(), remembered)
         save_state(state_file, config, now)
 
-    while step < config.num_steps:
+    batches = (_batch(rows, config, number) for number in range(step, config.num_steps))
+    batch = next(batches, None)
+    while batch is not None:
         if should_stop():
             save()
             return None
-        loss = _step(model, teacher, optimizer, rows, config, step)
+        computed = _step(model, teacher, optimizer, batch, config, step)
+        batch = next(batches, None)  # while a GPU computes
+        loss = float(computed)
         if not loss < float("inf"):
             raise TrainingError(
                 f"the loss of step {step} is {loss}; train with a learning rate below "
@@ -152,6 +161,25 @@ def _train(
     return points
 
 
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """Sums in the same order each time: a GPU adds some of the gradients as they come."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    options: Any = torch.utils.deterministic
+    filled = options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    options.fill_uninitialized_memory = False  # nothing here reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        options.fill_uninitialized_memory = filled
+
+
 def probe_period(model: Transformer) -> int:
     """After how many tokens a probe repeats: 50, as in most of the literature, or what the context
     has room for."""
@@ -165,24 +193,25 @@ def repeat_probe(model: Transformer, seed: int, *, batch: int) -> Tensor:
     return repeated(batch, period, 2 * period, ordinary_tokens(model.config.vocab_size), generator)
 
 
+def _batch(rows: Rows, config: TrainConfig, step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a step."""
+    seq_len = config.seq_len_at(step)
+    difficulty = config.repeat_difficulty_at(step)
+    return rows.at(step, config.batch_tokens // seq_len, seq_len, difficulty)
+
+
 def _step(
     model: Transformer,
     teacher: Transformer | None,
     optimizer: torch.optim.Optimizer,
-    rows: Rows,
+    batch: tuple[Tensor, Tensor],
     config: TrainConfig,
     step: int,
-) -> float:
-    """One step; returns its loss on the text alone."""
+) -> Tensor:
+    """One step; returns its loss on the text alone, which a GPU may still compute."""
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate_at(step)
-    seq_len = config.seq_len_at(step)
-    inputs, targets = (
-        part.to(model.device)
-        for part in rows.at(
-            step, config.batch_tokens // seq_len, seq_len, config.repeat_difficulty_at(step)
-        )
-    )
+    inputs, targets = (part.to(model.device) for part in batch)
     similarity = HeadSimilarity() if config.head_diversity else None
     edits: list[HeadEdit] = [] if similarity is None else [similarity]
     if config.head_dropout:
@@ -209,7 +238,7 @@ def _step(
     total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
     optimizer.step()
-    return float(loss.detach())
+    return loss.detach()
 
 
 def _optimizer(model: Transformer, config: TrainConfig) -> torch.optim.Optimizer:

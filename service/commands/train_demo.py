@@ -39,6 +39,9 @@ def train_demo(
     work: Annotated[
         Path | None, typer.Option(help="Directory for the state [default: OUTPUT.training].")
     ] = None,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens per step; a GPU has room for more.", min=1)
+    ] = 2048,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
     repeat_share: Annotated[
         float, typer.Option(help="Part of the rows that are random tokens which repeat.")
@@ -98,6 +101,7 @@ def train_demo(
     try:
         config = TrainConfig(
             num_tokens=round(tokens * 1e6),
+            batch_tokens=batch_tokens,
             learning_rate=learning_rate,
             repeat_share=repeat_share,
             repeat_growth=repeat_growth,
@@ -180,6 +184,7 @@ def _command(config: "TrainConfig", paths: "DemoPaths", *, minimal: bool, device
     """What makes the model again; where packages and state lie does not matter to it."""
     parts = ["headroom", "train-demo", "--output", str(paths.output)]
     parts += ["--tokens", f"{config.num_tokens / 1e6:g}"]
+    parts += ["--batch-tokens", str(config.batch_tokens)]
     parts += ["--learning-rate", f"{config.learning_rate:g}", "--seed", str(config.seed)]
     parts += ["--repeat-share", f"{config.repeat_share:g}"]
     parts += ["--needle-share", f"{config.needle_share:g}"]

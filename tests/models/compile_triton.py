@@ -12,6 +12,8 @@ from triton.runtime.jit import JITFunction
 
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig
+from models.cpu.linear import Before
+from models.gpu import fused
 from models.kernels import paged_triton
 from models.kv_cache import KVCache
 from models.positions import Alibi
@@ -35,12 +37,17 @@ def _type_of(value: object) -> str:
 
 
 def _compile(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: int) -> None:
-    """In place of a launch."""
+    """In place of a launch, as a GPU gets it."""
+    kwargs |= {"overlaps": True, "launch_pdl": True}
+    options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+    constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     signature = {name: _type_of(value) for name, value in zip(kernel.arg_names, args, strict=False)}
-    signature |= dict.fromkeys(kwargs, "constexpr")
-    source = triton.compiler.ASTSource(kernel, signature, kwargs)
-    compiled = triton.compile(source, target=HOPPER)
-    print(kernel.__name__, "mma" if "mma" in compiled.asm["ptx"] else "-", flush=True)
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    compiled = triton.compile(source, target=HOPPER, options=options)
+    ptx = compiled.asm["ptx"]
+    assert "griddepcontrol.wait" in ptx, "it may be launched before the one ahead has ended"
+    print(kernel.__name__, "mma" if "mma" in ptx else "-", flush=True)
 
 
 def compile_for(
@@ -74,8 +81,21 @@ def compile_for(
     paged_triton.paged_attention(query, part, metadata.groups[0], scoring)
 
 
+def compile_fused() -> None:
+    half = torch.bfloat16
+    weight, norm = torch.zeros(640, 256, dtype=half), torch.zeros(256, dtype=half)
+    for rows in (1, 2):
+        x, residual = torch.zeros(rows, 256, dtype=half), torch.zeros(rows, 640, dtype=half)
+        fused.multiply(weight, x, residual=residual)
+    fused.multiply(weight, x[:1], before=Before(norm=norm, eps=1e-5))
+    fused.multiply(weight, torch.zeros(1, 512, dtype=half), before=Before(swiglu=True))
+    fused.rms_norm(x, norm, 1e-5)
+    fused.silu_mul(residual)
+
+
 if __name__ == "__main__":
     JITFunction.run = _compile
+    compile_fused()
     compile_for(HeadConfig(20, 1, 64), Scoring(0.125), torch.bfloat16, [1, 1])
     compile_for(
         HeadConfig(4, 2, 80),

@@ -1,7 +1,11 @@
 """Recorded decode steps compute what the model does; here a tape stands for CUDA graphs, and
 Triton's interpreter for a GPU."""
 
+import functools
+import gc
 import importlib.util
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,6 +17,7 @@ from models.config import HeadConfig
 from models.gpu.decode_graphs import (
     Decode,
     DecodeGraphs,
+    Replay,
     buckets,
     memory_bytes,
     why_uncapturable,
@@ -113,6 +118,24 @@ def test_what_is_not_finite_has_no_token() -> None:
     logits, tokens = graphs.run(decodes)
     assert tokens.tolist() == [NOTHING, NOTHING]
     assert logits.isnan().any(dim=1).all()
+
+
+@needs_triton
+def test_what_a_graph_reads_stays(model: Transformer) -> None:
+    """It knows addresses only: what was made for a recording must not be freed after it."""
+    read: list[weakref.ref[object]] = []
+
+    def capture(step: Callable[[], None]) -> Replay:
+        step()
+        assert isinstance(step, functools.partial)
+        read.extend(weakref.ref(group) for group in step.args[0].metadata.groups)
+        return lambda: None
+
+    graphs = DecodeGraphs(model, cache_of(model), max_num_seqs=2, max_length=8, capture=capture)
+    gc.collect()
+    assert len(read) == 2 * 2, "of two sizes and two groups"
+    assert all(reference() is not None for reference in read)
+    del graphs
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ interpreter, which computes what a GPU would, slowly."""
 
 import importlib.util
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from models.attention_metadata import GroupMetadata
 from models.config import HeadConfig
 from models.errors import ConfigError
+from models.gpu.availability import why_unavailable
 from models.kernels import paged_triton, resolve_kernel
 from models.positions import Alibi
 from tests.models import tiny
@@ -139,6 +141,14 @@ def test_what_it_cannot_compute_is_left_to_another(
         resolve_kernel("paged_triton", heads, dtype, where)
 
 
+@pytest.fixture(autouse=True)
+def machine() -> Iterator[None]:
+    """What a machine has is looked at once."""
+    why_unavailable.cache_clear()
+    yield
+    why_unavailable.cache_clear()
+
+
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine's only programs, gcc among them, and Python's headers beside them."""
@@ -158,6 +168,7 @@ def test_without_a_compiler_or_headers_a_gpu_is_left_to_another(
     gpu = torch.device("cuda")
 
     def refused(because: str) -> None:
+        why_unavailable.cache_clear()
         with pytest.raises(ConfigError, match=because):
             resolve_kernel("paged_triton", HEADS, torch.bfloat16, gpu)
 
@@ -186,9 +197,5 @@ def test_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_triton_another_kernel_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    paged_triton._is_installed.cache_clear()
-    try:
-        with pytest.raises(ConfigError, match="triton is not installed"):
-            resolve_kernel("paged_triton", HEADS, torch.float32, CPU)
-    finally:
-        paged_triton._is_installed.cache_clear()
+    with pytest.raises(ConfigError, match="triton is not installed"):
+        resolve_kernel("paged_triton", HEADS, torch.float32, CPU)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from loadtests.gpu import correctness, decode
-from loadtests.gpu.__main__ import main, write
+from loadtests.gpu.__main__ import earlier, main, write
 from loadtests.gpu.budget import Budget
 from loadtests.gpu.profile import covered, summary
 from loadtests.gpu.shapes import SHAPES, random_on_device, step_bytes
@@ -117,6 +117,9 @@ def test_correct_is_told_from_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert right["passed"]
     assert half["passed"]
     assert right["ours"] < half["ours"]
+    parts = correctness.fused_errors(torch.float32, CPU)
+    assert {(row["what"], row["rows"]) for row in parts} >= {("gate and product", 16), ("norm", 64)}
+    assert all(row["passed"] for row in parts)
     limits = EngineConfig(num_blocks=8, max_num_seqs=2, max_num_batched_tokens=8, max_model_len=16)
     found = correctness.engine_tokens(
         SMALL.model_config(64),
@@ -141,7 +144,11 @@ def test_correct_is_told_from_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "machine": {"device": "a GPU", "torch": "2.11"},
         "triton": "3.6",
         "copy_bandwidth_gb_per_s": 4000.0,
-        "correctness": {"attention": rows, "engine": [{"model": "small", **found}]},
+        "correctness": {
+            "attention": rows,
+            "products": [{"what": "norm", "rows": 8, **rows[0]}],
+            "engine": [{"model": "small", **found}],
+        },
         "decode": [
             {"shape": "1B", "kv_heads": 8, "batch": 64, "context": 512, "step_ms": 1.5}
             | {"floor_ms": 1.2, "share_of_copy_bandwidth": 0.8, "tokens_per_s": 42666.7}
@@ -166,7 +173,11 @@ def test_correct_is_told_from_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     }
     write(document, tmp_path / "new")
     assert json.loads((tmp_path / "new" / "gpu.json").read_text()) == document
+    assert earlier(tmp_path / "new", document["machine"]) == document
+    assert earlier(tmp_path / "new", {"device": "another GPU"}) == {}
+    assert earlier(tmp_path / "nowhere", document["machine"]) == {}
     page = (tmp_path / "new" / "gpu.md").read_text()
+    assert "| norm, rows: 8, float32 |" in page
     assert "| engine, small, paged_triton (graphs) |" in page
     assert "| 1B, 8 key/value heads | 64 x 512 | 1.5 | 1.2 | 0.8 | 42,666.7 |" in page
     assert "| 1B, 8 | 64 x 512 | 1.4 | 1.5 | -6.7% |" in page

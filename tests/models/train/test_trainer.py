@@ -193,8 +193,8 @@ def test_a_step_follows_the_mean_of_text_and_teacher(
     (0.75 * text + 0.25 * taught).backward()
     student.requires_grad_(True)
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
-    loss = trainer._step(student, teacher, optimizer, rows, config, 0)
-    assert loss == pytest.approx(float(text.detach()), rel=1e-5)
+    loss = trainer._step(student, teacher, optimizer, (inputs, targets), config, 0)
+    assert float(loss) == pytest.approx(float(text.detach()), rel=1e-5)
     torch.nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
     for one, other in zip(student.parameters(), expected.parameters(), strict=True):
         assert one.grad is not None
@@ -207,7 +207,7 @@ def test_gradients_are_clipped(rows: Rows) -> None:
     with torch.no_grad():
         model.get_parameter("lm_head.weight").mul_(50.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    trainer._step(model, None, optimizer, rows, QUICK, 0)
+    trainer._step(model, None, optimizer, rows.at(0, 8, 16), QUICK, 0)
     norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
     assert float(torch.stack(norms).norm()) == pytest.approx(1.0, rel=1e-3)
 

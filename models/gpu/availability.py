@@ -1,0 +1,27 @@
+"""Whether kernels in Triton can run here."""
+
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def why_unavailable(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run there; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return _why_not_compiled() if device.type == "cuda" else None
+
+
+def _why_not_compiled() -> str | None:
+    """What Triton misses, which compiles its driver when the first kernel starts."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"Triton needs a C compiler; there is no {' or '.join(compilers)}"
+    header = Path(sysconfig.get_config_var("INCLUDEPY")) / "Python.h"
+    return None if header.is_file() else f"Triton needs {header} (python3-dev)"
