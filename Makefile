@@ -82,14 +82,16 @@ mutations: install  ## break the code on purpose, expect red tests; writes docs/
 
 # What is finished has a card; what is not goes on where it stopped.
 NEW := build/demo
-train = test -f $(NEW)/$(1)/MODEL_CARD.md || $(BIN)/headroom train-demo --output $(NEW)/$(1) $(2)
+DEVICE := auto
+train = test -f $(NEW)/$(1)/MODEL_CARD.md || \
+  $(BIN)/headroom train-demo --output $(NEW)/$(1) --device $(DEVICE) $(2)
 change = test -f $(NEW)/$(2)/config.json || \
   $(BIN)/headroom $(1) --model $(NEW)/mha --output $(NEW)/$(2) $(3)
-uptrain = $(call train,$(1),--start $(NEW)/$(1).untrained --tokens 1 --learning-rate 1e-3 --repeat-share 0.2)
+uptrain = $(call train,$(1),--start $(NEW)/$(1).untrained --tokens 1 --learning-rate 1e-3 $(SHARES))
+SHARES := --repeat-share 0.2 --needle-share 0.1
 
-demo: install  ## train the bundled models again, into build/demo: hours on processors; goes on where it stopped
-	$(call train,mha.base,--tokens 12)
-	$(call train,mha,--start $(NEW)/mha.base --tokens 6 --learning-rate 1e-3 --repeat-share 0.4 --repeat-growth 0.5)
+demo: install  ## train the bundled models again, into build/demo: minutes on a GPU, hours on processors; goes on where it stopped
+	$(call train,mha,--tokens 36 --batch-tokens 16384 --learning-rate 3e-3 $(SHARES) --repeat-growth 0.3)
 	$(call change,convert,gqa.untrained,--kv-heads 2)
 	$(call uptrain,gqa)
 	$(call change,convert,mqa.untrained,--kv-heads 1)

@@ -365,6 +365,27 @@ MUTATIONS = (
         ("tests/models/test_triton_compiles.py",),
     ),
     Mutation(
+        "a recorded step reads what has been freed",
+        "models/gpu/decode_graphs.py",
+        "_Recorded(replay, views)",
+        "_Recorded(replay, _Views(views.ids, views.computed, AttentionMetadata(())))",
+        ("tests/models/test_decode_graphs.py",),
+    ),
+    Mutation(
+        "a norm before a product forgets its epsilon, in Triton",
+        "models/gpu/linear.py",
+        "product *= tl.rsqrt(tl.sum(squares, axis=0) / inputs + eps)",
+        "product *= tl.rsqrt(tl.sum(squares, axis=0) / inputs)",
+        ("tests/models/test_triton_fused.py",),
+    ),
+    Mutation(
+        "every row gets the residual of the first, in Triton",
+        "models/gpu/linear.py",
+        "tl.load(residual + to, mask=there, other=0.0)",
+        "tl.load(residual + out[None, :] + row[:, None] * 0, mask=there, other=0.0)",
+        ("tests/models/test_triton_fused.py",),
+    ),
+    Mutation(
         "a foreseen decode goes on with the token of another sequence",
         "service/engine/model_runner.py",
         "tokens = [rows[id(item.seq)] for",

@@ -19,8 +19,6 @@ import triton.language as tl
 
 from models.gpu.launch import await_previous
 
-# Keys at once; a span is several times as many.
-KEYS = 64
 _LOG2_E = tl.constexpr(1.4426950408889634)
 # The running maximum before any key is seen; finite, so that differences are numbers.
 _NOTHING = tl.constexpr(-1e30)

@@ -38,13 +38,12 @@ _KERNELS: dict[str, PagedAttention] = {
 }
 
 
-# Those that cannot compute everything, and which of them is best where it can. No GPU has run
-# `paged_triton` yet: there it has to be asked for.
+# Those that cannot compute everything, and which of them is best where it can.
 _WHY_UNSUPPORTED = {
     "paged_cpu": paged_cpu.why_unsupported,
     "paged_triton": paged_triton.why_unsupported,
 }
-_BEST = {"cpu": "paged_cpu"}
+_BEST = {"cpu": "paged_cpu", "cuda": "paged_triton"}
 
 
 def check_kernel(name: KernelName) -> None:

@@ -21,7 +21,9 @@ _LEAST_DIM = 16
 # Keys of one span: longer ones leave a GPU idle where sequences are few, shorter ones leave more to
 # be joined.
 SPAN = 256
-_WARPS, _STAGES = 2, 3
+# Keys at once, warps and stages, by the bytes of a number; measured on an H200. In float32,
+# whose products no matrix unit computes, as many keys would take half a minute to be compiled.
+_LAUNCHES = {2: (64, 2, 3), 4: (32, 4, 3)}
 # Numbers that one program joins at once: what the registers of four warps hold with ease.
 _JOINED = 4096
 
@@ -87,7 +89,7 @@ def _attend_tiles(
     # Nothing but a GPU's own process needs Triton, and importing it takes a second.
     from triton import next_power_of_2
 
-    from models.gpu.attention import KEYS, attend_spans, join_spans
+    from models.gpu.attention import attend_spans, join_spans
     from models.gpu.launch import launch_options
 
     options = launch_options(query.device)
@@ -95,6 +97,7 @@ def _attend_tiles(
     num_kv_heads = len(cache.part.kv_heads)
     group = num_heads // num_kv_heads
     tables = metadata.block_tables
+    keys, num_warps, num_stages = _LAUNCHES[query.dtype.itemsize]
     num_spans = -(-metadata.max_length // SPAN)
     rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
     shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
@@ -130,13 +133,13 @@ def _attend_tiles(
         block_size=block_size,
         wide_dim=wide_dim,
         rows=rows,
-        keys=KEYS,
+        keys=keys,
         span=SPAN,
         has_softcap=scoring.softcap is not None,
         has_slopes=scoring.alibi is not None,
         precision="ieee",
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        num_warps=num_warps,
+        num_stages=num_stages,
         **options,
     )
     parts = min(next_power_of_2(num_spans), max(1, _JOINED // wide_dim))

@@ -185,10 +185,12 @@ def test_without_a_compiler_or_headers_a_gpu_is_left_to_another(
 
 @needs_triton
 @pytest.mark.usefixtures("compiler")
-def test_it_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_what_auto_means_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    assert resolve_kernel("auto", HEADS, torch.float16, gpu) == "dense"
-    assert resolve_kernel("paged_triton", HEADS, torch.bfloat16, gpu) == "paged_triton"
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert resolve_kernel("auto", HEADS, dtype, gpu) == "paged_triton"
+    assert resolve_kernel("auto", HEADS, torch.float64, gpu) == "dense"
+    assert resolve_kernel("auto", HEADS, torch.float32, CPU) != "paged_triton"
     with pytest.raises(ConfigError, match="multiplies the bits of bfloat16"):
         resolve_kernel("paged_triton", HEADS, torch.bfloat16, CPU)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
