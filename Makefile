@@ -87,17 +87,17 @@ train = test -f $(NEW)/$(1)/MODEL_CARD.md || \
   $(BIN)/headroom train-demo --output $(NEW)/$(1) --device $(DEVICE) $(2)
 change = test -f $(NEW)/$(2)/config.json || \
   $(BIN)/headroom $(1) --model $(NEW)/mha --output $(NEW)/$(2) $(3)
-uptrain = $(call train,$(1),--start $(NEW)/$(1).untrained --tokens 1 --learning-rate 1e-3 $(SHARES))
+uptrain = $(call train,$(1),--start $(NEW)/$(1).untrained --tokens 1 --learning-rate $(2) $(SHARES))
 SHARES := --repeat-share 0.2 --needle-share 0.1
 
 demo: install  ## train the bundled models again, into build/demo: minutes on a GPU, hours on processors; goes on where it stopped
 	$(call train,mha,--tokens 36 --batch-tokens 16384 --learning-rate 3e-3 $(SHARES) --repeat-growth 0.3)
 	$(call change,convert,gqa.untrained,--kv-heads 2)
-	$(call uptrain,gqa)
+	$(call uptrain,gqa,5e-4)
 	$(call change,convert,mqa.untrained,--kv-heads 1)
-	$(call uptrain,mqa)
+	$(call uptrain,mqa,5e-4)
 	$(call change,prune,pruned.untrained,--remove 10)
-	$(call uptrain,pruned)
+	$(call uptrain,pruned,2e-4)
 
 image:  ## the container image; TARGET=cpu, loadtests or cuda
 	deploy/docker/build.sh $(or $(TARGET),cpu)

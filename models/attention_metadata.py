@@ -90,6 +90,12 @@ class QueryTiles:
     first_row: Tensor
     rows: int
 
+    def split(self, num_tiles: int) -> "Iterator[QueryTiles]":
+        """So many of them at once; none if there are none."""
+        for first in range(0, len(self.seq), num_tiles):
+            some = slice(first, first + num_tiles)
+            yield QueryTiles(self.seq[some], self.first_row[some], self.rows)
+
 
 class GroupMetadata:
     """Where the new tokens of one step live in the blocks of one group.

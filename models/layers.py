@@ -5,10 +5,10 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, relu, silu
 from torch.nn.functional import rms_norm as torch_rms_norm
 
+from models.before import Before
 from models.config import Activation, ModelConfig
 from models.cpu import fused
-from models.cpu.linear import Before
-from models.gpu import fused as gpu
+from models.gpu import fused as gpu_fused
 from models.linear import BeforeLinear, make_projection
 
 
@@ -49,8 +49,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, unit_offset: bool = False
         return scaled.to(x.dtype)
     if weight.dim() == 1 and fused.can_fuse(x, weight):
         return fused.rms_norm(x, weight, eps)
-    if weight.dim() == 1 and gpu.can_fuse(x, weight):
-        return gpu.rms_norm(x, weight, eps)
+    if weight.dim() == 1 and gpu_fused.can_fuse(x, weight):
+        return gpu_fused.rms_norm(x, weight, eps)
     if weight.dim() == 1:
         return torch_rms_norm(x, x.shape[-1:], weight, eps)
     return torch_rms_norm(x, x.shape[-1:], eps=eps) * weight
@@ -83,8 +83,8 @@ class Gate:
     def __call__(self, x: Tensor) -> Tensor:
         if self._activation == "silu" and fused.can_fuse(x):
             return fused.silu_mul(x)
-        if self._activation == "silu" and gpu.can_fuse(x):
-            return gpu.silu_mul(x)
+        if self._activation == "silu" and gpu_fused.can_fuse(x):
+            return gpu_fused.silu_mul(x)
         gate, value = x.chunk(2, dim=-1)
         return activate(gate, self._activation) * value
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from models.cpu.linear import Before, PackedWeight, WeightDType, pack, why_unpackable
-from models.gpu import fused as gpu
+from models.before import Before
+from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
+from models.gpu import fused as gpu_fused
 
 
 class BeforeLinear(Protocol):
@@ -18,7 +19,7 @@ class BeforeLinear(Protocol):
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
     def fused(self, dtype: torch.dtype) -> Before | None:
-        """The same for rows of a type, as a packed weight can do it; None if it cannot."""
+        """The same for rows of a type, as part of a product; None if it cannot be."""
 
 
 class Linear(nn.Linear):
@@ -70,12 +71,14 @@ class Linear(nn.Linear):
     def forward(
         self, x: Tensor, before: BeforeLinear | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """`residual + before(x) @ weight.T + bias`; in one operation where the weight is packed."""
+        """`residual + before(x) @ weight.T + bias`; in one operation where the weight is packed,
+        or a GPU multiplies one row."""
         multiply: Callable[..., Tensor]
         if self._packed is not None and not (torch.is_grad_enabled() and x.requires_grad):
             multiply, fuses = self._packed.multiply, True
-        elif self._packed is None and gpu.can_multiply(x, self.weight):
-            multiply, fuses = functools.partial(gpu.multiply, self.weight), gpu.is_one_row(x)
+        elif self._packed is None and gpu_fused.can_multiply(x, self.weight):
+            multiply = functools.partial(gpu_fused.multiply, self.weight)
+            fuses = gpu_fused.is_one_row(x)
         else:
             rows = x if before is None else before(x)
             product = linear(rows, self.dense_weight, self.bias)

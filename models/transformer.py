@@ -15,7 +15,7 @@ from models.config import ModelConfig
 from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
 from models.decoder_layer import DecoderLayer
 from models.errors import ConfigError
-from models.gpu import fused as gpu
+from models.gpu import fused as gpu_fused
 from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.layers import MixtureOfExperts, make_norm
@@ -244,8 +244,8 @@ class Transformer(nn.Module):
             logits: Tensor = self.lm_head(hidden).float()
         elif self._packed_head is not None:
             logits = self._packed_head.multiply(hidden).float()
-        elif gpu.can_multiply(hidden, self.embed_tokens.weight):
-            logits = gpu.multiply(self.embed_tokens.weight, hidden).float()
+        elif gpu_fused.can_multiply(hidden, self.embed_tokens.weight):
+            logits = gpu_fused.multiply(self.embed_tokens.weight, hidden).float()
         else:
             logits = linear(hidden, self.embed_tokens.weight).float()
         if self.config.logit_scale != 1.0:

@@ -3,8 +3,8 @@
     python -m loadtests.gpu
 
 Needs torch, Triton and, for the comparison, transformers; nothing else of the lock file. Writes
-JSON and a table to `loadtests/results/gpu`; fails if anything is not correct. Where a GPU is not
-had for so long, `--parts` measures some now; what the files hold of the others stays.
+JSON, a table and a picture to `loadtests/results/gpu`; fails if anything is not correct. Where a
+GPU is not had for so long, `--parts` measures some of it, to be written elsewhere with `--results`.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from loadtests.batches import Load
 from loadtests.gpu import correctness, decode
 from loadtests.gpu.budget import Budget
-from loadtests.gpu.report import markdown
+from loadtests.gpu.report import chart, markdown
 from loadtests.gpu.shapes import SHAPES, random_on_device
 from models.errors import ModelError
 from service.bench import BenchShape, machine
@@ -34,6 +34,7 @@ BATCHES = (1, 8, 64)
 CONTEXTS = (512, 2048, 8192)
 PEER_LOADS = ("8x256+128", "64x256+128")
 _PEER_SHAPE = "0.5B-5kv"
+_DRAWN = "0.5B", 64
 PARTS = ("correctness", "decode", "peers")
 _SECONDS = 520.0
 # Of the free memory, what a cache may take beside weights, recorded steps and the rest.
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("device is cpu; allowed: a CUDA GPU that torch can use", file=sys.stderr)
         return 2
     budget, device = Budget(options.seconds), torch.device("cuda")
-    document = run(budget, device, options.parts, earlier(options.results, machine(device)))
+    document = run(budget, device, options.parts)
     document["command"] = f"python -m loadtests.gpu {' '.join(sys.argv[1:])}".strip()
     write(document, options.results)
     print(markdown(document))
@@ -62,41 +63,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if all(row["passed"] for row in rows) else 1
 
 
-def earlier(results: Path, here: dict[str, str | int]) -> dict[str, Any]:
-    """What other runs on such a machine have measured."""
-    file = results / "gpu.json"
-    document = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return document if document.get("machine") == here else {}
-
-
 def write(document: dict[str, Any], results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     (results / "gpu.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     (results / "gpu.md").write_text(markdown(document), encoding="utf-8")
+    if (picture := chart(document, *_DRAWN)) is not None:
+        (results / "gpu.svg").write_text(picture, encoding="utf-8")
 
 
-def run(
-    budget: Budget, device: torch.device, parts: Sequence[str], document: dict[str, Any]
-) -> dict[str, Any]:
-    """What matters most first.
-
-    Args:
-        document: what is known of the other parts.
-    """
+def run(budget: Budget, device: torch.device, parts: Sequence[str]) -> dict[str, Any]:
+    """What matters most first."""
     import triton
 
     bandwidth = copy_bandwidth(device)
-    document = {"correctness": {}, "decode": [], "profile": [], "peers": {}, **document}
-    document |= {
+    document: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": machine(device),
         "triton": triton.__version__,
         "copy_bandwidth_gb_per_s": round(bandwidth / 1e9, 1),
+        "correctness": {},
+        "decode": [],
+        "profile": [],
+        "peers": {},
     }
     if "correctness" in parts:
         document["correctness"] = _correctness(budget, device)
-    if "decode" in parts:
-        document |= {"decode": [], "profile": []}
     for name, shape in SHAPES.items():
         if name == "1B-32kv" and "peers" in parts and budget.begin(f"peers, {_PEER_SHAPE}", 120):
             document["peers"] = _peers(budget, device)  # before less important models

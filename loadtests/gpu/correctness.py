@@ -1,5 +1,6 @@
 """Kernels and engine on a device against definitions computed in float64 by the host."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from loadtests.gpu.shapes import random_on_device
 from models.attention_metadata import AttentionMetadata
+from models.before import Before
 from models.config import HeadConfig, ModelConfig
-from models.cpu.linear import Before
 from models.gpu import fused
 from models.gpu.decode_graphs import Capture
 from models.kernels import get_kernel
@@ -32,6 +33,9 @@ HEADS = {
 # Of float32: what an order of sums may change; of others: times the error of plain operations.
 _FLOAT32_BOUND = 1e-5
 _RATIO_BOUND = 2.0
+# Weights whose inputs are several tiles, whole ones and not, for every number of outputs at once.
+PRODUCTS = ((600, 2500), (1400, 1000), (3000, 1280), (5200, 2560))
+_ROWS = (1, 2, 8, 16, 64)
 _EPS = 1e-5
 
 
@@ -91,68 +95,58 @@ def fused_errors(dtype: torch.dtype, device: torch.device) -> list[dict[str, Any
     """Largest errors of products with what they do before and after, of norms and of gates, and of
     torch's operations in the same type."""
     generator = torch.Generator().manual_seed(0)
-    outputs, inputs = 1400, 1000  # divided by no tile
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    weight, norm = (random(outputs, inputs) * inputs**-0.5).to(dtype), random(inputs)
     rows = []
-    for count in (1, 2, 8, 16, 64):
-        x, doubled, residual = random(count, inputs), random(count, 2 * inputs), random(1, outputs)
-        given = (weight, norm, x, doubled, residual.expand(count, -1).contiguous())
-        exact, plain, ours = (
-            _layer_parts(fuse, *(part.to(where, kind) for part in given))
-            for where, kind, fuse in (
-                (torch.device("cpu"), torch.float64, False),
-                (device, dtype, False),
-                (device, dtype, True),
-            )
-        )
-        for name in exact:
+    for (outputs, inputs), count in itertools.product(PRODUCTS, _ROWS):
+        weight, norm, x, doubled, residual = (
+            torch.randn(shape, generator=generator).to(dtype)
+            for shape in ((outputs, inputs), (inputs,), (count, inputs), (count, 2 * inputs),
+                          (count, outputs))
+        )  # fmt: skip
+        given = ((weight * inputs**-0.5).to(dtype), norm, x, doubled, residual)
+        there = tuple(part.to(device) for part in given)
+        exact, plain = _by_torch(*(part.double() for part in given)), _by_torch(*there)
+        for name, ours in _by_triton(*there).items():
             theirs, error = (
-                (other[name].double().cpu() - exact[name]).abs().max().item()
-                for other in (plain, ours)
+                (other.double().cpu() - exact[name]).abs().max().item()
+                for other in (plain[name], ours)
             )
             allowed = max(_RATIO_BOUND * theirs, _FLOAT32_BOUND)
             rows.append(
-                {"what": name, "rows": count, "dtype": str(dtype).removeprefix("torch.")}
+                {"what": name, "rows": count, "weight": f"{outputs} x {inputs}"}
+                | {"dtype": str(dtype).removeprefix("torch.")}
                 | {"ours": error, "plain": theirs, "bound": allowed, "passed": error <= allowed}
             )
     return rows
 
 
-def _layer_parts(
-    fuse: bool, weight: Tensor, norm: Tensor, x: Tensor, doubled: Tensor, residual: Tensor
+def _by_torch(
+    weight: Tensor, norm: Tensor, x: Tensor, doubled: Tensor, residual: Tensor
 ) -> dict[str, Tensor]:
     gate, value = doubled.chunk(2, dim=-1)
-    if not fuse:
-        normed = torch.nn.functional.rms_norm(x, x.shape[-1:], norm, _EPS)
-        gated = torch.nn.functional.silu(gate) * value
-        parts = {"norm": normed, "gate": gated}
-        if len(x) <= fused.MAX_ROWS:
-            parts |= {
-                "product": residual + x @ weight.T,
-                "norm and product": normed @ weight.T,
-                "gate and product": residual + gated @ weight.T,
-            }
+    normed = torch.nn.functional.rms_norm(x, x.shape[-1:], norm, _EPS)
+    gated = torch.nn.functional.silu(gate) * value
+    return {
+        "norm": normed,
+        "gate": gated,
+        "product": residual + x @ weight.T,
+        "norm and product": normed @ weight.T,
+        "gate and product": residual + gated @ weight.T,
+    }
+
+
+def _by_triton(
+    weight: Tensor, norm: Tensor, x: Tensor, doubled: Tensor, residual: Tensor
+) -> dict[str, Tensor]:
+    """What a layer asks for with so many rows."""
+    parts = {"norm": fused.rms_norm(x, norm, _EPS), "gate": fused.silu_mul(doubled)}
+    if len(x) > fused.MAX_ROWS:
         return parts
-    normed, gated = fused.rms_norm(x, norm, _EPS), fused.silu_mul(doubled)
-    parts = {"norm": normed, "gate": gated}
-    if len(x) == 1:
-        parts |= {
-            "norm and product": fused.multiply(weight, x, before=Before(norm=norm, eps=_EPS)),
-            "gate and product": fused.multiply(
-                weight, doubled, before=Before(swiglu=True), residual=residual
-            ),
-        }
-    elif len(x) <= fused.MAX_ROWS:
-        parts |= {
-            "norm and product": fused.multiply(weight, normed),
-            "gate and product": fused.multiply(weight, gated, residual=residual),
-        }
-    if len(x) <= fused.MAX_ROWS:
-        parts["product"] = fused.multiply(weight, x, residual=residual)
+    parts["product"] = fused.multiply(weight, x, residual=residual)
+    if len(x) > 1:
+        return parts
+    before = Before(norm=norm, eps=_EPS), Before(swiglu=True)
+    parts["norm and product"] = fused.multiply(weight, x, before=before[0])
+    parts["gate and product"] = fused.multiply(weight, doubled, before=before[1], residual=residual)
     return parts
 
 

@@ -1,6 +1,36 @@
-"""The results of a run as a page."""
+"""The results of a run as a page and as a picture."""
 
 from typing import Any
+
+from models.train.chart import Line, line_chart
+
+_COLOURS = ("#4477AA", "#EE6677", "#228833")
+
+
+def chart(document: dict[str, Any], shape: str, batch: int) -> str | None:
+    """Steps of so many sequences by context, and below each line what the bytes would take, as SVG;
+    None if two contexts were not measured."""
+    rows = [row for row in document["decode"] if (row["shape"], row["batch"]) == (shape, batch)]
+    contexts = sorted({row["context"] for row in rows})
+    if len(contexts) < 2:
+        return None
+    lines = []
+    heads = dict.fromkeys(row["kv_heads"] for row in rows)
+    for colour, kv_heads in zip(_COLOURS, heads, strict=False):
+        mine = sorted(
+            (row for row in rows if row["kv_heads"] == kv_heads), key=lambda row: row["context"]
+        )
+        for name, key, dashes in (("", "step_ms", ""), (", bytes", "floor_ms", "4 4")):
+            points = [(row["context"], row[key]) for row in mine]
+            lines.append(Line(f"{kv_heads} kv heads{name}", points, colour, dashes))
+    return line_chart(
+        lines,
+        title=f"{shape}, {batch} sequences on one {document['machine']['device']}",
+        x_name="tokens of each sequence",
+        y_name="milliseconds of a step",
+        x_ticks=contexts,
+        log_x=True,
+    )
 
 
 def markdown(document: dict[str, Any]) -> str:
@@ -9,20 +39,17 @@ def markdown(document: dict[str, Any]) -> str:
         f"`{document['command']}`, {document['date']}: {machine['device']}, torch "
         f"{machine['torch']}, Triton {document['triton']}; a copy moves "
         f"{document['copy_bandwidth_gb_per_s']:,} GB/s.",
-        "",
-        "| correct | error | allowed | |",
-        "|---|---|---|---|",
     ]
+    if document["correctness"]:
+        lines += ["", "| correct | error | allowed | |", "|---|---|---|---|"]
     for row in document["correctness"].get("attention", ()):
         lines.append(
             f"| attention, {row['heads']}, {row['dtype']} | {row['ours']:.2e} "
             f"| {row['bound']:.2e} | {_passed(row)} |"
         )
     for row in document["correctness"].get("products", ()):
-        lines.append(
-            f"| {row['what']}, rows: {row['rows']}, {row['dtype']} | {row['ours']:.2e} "
-            f"| {row['bound']:.2e} | {_passed(row)} |"
-        )
+        what = f"{row['what']}, {row['rows']} rows, {row['weight']}, {row['dtype']}"
+        lines.append(f"| {what} | {row['ours']:.2e} | {row['bound']:.2e} | {_passed(row)} |")
     for row in document["correctness"].get("engine", ()):
         lines.append(
             f"| engine, {row['model']}, {row['backend']} | {row['worst_logit_gap']:.2e} "

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from models.before import NOTHING, Before
 from models.cpu.library import has_feature, multiplies_by_amx, why_unavailable
 from models.memory import large_zeros
 
@@ -29,23 +30,6 @@ class Int8Scale:
 
     scale: Tensor
     row_sums: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Before:
-    """What is done to each row right before it is multiplied, in the same operation: one of both.
-
-    Attributes:
-        norm: weight `[inputs]` of an RMS norm, of the type of the rows.
-        swiglu: rows are twice as long; silu of the first half times the second is multiplied.
-    """
-
-    norm: Tensor | None = None
-    eps: float = 0.0
-    swiglu: bool = False
-
-
-_NOTHING = Before()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +53,7 @@ class PackedWeight:
         x: Tensor,
         bias: Tensor | None = None,
         *,
-        before: Before = _NOTHING,
+        before: Before = NOTHING,
         residual: Tensor | None = None,
     ) -> Tensor:
         """`[..., inputs]` to `[..., outputs]`; without gradients.

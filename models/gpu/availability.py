@@ -9,13 +9,24 @@ from pathlib import Path
 
 import torch
 
+# Before, bfloat16 is not multiplied.
+_LEAST = (8, 0)
+
 
 @functools.cache
 def why_unavailable(device: torch.device) -> str | None:
     """Why Triton's kernels cannot run there; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    return _why_not_compiled() if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None  # its interpreter needs nothing else
+    if torch.version.hip is not None:
+        return "the GPU is not one of NVIDIA's"
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < _LEAST:
+        return "the GPU's compute capability is {}.{}, below 8.0".format(*found)
+    if importlib.util.find_spec("triton.language.extra.cuda.gdc") is None:
+        return "Triton is too old: its kernels cannot wait for each other"
+    return _why_not_compiled()
 
 
 def _why_not_compiled() -> str | None:

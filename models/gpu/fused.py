@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models.cpu.linear import Before
+from models.before import NOTHING, Before
 from models.gpu.availability import why_unavailable
 
 # More have so much to compute that a library's products are faster.
@@ -14,8 +14,9 @@ _TILE = 2048
 # ... and how many programs there are at least: several for each multiprocessor.
 _PROGRAMS = 640
 _TILE_OUTPUTS, _TILE_INPUTS = 16, 256
-_GATED = 1024
-_NOTHING = Before()
+# Tiles in flight, by the bytes of a number: what the shared memory of any GPU holds.
+_STAGES = {2: 4, 4: 2}
+_TILE_GATED = 1024
 
 
 def can_fuse(*tensors: Tensor) -> bool:
@@ -30,7 +31,7 @@ def can_fuse(*tensors: Tensor) -> bool:
 
 def can_multiply(x: Tensor, weight: Tensor) -> bool:
     """Whether `multiply` takes rows and weight, and is faster than torch's product."""
-    return x.numel() <= MAX_ROWS * x.shape[-1] and can_fuse(x, weight)
+    return x.numel() <= MAX_ROWS * x.shape[-1] and weight.is_contiguous() and can_fuse(x, weight)
 
 
 def is_one_row(x: Tensor) -> bool:
@@ -43,7 +44,7 @@ def multiply(
     x: Tensor,
     bias: Tensor | None = None,
     *,
-    before: Before = _NOTHING,
+    before: Before = NOTHING,
     residual: Tensor | None = None,
 ) -> Tensor:
     """`residual + before(x) @ weight.T + bias` of `[..., inputs]`, up to `MAX_ROWS` rows.
@@ -86,7 +87,7 @@ def multiply(
             **options,
         )
         return output
-    assert before == _NOTHING, "of one row only"
+    assert before == NOTHING, "of one row only"
     multiply_rows[(cdiv(outputs, _TILE_OUTPUTS),)](
         rows,
         weight,
@@ -103,7 +104,7 @@ def multiply(
         tile_inputs=_TILE_INPUTS,
         is_even=inputs % _TILE_INPUTS == 0,
         num_warps=2,
-        num_stages=4,
+        num_stages=_STAGES[x.dtype.itemsize],
         **options,
     )
     return output
@@ -140,7 +141,7 @@ def silu_mul(x: Tensor) -> Tensor:
     rows = x.contiguous()
     width = x.shape[-1] // 2
     output = x.new_empty((*x.shape[:-1], width))
-    kernel[(rows.numel() // x.shape[-1], cdiv(width, _GATED))](
-        rows, output, width, tile=_GATED, **launch_options(x.device)
+    kernel[(rows.numel() // x.shape[-1], cdiv(width, _TILE_GATED))](
+        rows, output, width, tile=_TILE_GATED, **launch_options(x.device)
     )
     return output

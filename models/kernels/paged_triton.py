@@ -21,9 +21,14 @@ _LEAST_DIM = 16
 # Keys of one span: longer ones leave a GPU idle where sequences are few, shorter ones leave more to
 # be joined.
 SPAN = 256
-# Keys at once, warps and stages, by the bytes of a number; measured on an H200. In float32,
-# whose products no matrix unit computes, as many keys would take half a minute to be compiled.
-_LAUNCHES = {2: (64, 2, 3), 4: (32, 4, 3)}
+# Most keys at once and warps, by the bytes of a number; measured on an H200. In float32, whose
+# products no matrix unit computes, as many keys would take half a minute to be compiled.
+_LAUNCHES = {2: (64, 2), 4: (32, 4)}
+_STAGES = 3
+# Of as many keys, and of as many values: with those of all stages, what the shared memory holds.
+_KEY_BYTES = 2**14
+# What spans leave to be joined, at most, before the next tiles follow.
+_PARTIAL_BYTES = 2**28
 # Numbers that one program joins at once: what the registers of four warps hold with ease.
 _JOINED = 4096
 
@@ -47,11 +52,25 @@ def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device)
 
 
 def partial_bytes(heads: HeadConfig, batch: int, length: int) -> int:
-    """Bytes of what the spans of a step of decodes leave to be joined."""
+    """Bytes of what the spans of a step of decodes leave to be joined, at once."""
     rows = max(_LEAST_ROWS, heads.num_heads // heads.num_kv_heads)
-    spans = -(-length // SPAN)
-    numbers = max(_LEAST_DIM, heads.head_dim) + 2
-    return 4 * batch * heads.num_kv_heads * spans * rows * numbers
+    tile = _tile_bytes(heads.num_kv_heads, length, rows, heads.head_dim)
+    return min(batch, _tiles_at_once(tile)) * tile
+
+
+def _tile_bytes(num_kv_heads: int, length: int, rows: int, head_dim: int) -> int:
+    """The same of one tile of queries."""
+    return 4 * num_kv_heads * -(-length // SPAN) * rows * (_wide(head_dim) + 2)
+
+
+def _tiles_at_once(tile_bytes: int) -> int:
+    """A multiple of 4, so that those of every launch begin at an address of the same kind."""
+    return max(_PARTIAL_BYTES // tile_bytes // 4 * 4, 4)
+
+
+def _wide(head_dim: int) -> int:
+    """What a tile of Triton has in place of `head_dim`: a power of two."""
+    return max(_LEAST_DIM, 1 << (head_dim - 1).bit_length())
 
 
 def paged_attention(
@@ -68,8 +87,9 @@ def paged_attention(
     tiles = metadata.query_tiles(
         query.shape[1] // len(cache.part.kv_heads), _LEAST_ROWS, whole_prompts=not whole
     )
-    if len(tiles.seq):
-        _attend_tiles(output, query, cache, metadata, tiles, scoring)
+    tile = _tile_bytes(len(cache.part.kv_heads), metadata.max_length, tiles.rows, query.shape[-1])
+    for some in tiles.split(_tiles_at_once(tile)):
+        _attend_tiles(output, query, cache, metadata, some, scoring)
     return output
 
 
@@ -97,9 +117,10 @@ def _attend_tiles(
     num_kv_heads = len(cache.part.kv_heads)
     group = num_heads // num_kv_heads
     tables = metadata.block_tables
-    keys, num_warps, num_stages = _LAUNCHES[query.dtype.itemsize]
+    itemsize = query.dtype.itemsize
+    most_keys, num_warps = _LAUNCHES[itemsize]
     num_spans = -(-metadata.max_length // SPAN)
-    rows, wide_dim = tiles.rows, max(_LEAST_DIM, next_power_of_2(head_dim))
+    rows, wide_dim = tiles.rows, _wide(head_dim)
     shape = (len(tiles.seq), num_kv_heads, num_spans, rows)
     partial_read = query.new_empty((*shape, wide_dim), dtype=torch.float32)
     partial_highest, partial_sum = query.new_empty((2, *shape), dtype=torch.float32)
@@ -133,13 +154,13 @@ def _attend_tiles(
         block_size=block_size,
         wide_dim=wide_dim,
         rows=rows,
-        keys=keys,
+        keys=min(most_keys, _KEY_BYTES // (wide_dim * itemsize)),
         span=SPAN,
         has_softcap=scoring.softcap is not None,
         has_slopes=scoring.alibi is not None,
         precision="ieee",
         num_warps=num_warps,
-        num_stages=num_stages,
+        num_stages=_STAGES,
         **options,
     )
     parts = min(next_power_of_2(num_spans), max(1, _JOINED // wide_dim))

@@ -58,7 +58,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         longest = max(self.seq_len, self.final_seq_len)
-        if self.batch_tokens % self.seq_len or self.batch_tokens % self.final_seq_len:
+        lengths = self.seq_len, self.final_seq_len
+        if self.batch_tokens < longest or any(self.batch_tokens % length for length in lengths):
             allowed = f"a multiple of {self.seq_len} and {self.final_seq_len} tokens, its rows"
             raise ConfigError("batch_tokens", self.batch_tokens, allowed)
         if self.num_tokens < longest:

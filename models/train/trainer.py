@@ -25,6 +25,8 @@ from models.transformer import HeadEdit, Transformer
 
 BETAS = 0.9, 0.95  # of AdamW
 MAX_GRADIENT_NORM = 1.0
+# An environment variable of cuBLAS, and what makes it sum alike each time.
+REPRODUCIBLE_PRODUCTS = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 _SECONDS_BETWEEN_SAVES = 60.0
 _NUM_POINTS = 40
 
@@ -163,21 +165,26 @@ def _train(
 
 @contextmanager
 def _reproducible(device: torch.device) -> Iterator[None]:
-    """Sums in the same order each time: a GPU adds some of the gradients as they come."""
+    """Sums in the same order each time: a GPU adds some of the gradients as they come.
+
+    Raises:
+        TrainingError: products on a GPU are not reproducible.
+    """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    name, value = REPRODUCIBLE_PRODUCTS
+    if name not in os.environ:
+        raise TrainingError(f"{name} is not set; allowed: {value}, before a GPU is first used")
     options: Any = torch.utils.deterministic
-    filled = options.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode(), options.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode("error")
     options.fill_uninitialized_memory = False  # nothing here reads it
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
-        options.fill_uninitialized_memory = filled
+        torch.set_deterministic_debug_mode(before[0])
+        options.fill_uninitialized_memory = before[1]
 
 
 def probe_period(model: Transformer) -> int:

@@ -1,6 +1,7 @@
 """`headroom train-demo`: the bundled models, once more."""
 
 import math
+import os
 import shlex
 import signal
 from collections.abc import Callable, Iterator
@@ -40,7 +41,7 @@ def train_demo(
         Path | None, typer.Option(help="Directory for the state [default: OUTPUT.training].")
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option(help="Tokens per step; a GPU has room for more.", min=1)
+        int, typer.Option(help="Tokens per step, a multiple of 1,024; a GPU has room for more.")
     ] = 2048,
     learning_rate: Annotated[float, typer.Option(help="Its peak.")] = 2e-3,
     repeat_share: Annotated[
@@ -81,6 +82,7 @@ def train_demo(
     from models.train.corpus import build_corpus
     from models.train.demo import DemoPaths, make_demo
     from models.train.sources import SOURCES, STANDARD_LIBRARY
+    from models.train.trainer import REPRODUCIBLE_PRODUCTS
     from service.bench import machine
 
     if not math.isfinite(tokens):
@@ -88,6 +90,9 @@ def train_demo(
     if output.name in ("", ".."):
         fail(f"--output is {str(output)!r}; allowed: a directory with a name", code=2)
     place = _device(device)
+    if place.type == "cuda":
+        # Read once, before the first product: without it, sums depend on what else runs there.
+        os.environ.setdefault(*REPRODUCIBLE_PRODUCTS)
     if teacher is not None and distillation is None:
         distillation = 0.5
     paths = DemoPaths(output, work or output.with_name(f"{output.name}.training"), start, teacher)

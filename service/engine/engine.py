@@ -37,7 +37,7 @@ from service.engine.sequence import (
 )
 from service.engine.stats import EngineLoad, StepStats
 from service.engine.stop_strings import stop_matcher
-from service.engine.support import check_supported, max_model_len
+from service.engine.support import check_cache_is_read, check_supported, max_model_len
 from service.engine.validation import (
     ModelLimits,
     prompt_violations,
@@ -104,6 +104,7 @@ class Engine:
         capture: Capture | None = None,
     ) -> None:
         check_supported(model.config, config)
+        check_cache_is_read(model.kernel_name, config)
         self.model_config = model.config
         self.served_config = served_config(model, config)
         self.config = config

@@ -9,6 +9,7 @@ import torch
 from models.checkpoints.loader import load_model
 from models.config import ModelConfig
 from models.gpu.decode_graphs import memory_bytes
+from models.kernels import KernelName
 from models.kv_layout import KVLayout
 from models.transformer import Transformer
 from service.engine.config import EngineConfig
@@ -22,12 +23,20 @@ _CPU_SHARE = 0.25
 
 def load_configured_model(path: str | Path, config: EngineConfig) -> Transformer:
     """The model of a directory, on the device and in the type that the engine is to use."""
+    device = resolve_device(config.device)
     return load_model(
         path,
         dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
-        device=resolve_device(config.device),
-        kernel=config.kernel,
+        device=device,
+        kernel=kernel_for(config, device),
     )
+
+
+def kernel_for(config: EngineConfig, device: torch.device) -> KernelName:
+    """The kernel that is asked for; on a GPU, one that reads the cache if any will do."""
+    if config.kernel == "auto" and config.kv_cache_dtype == "int8" and device.type == "cuda":
+        return "dense"
+    return config.kernel
 
 
 def resolve_device(name: str) -> torch.device:

@@ -16,11 +16,7 @@ def as_served(model_config: ModelConfig, config: EngineConfig) -> ModelConfig:
 
 def check_supported(model_config: ModelConfig, config: EngineConfig) -> None:
     """Raise ValueError if the model cannot be served with these settings."""
-    if config.kv_cache_dtype == "int8" and config.kernel == "paged_triton":
-        raise ValueError(
-            "kv_cache_dtype is 'int8'; allowed: auto, because the kernel paged_triton reads no "
-            "cache of 8 bits"
-        )
+    check_cache_is_read(config.kernel, config)
     if config.enable_prefix_caching and model_config.rope_depends_on_length:
         raise ValueError(
             "enable_prefix_caching is true; allowed: false, because this model rotates equal "
@@ -38,6 +34,15 @@ def check_supported(model_config: ModelConfig, config: EngineConfig) -> None:
         raise ValueError(
             f"max_num_batched_tokens is {config.max_num_batched_tokens}; allowed: at least "
             f"max_model_len={longest}, because an encoder computes a text in one step"
+        )
+
+
+def check_cache_is_read(kernels: str, config: EngineConfig) -> None:
+    """Raise ValueError if one of the kernels, joined by `+`, cannot read the cache."""
+    if config.kv_cache_dtype == "int8" and "paged_triton" in kernels.split("+"):
+        raise ValueError(
+            "kv_cache_dtype is 'int8'; allowed: auto, because the kernel paged_triton reads no "
+            "cache of 8 bits"
         )
 
 

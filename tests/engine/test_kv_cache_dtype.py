@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from models.checkpoints.bundled import BUNDLED_MODELS
 from models.config import HeadConfig
@@ -13,7 +14,9 @@ from models.kernels import KernelName
 from models.transformer import random_model
 from service.engine import Engine, EngineConfig
 from service.engine.engine import EngineRequest
+from service.engine.memory import kernel_for
 from service.engine.stats import StepStats
+from service.engine.support import check_cache_is_read
 from tests.engine.tiny import CONFIG, finish_all, greedy, reason, tiny_engine, tiny_model
 
 DEMO_TEXT = (Path(random.__file__).read_bytes())[:900]
@@ -93,6 +96,16 @@ def test_a_sequence_that_breaks_leaves_its_blocks_clean(kernel: KernelName) -> N
 def test_a_type_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ConfigError, match="kv_cache_dtype is 'fp8'; allowed: auto, int8"):
         tiny_engine(kv_cache_dtype="fp8")
+
+
+def test_on_a_gpu_any_kernel_is_one_that_reads_it() -> None:
+    gpu = torch.device("cuda")
+    assert kernel_for(EngineConfig(kv_cache_dtype="int8"), gpu) == "dense"
+    assert kernel_for(EngineConfig(kv_cache_dtype="int8"), torch.device("cpu")) == "auto"
+    assert kernel_for(EngineConfig(), gpu) == "auto"
+    check_cache_is_read("paged_triton+dense", EngineConfig())
+    with pytest.raises(ValueError, match="the kernel paged_triton reads no cache of 8 bits"):
+        check_cache_is_read("paged_triton+dense", EngineConfig(kv_cache_dtype="int8"))
 
 
 def test_where_it_cannot_be_it_is_refused() -> None:

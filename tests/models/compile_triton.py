@@ -11,8 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from models.attention_metadata import AttentionMetadata
+from models.before import Before
 from models.config import HeadConfig
-from models.cpu.linear import Before
 from models.gpu import fused
 from models.kernels import paged_triton
 from models.kv_cache import KVCache
@@ -21,6 +21,8 @@ from models.scoring import Scoring
 from tests.models import tiny
 
 HOPPER = GPUTarget("cuda", 90, 32)
+# Bytes that a program may have on any GPU of compute capability 8 or 9.
+_SHARED = 99 * 1024
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -43,10 +45,20 @@ def _compile(kernel: JITFunction, *args: object, grid: object, warmup: bool, **k
     constants = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
     signature = {name: _type_of(value) for name, value in zip(kernel.arg_names, args, strict=False)}
     signature |= dict.fromkeys(constants, "constexpr")
-    source = triton.compiler.ASTSource(kernel, signature, constants)
+    # As a launch finds them: tensors begin at round addresses, and round numbers are known to be.
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, value in enumerate(args)
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=HOPPER, options=options)
     ptx = compiled.asm["ptx"]
-    assert "griddepcontrol.wait" in ptx, "it may be launched before the one ahead has ended"
+    wait = ptx.find("griddepcontrol.wait")
+    touched = [ptx.find(word) for word in ("ld.global", "st.global", "cp.async.c")]
+    first = min(place for place in touched if place >= 0)
+    assert 0 <= wait < first, f"{kernel.__name__} reads what may not have been written yet"
+    assert compiled.metadata.shared <= _SHARED, f"{kernel.__name__}: {compiled.metadata.shared}"
     print(kernel.__name__, "mma" if "mma" in ptx else "-", flush=True)
 
 
@@ -82,6 +94,8 @@ def compile_for(
 
 
 def compile_fused() -> None:
+    wide = torch.zeros(2, 256)
+    fused.multiply(torch.zeros(640, 256), wide)
     half = torch.bfloat16
     weight, norm = torch.zeros(640, 256, dtype=half), torch.zeros(256, dtype=half)
     for rows in (1, 2):
@@ -105,3 +119,4 @@ if __name__ == "__main__":
     )
     slopes = Scoring(0.125, alibi=Alibi((0.5, 0.25)))
     compile_for(HeadConfig(2, 2, 16), slopes, torch.float32, [1])
+    compile_for(HeadConfig(2, 1, 256), Scoring(0.125), torch.bfloat16, [1])

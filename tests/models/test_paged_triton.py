@@ -18,6 +18,7 @@ from models.config import HeadConfig
 from models.errors import ConfigError
 from models.gpu.availability import why_unavailable
 from models.kernels import paged_triton, resolve_kernel
+from models.kernels.paged_triton import partial_bytes
 from models.positions import Alibi
 from tests.models import tiny
 from tests.models.batches import EVERYTHING, Case, make_batch
@@ -141,6 +142,19 @@ def test_what_it_cannot_compute_is_left_to_another(
         resolve_kernel("paged_triton", heads, dtype, where)
 
 
+@needs_triton
+def test_many_tiles_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of chunks over a long past, what the spans leave would take gigabytes at once."""
+    case = replace(LONG, sequences=((300, 70), (0, 1), (0, 90), (511, 60)))
+    batch = make_batch(case, torch.float32)
+    sinks = replace(PLAIN20, sinks=(0.5,) * 20)
+    whole = batch.run("paged_triton", sinks)
+    assert partial_bytes(HeadConfig(20, 1, 16), 64, 1100) == 64 * 5 * 32 * 18 * 4
+    monkeypatch.setattr(paged_triton, "_PARTIAL_BYTES", 1)
+    assert torch.equal(batch.run("paged_triton", sinks), whole)
+    assert partial_bytes(HeadConfig(20, 1, 16), 64, 1100) == 4 * 5 * 32 * 18 * 4
+
+
 @pytest.fixture(autouse=True)
 def machine() -> Iterator[None]:
     """What a machine has is looked at once."""
@@ -181,6 +195,40 @@ def test_without_a_compiler_or_headers_a_gpu_is_left_to_another(
     refused("because Triton needs a C compiler; there is no gcc or clang")
     # Its interpreter compiles nothing.
     assert resolve_kernel("paged_triton", HEADS, torch.float32, CPU) == "paged_triton"
+
+
+@needs_triton
+@pytest.mark.usefixtures("compiler")
+def test_a_gpu_that_cannot_run_it_is_left_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from models.gpu.launch import launch_options  # needs Triton
+
+    gpu = torch.device("cuda")
+
+    def reason() -> str | None:
+        why_unavailable.cache_clear()
+        return paged_triton.why_unsupported(HEADS, torch.bfloat16, gpu)
+
+    assert reason() is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, expected in (
+        ((7, 5), "the GPU's compute capability is 7.5, below 8.0"),
+        ((8, 0), None),
+        ((9, 0), None),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, f=found: f)
+        launch_options.cache_clear()
+        assert reason() == expected
+        assert launch_options(gpu)["overlaps"] == (found == (9, 0))
+    launch_options.cache_clear()
+    assert launch_options(CPU) == {"overlaps": False}
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert reason() == "the GPU is not one of NVIDIA's"
+    monkeypatch.setattr(torch.version, "hip", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name.endswith("gdc") else find(name)
+    )
+    assert reason() == "Triton is too old: its kernels cannot wait for each other"
 
 
 @needs_triton

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm as torch_rms_norm
 from torch.nn.functional import silu
 
-from models.cpu.linear import Before
+from models.before import Before
 from models.gpu import fused
 from models.layers import Gate, RMSNorm, rms_norm
 from models.linear import Linear
@@ -35,8 +35,8 @@ def close(ours: Tensor, exact: Tensor) -> bool:
 @settings(max_examples=30)
 @given(
     rows=st.integers(1, fused.MAX_ROWS),
-    outputs=st.sampled_from([1, 5, 16, 37, 640, 1300]),
-    inputs=st.sampled_from([1, 16, 100, 256, 300]),
+    outputs=st.sampled_from([1, 5, 16, 37, 1300, 2600]),
+    inputs=st.sampled_from([1, 100, 256, 512, 1300, 2500]),
     bias=st.booleans(),
     residual=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16]),
@@ -63,14 +63,17 @@ def test_a_product_with_few_rows(
 
 @settings(max_examples=20)
 @given(
-    inputs=st.sampled_from([1, 16, 100, 300]),
+    outputs=st.sampled_from([40, 1300, 5200]),
+    inputs=st.sampled_from([1, 100, 600, 2500]),
     swiglu=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_one_row_is_normed_or_gated_before(inputs: int, swiglu: bool, seed: int) -> None:
+def test_one_row_is_normed_or_gated_before(
+    outputs: int, inputs: int, swiglu: bool, seed: int
+) -> None:
     x = random(1, 2 * inputs if swiglu else inputs, seed=seed)
-    weight, norm = random(40, inputs, seed=seed + 1), random(inputs, seed=seed + 2)
-    residual = random(1, 40, seed=seed + 3)
+    weight = random(outputs, inputs, seed=seed + 1) * inputs**-0.5
+    norm, residual = random(inputs, seed=seed + 2), random(1, outputs, seed=seed + 3)
     if swiglu:
         before = Before(swiglu=True)
         gate, value = x.double().chunk(2, dim=-1)
@@ -113,6 +116,9 @@ def test_what_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
         def numel(self) -> int:
             return 8
 
+        def is_contiguous(self) -> bool:
+            return self.dtype is torch.bfloat16
+
     class Other(OnGPU):
         dtype = torch.float16
 
@@ -127,6 +133,7 @@ def test_what_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not fused.can_fuse(there, other)  # type: ignore[arg-type]
         assert not fused.can_fuse(wide, wide)  # type: ignore[arg-type]
         assert fused.can_multiply(there, there)  # type: ignore[arg-type]
+        assert not fused.can_multiply(other, other), "rows of the weight lie elsewhere"  # type: ignore[arg-type]
         monkeypatch.setattr(fused, "MAX_ROWS", 1)
         assert not fused.can_multiply(there, there)  # type: ignore[arg-type]
         monkeypatch.setattr(fused, "why_unavailable", lambda device: "no compiler")

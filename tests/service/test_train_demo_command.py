@@ -76,9 +76,9 @@ def test_the_card_has_the_command_that_makes_the_model_again(tmp_path: Path) -> 
     assert answer.exit_code == 0, answer.output
     card = (tmp_path / "small/MODEL_CARD.md").read_text(encoding="utf-8")
     expected = (
-        f"headroom train-demo --output {tmp_path / 'small'} --tokens 0.002 --learning-rate 0.002 "
-        "--seed 4 --repeat-share 0.1 --needle-share 0.3 --repeat-growth 0.5 --head-dropout 0.1 "
-        "--head-temperature --recompute\n"
+        f"headroom train-demo --output {tmp_path / 'small'} --tokens 0.002 --batch-tokens 2048 "
+        "--learning-rate 0.002 --seed 4 --repeat-share 0.1 --needle-share 0.3 --repeat-growth 0.5 "
+        "--head-dropout 0.1 --head-temperature --recompute\n"
     )
     assert expected in card
 

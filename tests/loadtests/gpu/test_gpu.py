@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from loadtests.gpu import correctness, decode
-from loadtests.gpu.__main__ import earlier, main, write
+from loadtests.gpu.__main__ import main, write
 from loadtests.gpu.budget import Budget
 from loadtests.gpu.profile import covered, summary
+from loadtests.gpu.report import chart
 from loadtests.gpu.shapes import SHAPES, random_on_device, step_bytes
 from models.config import HeadConfig
 from models.transformer import Transformer
@@ -73,6 +74,23 @@ def test_a_profile_tells_kernels_from_what_lies_between() -> None:
     assert covered([]) == 0.0
 
 
+def test_steps_are_drawn_by_context() -> None:
+    rows = [
+        {"shape": "0.5B", "kv_heads": heads, "batch": 64, "context": context}
+        | {"step_ms": 2.0 * heads, "floor_ms": 1.0 * heads}
+        for heads in (4, 1)
+        for context in (512, 2048)
+    ]
+    document = {"machine": {"device": "a GPU"}, "decode": rows}
+    picture = chart(document, "0.5B", 64)
+    assert picture is not None
+    assert picture.count("<polyline") == 4, "a line and its bytes for both"
+    assert "4 kv heads, bytes" in picture
+    assert "0.5B, 64 sequences on one a GPU" in picture
+    assert chart(document, "1B", 64) is None
+    assert chart({**document, "decode": rows[:1]}, "0.5B", 64) is None
+
+
 def test_ratios_are_to_the_fewest_heads() -> None:
     rows = [
         {"shape": shape, "kv_heads": heads, "batch": 8, "context": 512, "step_ms": ms, "bytes": n}
@@ -117,8 +135,9 @@ def test_correct_is_told_from_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert right["passed"]
     assert half["passed"]
     assert right["ours"] < half["ours"]
+    monkeypatch.setattr(correctness, "PRODUCTS", ((1400, 1000), (5200, 520)))
     parts = correctness.fused_errors(torch.float32, CPU)
-    assert {(row["what"], row["rows"]) for row in parts} >= {("gate and product", 16), ("norm", 64)}
+    assert {(row["what"], row["rows"]) for row in parts} >= {("product", 16), ("norm", 64)}
     assert all(row["passed"] for row in parts)
     limits = EngineConfig(num_blocks=8, max_num_seqs=2, max_num_batched_tokens=8, max_model_len=16)
     found = correctness.engine_tokens(
@@ -146,7 +165,7 @@ def test_correct_is_told_from_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         "copy_bandwidth_gb_per_s": 4000.0,
         "correctness": {
             "attention": rows,
-            "products": [{"what": "norm", "rows": 8, **rows[0]}],
+            "products": [{"what": "norm", "rows": 8, "weight": "9 x 7", **rows[0]}],
             "engine": [{"model": "small", **found}],
         },
         "decode": [
@@ -173,11 +192,8 @@ def test_correct_is_told_from_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     }
     write(document, tmp_path / "new")
     assert json.loads((tmp_path / "new" / "gpu.json").read_text()) == document
-    assert earlier(tmp_path / "new", document["machine"]) == document
-    assert earlier(tmp_path / "new", {"device": "another GPU"}) == {}
-    assert earlier(tmp_path / "nowhere", document["machine"]) == {}
     page = (tmp_path / "new" / "gpu.md").read_text()
-    assert "| norm, rows: 8, float32 |" in page
+    assert "| norm, 8 rows, 9 x 7, float32 |" in page
     assert "| engine, small, paged_triton (graphs) |" in page
     assert "| 1B, 8 key/value heads | 64 x 512 | 1.5 | 1.2 | 0.8 | 42,666.7 |" in page
     assert "| 1B, 8 | 64 x 512 | 1.4 | 1.5 | -6.7% |" in page

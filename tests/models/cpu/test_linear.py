@@ -8,6 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from models.before import Before
 from models.checkpoints.loader import load_model
 from models.checkpoints.writer import save_model
 from models.cpu import linear
@@ -226,9 +227,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     x, right = torch.randn(2, 64), torch.randn(64)
     for norm in (right[:63], right.bfloat16(), torch.randn(128)[::2]):
         with pytest.raises(RuntimeError, match="before it comes a norm"):
-            packed.multiply(x, before=linear.Before(norm=norm))
+            packed.multiply(x, before=Before(norm=norm))
     with pytest.raises(RuntimeError, match="before it comes a norm"):
-        packed.multiply(torch.randn(2, 128), before=linear.Before(norm=right, swiglu=True))
+        packed.multiply(torch.randn(2, 128), before=Before(norm=right, swiglu=True))
     for residual in (torch.randn(2, 63), torch.randn(3, 64), torch.randn(2, 64).bfloat16()):
         with pytest.raises(RuntimeError, match="the residual is what the output is"):
             packed.multiply(x, residual=residual)

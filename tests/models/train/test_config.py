@@ -10,6 +10,10 @@ from models.train.config import TrainConfig
     ("changes", "message"),
     [
         (
+            {"batch_tokens": 0},
+            "batch_tokens is 0; allowed: a multiple of 256 and 1024 tokens",
+        ),
+        (
             {"batch_tokens": 1000},
             "batch_tokens is 1000; allowed: a multiple of 256 and 1024 tokens",
         ),

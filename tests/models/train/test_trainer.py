@@ -202,6 +202,29 @@ def test_a_step_follows_the_mean_of_text_and_teacher(
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-7)
 
 
+def test_a_gpu_is_told_to_sum_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, (name, value) = torch.device("cuda"), trainer.REPRODUCIBLE_PRODUCTS
+    monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(TrainingError, match=f"{name} is not set; allowed: {value}"),
+        trainer._reproducible(gpu),
+    ):
+        pass
+    monkeypatch.setenv(name, value)
+    before = torch.get_deterministic_debug_mode()
+
+    def fail() -> None:
+        with trainer._reproducible(gpu):
+            assert torch.are_deterministic_algorithms_enabled()
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert torch.get_deterministic_debug_mode() == before
+    with trainer._reproducible(torch.device("cpu")):
+        assert torch.get_deterministic_debug_mode() == before
+
+
 def test_gradients_are_clipped(rows: Rows) -> None:
     model = tiny.model(config_for(rows)).requires_grad_(True)
     with torch.no_grad():
