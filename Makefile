@@ -95,7 +95,7 @@ demo: install  ## train the bundled models again, into build/demo: minutes on a 
 	$(call change,convert,gqa.untrained,--kv-heads 2)
 	$(call uptrain,gqa,5e-4)
 	$(call change,convert,mqa.untrained,--kv-heads 1)
-	$(call uptrain,mqa,5e-4)
+	$(call uptrain,mqa,1e-3)
 	$(call change,prune,pruned.untrained,--remove 10)
 	$(call uptrain,pruned,2e-4)
 
