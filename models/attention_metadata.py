@@ -97,6 +97,11 @@ class QueryTiles:
             yield QueryTiles(self.seq[some], self.first_row[some], self.rows)
 
 
+def tile_rows(longest: int, least_rows: int) -> int:
+    """Rows of the tiles of sequences with up to so many."""
+    return max(least_rows, 1 << (min(longest, _MAX_TILE_ROWS) - 1).bit_length())
+
+
 class GroupMetadata:
     """Where the new tokens of one step live in the blocks of one group.
 
@@ -185,7 +190,7 @@ class GroupMetadata:
                 if whole_prompts or not row.is_whole_prompt
             ]
             longest = group * max((count for _, count in included), default=1)
-            rows = max(least_rows, 1 << (min(longest, _MAX_TILE_ROWS) - 1).bit_length())
+            rows = tile_rows(longest, least_rows)
             seq, first_row = array("i"), array("i")
             for index, count in included:
                 starts = range(0, count * group, rows)

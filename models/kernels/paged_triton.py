@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.attention_metadata import GroupMetadata, QueryTiles
+from models.attention_metadata import GroupMetadata, QueryTiles, tile_rows
 from models.config import MAX_WINDOW, HeadConfig
 from models.gpu.availability import why_unavailable
 from models.kernels.dense import attend
@@ -53,9 +53,10 @@ def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device)
 
 def partial_bytes(heads: HeadConfig, batch: int, length: int) -> int:
     """Bytes of what the spans of a step of decodes leave to be joined, at once."""
-    rows = max(_LEAST_ROWS, heads.num_heads // heads.num_kv_heads)
+    group = heads.num_heads // heads.num_kv_heads
+    rows = tile_rows(group, _LEAST_ROWS)
     tile = _tile_bytes(heads.num_kv_heads, length, rows, heads.head_dim)
-    return min(batch, _tiles_at_once(tile)) * tile
+    return min(batch * -(-group // rows), _tiles_at_once(tile)) * tile
 
 
 def _tile_bytes(num_kv_heads: int, length: int, rows: int, head_dim: int) -> int:
