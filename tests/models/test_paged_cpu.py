@@ -281,7 +281,7 @@ def test_a_query_that_is_not_a_number_spoils_its_own_row_only(
 @pytest.mark.parametrize(
     ("heads", "dtype", "device", "reason"),
     [
-        (PLAIN_HEADS, torch.float32, "cuda", "the device is cuda"),
+        (PLAIN_HEADS, torch.float32, "meta", "the device is meta"),
         (PLAIN_HEADS, torch.float16, "cpu", "the type is float16"),
         (PLAIN_HEADS, torch.float64, "cpu", "the type is float64"),
         (HeadConfig(4, 2, 258), torch.float32, "cpu", "head_dim is 258"),
