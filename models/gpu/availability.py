@@ -24,7 +24,9 @@ def why_unavailable(device: torch.device) -> str | None:
         return "the GPU is not one of NVIDIA's"
     if torch.cuda.is_available() and (found := torch.cuda.get_device_capability(device)) < _LEAST:
         return "the GPU's compute capability is {}.{}, below 8.0".format(*found)
-    if importlib.util.find_spec("triton.language.extra.cuda.gdc") is None:
+    try:
+        from triton.language.extra.cuda import gdc_wait  # noqa: F401
+    except ImportError:
         return "Triton is too old: its kernels cannot wait for each other"
     return _why_not_compiled()
 
