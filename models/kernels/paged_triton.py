@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.attention_metadata import GroupMetadata, QueryTiles, tile_rows
+from models.attention_metadata import GroupMetadata
 from models.config import MAX_WINDOW, HeadConfig
 from models.gpu.availability import why_unavailable
 from models.kernels.dense import attend
 from models.kv_cache import CachePart
+from models.query_tiles import QueryTiles, tile_rows
 from models.scoring import Scoring
 
 _MAX_HEAD_DIM = 256
