@@ -264,11 +264,13 @@ def test_scope_and_limits(server: Secured) -> None:
         grpc.StatusCode.PERMISSION_DENIED,
         "SCOPE_MISSING",
     )
-    with server.client("t-one") as client:
-        stream = client.generate([1], max_tokens=_STREAM_TOKENS, ignore_eos=True)
+    # The second has connected before there is a first: a handshake may outlast all its tokens.
+    with server.client("t-one") as first, server.client("t-one") as second:
+        second.get_model()
+        stream = first.generate([1], max_tokens=2 * _STREAM_TOKENS, ignore_eos=True)
         texts = iter(stream)
         next(texts)
-        error = _refused(server.client("t-one"))
+        error = _refused(second)
         stream.cancel()
     assert (error.code, error.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOKEN_BUSY")
     assert error.retry_after == 1
