@@ -18,17 +18,13 @@
 #include <utility>
 
 #include "rows.h"
-#include "tiles.h"
+#include "units.h"
 
 namespace headroom {
 namespace {
 
-// By what weights of 16 and 8 bits are multiplied, in all calls from now on.
-enum class Unit { kVectors, kAmx, kEmulatedAmx };
-std::atomic<Unit> unit_in_use{Unit::kVectors};
-
-constexpr int kPanel = 64;   // outputs of a task
-constexpr int kDepth = 256;  // lanes of the summed axis at once, so that a panel's part stays in a cache
+constexpr int kPanel = 64;         // outputs of a task
+constexpr int kFewRows = kLanes;   // that leave no time to ask for what is ahead
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
@@ -50,63 +46,85 @@ void for_each(int64_t outputs, int64_t inputs, F&& visit) {
   });
 }
 
-struct ByVectors {
-  static constexpr int kTile = 48;  // rows of input of a task
+// How a product is divided among threads. A task is a panel and all rows, so that one thread alone
+// reads it from memory, unless that leaves threads without one.
+struct Shares {
+  static constexpr int64_t kTasksPerThread = 4;
 
-  template <typename T, typename... Args>
-  void operator()(Args... args) const {
-    multiply<T>(args...);
-  }
-};
-
-template <typename TileUnit>
-struct ByTiles {
-  static constexpr int kTile = 64;
-
-  template <typename T, typename... Args>
-  void operator()(Args... args) {
-    multiply_tiles<T>(unit, args...);
+  Shares(int64_t rows, int64_t outputs, int64_t most_rows)
+      : panels((outputs + kPanel - 1) / kPanel) {
+    const int64_t tiles = (rows + most_rows - 1) / most_rows;
+    const int64_t wanted = kTasksPerThread * at::get_num_threads();
+    const int64_t parts = std::clamp((wanted + panels - 1) / panels, (int64_t)1, tiles);
+    rows_of_task = (tiles + parts - 1) / parts * most_rows;
+    tasks_of_panel = (rows + rows_of_task - 1) / rows_of_task;
   }
 
-  TileUnit unit;
+  int64_t tasks() const { return panels * tasks_of_panel; }
+
+  const int64_t panels;
+  int64_t rows_of_task, tasks_of_panel;
 };
 
-template <typename T, typename Product, typename F>
-void multiply_panels_by(const uint32_t* input, int64_t rows, int depth, const T* weight,
-                        int64_t outputs, F&& finish) {
-  constexpr int kTile = Product::kTile;
-  const int64_t panels = (outputs + kPanel - 1) / kPanel, tiles = (rows + kTile - 1) / kTile;
-  const int64_t inputs = (int64_t)depth * Lane<T>::kValues;
-  std::atomic<int64_t> next{0};
-  on_threads(rows * outputs * depth, [&] {
-    alignas(64) float sums[kTile * kPanel];
-    Product product;
-    for (int64_t task; (task = next.fetch_add(1)) < panels * tiles;) {
-      const int64_t first_output = task / tiles * kPanel, first_row = task % tiles * kTile;
-      const int used = (int)std::min<int64_t>(kPanel, outputs - first_output);
-      const int width = (int)padded(used);
-      const int count = (int)std::min<int64_t>(kTile, rows - first_row);
-      const auto* a = input + first_row * depth;
-      const auto* b = reinterpret_cast<const uint32_t*>(weight + first_output * inputs);
-      for (int k = 0; k < depth; k += kDepth)
-        product.template operator()<T>(a + k, depth, b + k * width, width,
-                                       std::min(kDepth, depth - k), sums, kPanel, count, width,
-                                       k > 0);
-      for (int r = 0; r < count; r++)
-        finish(first_row + r, first_output, used, sums + r * kPanel);
-    }
+// Calls `finish(row, first output, number of outputs, their sums)` for every row and panel. The
+// numbers of a row begin `stride` lanes after those of the row before.
+//
+// While a part of a weight is multiplied, the next one comes to a cache: of the same panel, or of the
+// panel that this thread has taken beforehand. With few rows there is too little to do meanwhile, and
+// what the processor fetches by itself is as quick.
+template <typename T, typename F>
+void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth, const T* weight,
+                     int64_t outputs, F&& finish) {
+  if (rows == 0) return;
+  const auto start_of = [&](int64_t panel) {
+    return reinterpret_cast<const uint32_t*>(weight) + panel * kPanel * depth;
+  };
+  const auto width_of = [&](int64_t panel) {
+    return (int)padded(std::min<int64_t>(kPanel, outputs - panel * kPanel));
+  };
+  with_unit<T>([&]<typename Product>() {
+    constexpr int kRows = Product::kRows, kDepth = Product::kDepth;
+    const Shares shares(rows, outputs, kRows);
+    const auto part_of = [&](int64_t panel, int k) {
+      if (panel >= shares.panels) return Ahead{};
+      const int width = width_of(panel);
+      return Ahead{(const char*)(start_of(panel) + k * width),
+                   std::min(kDepth, depth - k) * width * (int64_t)sizeof(float) / Ahead::kLine};
+    };
+    std::atomic<int64_t> next{0};
+    on_threads(rows * outputs * depth, [&] {
+      alignas(64) float sums[kRows * kPanel];
+      Product product;
+      int64_t after = next.fetch_add(1);
+      while (after < shares.tasks()) {
+        const int64_t task = after, panel = task / shares.tasks_of_panel;
+        after = next.fetch_add(1);
+        const int width = width_of(panel);
+        const int used = (int)std::min<int64_t>(kPanel, outputs - panel * kPanel);
+        const auto* b = start_of(panel);
+        const int64_t first_row = task % shares.tasks_of_panel * shares.rows_of_task;
+        const int64_t end_row = std::min(rows, first_row + shares.rows_of_task);
+        for (int64_t row = first_row; row < end_row; row += kRows) {
+          const int count = (int)std::min<int64_t>(kRows, end_row - row);
+          const auto* a = input + row * stride;
+          for (int k = 0; k < depth; k += kDepth) {
+            const int lanes = std::min(kDepth, depth - k);
+            Ahead ahead;
+            if (count > kFewRows) {
+              if (k + kDepth < depth && row == first_row)
+                ahead = part_of(panel, k + kDepth);
+              else if (k + kDepth >= depth && row + kRows >= end_row)
+                ahead = part_of(after / shares.tasks_of_panel, 0);
+              ahead.steps = 2 * ((count + 2 * kLanes - 1) / (2 * kLanes)) * (lanes / kLanes);
+            }
+            product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
+                                         kPanel, count, width, k > 0);
+          }
+          for (int r = 0; r < count; r++) finish(row + r, panel * kPanel, used, sums + r * kPanel);
+        }
+      }
+    });
   });
-}
-
-// Calls `finish(row, first output, number of outputs, their sums)` for every row and panel.
-template <typename T, typename... Args>
-void multiply_panels(Args&&... args) {
-  if constexpr (Lane<T>::kValues > 1) {
-    const Unit by = unit_in_use;
-    if (by == Unit::kAmx) return multiply_panels_by<T, ByTiles<Amx>>(args...);
-    if (by == Unit::kEmulatedAmx) return multiply_panels_by<T, ByTiles<EmulatedAmx>>(args...);
-  }
-  multiply_panels_by<T, ByVectors>(args...);
 }
 
 // For tests: a child that answers, or dies of a signal first.
@@ -157,30 +175,42 @@ struct Layer {
   }
 };
 
+// From one row to the next, in elements: an odd number of cache lines. Of an even one many rows would
+// share few places of a cache.
+template <typename T>
+int64_t stride_of(int64_t inputs) {
+  constexpr int64_t kLine = Ahead::kLine / sizeof(T);
+  return ((inputs + kLine - 1) / kLine | 1) * kLine;
+}
+
 // The rows that are multiplied.
 template <typename T>
 class Rows {
  public:
-  explicit Rows(const Layer& layer) : plain_(layer.input.contiguous()) {
+  explicit Rows(const Layer& layer)
+      : plain_(layer.input.contiguous()), stride_(layer.inputs()) {
     const int64_t inputs = layer.inputs(), rows = layer.rows();
     data_ = plain_.const_data_ptr<T>();
     if (!layer.norm && !layer.swiglu) return;
-    own_ = std::make_unique_for_overwrite<T[]>(rows * inputs);
+    stride_ = stride_of<T>(inputs);
+    own_ = std::make_unique_for_overwrite<T[]>(rows * stride_);
     const T* scale = layer.norm ? layer.norm->const_data_ptr<T>() : nullptr;
     at::parallel_for(0, rows, grain(inputs), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++)
         if (scale)
-          norm_row(data_ + row * inputs, scale, inputs, (float)layer.eps, &own_[row * inputs]);
+          norm_row(data_ + row * inputs, scale, inputs, (float)layer.eps, &own_[row * stride_]);
         else
-          swiglu_row(data_ + 2 * row * inputs, inputs, &own_[row * inputs]);
+          swiglu_row(data_ + 2 * row * inputs, inputs, &own_[row * stride_]);
     });
     data_ = own_.get();
   }
 
-  const T* data() const { return data_; }
+  const T* row(int64_t number) const { return data_ + number * stride_; }
+  int stride_in_lanes() const { return (int)(stride_ / Lane<T>::kValues); }
 
  private:
   at::Tensor plain_;
+  int64_t stride_;
   std::unique_ptr<T[]> own_;
   const T* data_;
 };
@@ -214,7 +244,8 @@ template <typename T>
 void apply(const Layer& layer, const T* weight, const at::Tensor& output) {
   const Rows<T> rows(layer);
   const Finish<T> finish(layer, output);
-  multiply_panels<T>(reinterpret_cast<const uint32_t*>(rows.data()), layer.rows(),
+  multiply_panels<T>(reinterpret_cast<const uint32_t*>(rows.row(0)), rows.stride_in_lanes(),
+                     layer.rows(),
                      (int)(layer.inputs() / Lane<T>::kValues), weight, output.size(-1),
                      [&](int64_t row, int64_t first, int used, const float* sums) {
                        for (int n = 0; n < used; n += kLanes)
@@ -226,18 +257,18 @@ template <typename T>
 void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
                 const int32_t* row_sums, const at::Tensor& output) {
   const int64_t inputs = layer.inputs(), num_rows = layer.rows();
+  const int64_t stride = stride_of<int8_t>(inputs);
   const Rows<T> rows(layer);
   const Finish<T> finish(layer, output);
-  const auto quantized = std::make_unique_for_overwrite<uint8_t[]>(num_rows * inputs);
+  const auto quantized = std::make_unique_for_overwrite<uint8_t[]>(num_rows * stride);
   const auto input_scale = std::make_unique_for_overwrite<float[]>(num_rows);
   at::parallel_for(0, num_rows, grain(inputs), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
-      input_scale[row] =
-          quantize_row<kZeroPoint>(rows.data() + row * inputs, inputs, &quantized[row * inputs]);
+      input_scale[row] = quantize_row<kZeroPoint>(rows.row(row), inputs, &quantized[row * stride]);
   });
   multiply_panels<int8_t>(
-      reinterpret_cast<const uint32_t*>(quantized.get()), num_rows,
-      (int)(inputs / Lane<int8_t>::kValues), weight, output.size(-1),
+      reinterpret_cast<const uint32_t*>(quantized.get()), (int)(stride / Lane<int8_t>::kValues),
+      num_rows, (int)(inputs / Lane<int8_t>::kValues), weight, output.size(-1),
       [&](int64_t row, int64_t first, int used, const float* sums) {
         for (int n = 0; n < used; n += kLanes) {
           const Leading lanes = first_lanes(used - n);

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "tasks.h"
+#include "units.h"
 
 namespace headroom {
 namespace {
@@ -39,13 +40,13 @@ Vec tanh(Vec x) {
 // What a thread works with.
 struct Workspace {
   std::vector<float> running, total;
-  alignas(64) uint32_t query[kRows * kMaxHeadDim];
+  alignas(64) uint32_t query[kMostRows * kMaxHeadDim];
   alignas(64) uint32_t keys[kMaxHeadDim * kChunk];
   alignas(64) uint32_t values[kMaxHeadDim * kChunk];
-  alignas(64) float scores[kRows * kChunk];
-  alignas(64) uint32_t weights[kRows * kChunk];
+  alignas(64) float scores[kMostRows * kChunk];
+  alignas(64) uint32_t weights[kMostRows * kChunk];
   alignas(64) float key_scale[kChunk], value_scale[kChunk];  // of 8 bits
-  int32_t position[kRows], first_seen[kRows], head[kRows];
+  int32_t position[kMostRows], first_seen[kMostRows], head[kMostRows];
 };
 
 Workspace& workspace() {
@@ -53,9 +54,12 @@ Workspace& workspace() {
   return space;
 }
 
-template <typename T, typename Kept>
+template <typename T, typename Kept, typename Product>
 class Worker {
   using L = Lane<T>;
+  // Keys are padded to whole steps of a product over them: how it adds what a query sees may not
+  // depend on what others of its task see.
+  static constexpr int kKeys = std::max(kLanes, Product::kStep * L::kValues);
   static constexpr bool kScaled = !std::is_same_v<T, Kept>;
 
  public:
@@ -66,7 +70,7 @@ class Worker {
         depth_(head_dim_ / L::kValues),
         kept_lanes_(head_dim_ * (int)sizeof(Kept) / 4),
         width_((int)call.width()) {
-    const int64_t size = Running::size(kRows, width_);
+    const int64_t size = Running::size(Product::kRows, width_);
     space.running.resize(size);
     space.total.resize(size);
   }
@@ -238,7 +242,7 @@ class Worker {
                     const Running& running) {
     const int first = chunk * kChunk, rows = task.num_rows;
     const int used = std::min(kChunk, end_of(task) - first);
-    const int padded = (used + kLanes - 1) / kLanes * kLanes;
+    const int padded = (used + kKeys - 1) / kKeys * kKeys;
     for (int i = 0; i < padded; i += kLanes) pack_keys(here, next, i);
     if constexpr (kScaled) {
       std::fill(space_.key_scale, space_.key_scale + kChunk, 0.f);
@@ -248,8 +252,8 @@ class Worker {
         std::copy_n(run->value_scales, run->count, space_.value_scale + run->at);
       }
     }
-    multiply<T>(space_.query, depth_, space_.keys, kChunk, depth_, space_.scores, kChunk, rows,
-                padded, false);
+    product_.template multiply_cached<T>(space_.query, depth_, space_.keys, kChunk, depth_,
+                                         space_.scores, kChunk, rows, padded, false);
     for (int r = 0; r < rows; r++) weigh(r, first, padded / kLanes, running);
     read_values(here, next, padded, rows, running.read);
   }
@@ -262,8 +266,9 @@ class Worker {
         for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
           for (int k = run->at; k < run->at + run->count; k++)
             for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(next.keys[k], d));
-          multiply<T>(space_.weights + run->at, kChunk, lanes(here.values[run->at], 0), head_dim_,
-                      run->count, read, width_, rows, width_, true);
+          product_.template multiply_cached<T>(space_.weights + run->at, kChunk,
+                                        lanes(here.values[run->at], 0), head_dim_, run->count, read,
+                                        width_, rows, width_, true);
         }
         return;
       }
@@ -273,8 +278,8 @@ class Worker {
       for (int k = i; k < i + L::kValues; k++)
         for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(next.keys[k], d));
     }
-    multiply<T>(space_.weights, kChunk / L::kValues, space_.values, width_, padded / L::kValues,
-                read, width_, rows, width_, true);
+    product_.template multiply_cached<T>(space_.weights, kChunk / L::kValues, space_.values, width_,
+                                  padded / L::kValues, read, width_, rows, width_, true);
   }
 
   // Scores of a row to weights, and its running softmax moved on.
@@ -320,6 +325,7 @@ class Worker {
 
   const Call<T, Kept>& call_;
   Workspace& space_;
+  Product product_;
   const int head_dim_, depth_;  // elements of a head, and the lanes that they fill
   const int kept_lanes_;        // that a key fills in the cache
   const int width_;             // elements of a head, rounded up to whole vectors
@@ -330,13 +336,13 @@ class Worker {
 
 // Calls `work(worker, index, next index)` on all threads until all are done. Neighbours stay on one
 // thread for a while: they lie side by side in memory, and a thread knows what it will do next.
-template <typename T, typename Kept, typename F>
+template <typename AnyWorker, typename T, typename Kept, typename F>
 void in_parallel(const Call<T, Kept>& call, int64_t count, int64_t products, F&& work) {
   const int64_t num_threads = at::get_num_threads();
   const int64_t batch = std::clamp<int64_t>(count / (num_threads * kBatches), 1, kMaxBatch);
   std::atomic<int64_t> next{0};
   on_threads(products, [&] {
-    Worker<T, Kept> worker(call, workspace());
+    AnyWorker worker(call, workspace());
     for (int64_t index; (index = next.fetch_add(batch)) < count;) {
       const int64_t end = std::min(count, index + batch);
       for (; index + 1 < end; index++) work(worker, index, index + 1);
@@ -345,21 +351,22 @@ void in_parallel(const Call<T, Kept>& call, int64_t count, int64_t products, F&&
   });
 }
 
-template <typename T, typename Kept>
+template <typename T, typename Kept, typename Product>
 void attend(const Call<T, Kept>& call) {
-  const Division division = divide(call);
+  using OwnWorker = Worker<T, Kept, Product>;
+  const Division division = divide(call, Product::kRows);
   const std::vector<Task>& tasks = division.tasks;
   const auto partials = std::make_unique_for_overwrite<float[]>(division.partial_size);
   int64_t products = 0;  // of both products; keys and values are packed once for all rows
   for (const Task& task : tasks)
     products += 2 * (task.num_rows + 1) * (task.end_chunk - task.first_chunk) * kChunk * call.width();
-  in_parallel(call, (int64_t)tasks.size(), products, [&](auto& worker, int64_t index, int64_t next) {
+  in_parallel<OwnWorker>(call, (int64_t)tasks.size(), products, [&](OwnWorker& worker, int64_t index, int64_t next) {
     const Task* expected = next < (int64_t)tasks.size() ? &tasks[next] : nullptr;
     worker.run(tasks[index], expected, partials.get());
   });
   if (division.pieces.empty()) return;
-  in_parallel(call, (int64_t)division.pieces.size(), division.partial_size,
-              [&](auto& worker, int64_t index, int64_t) {
+  in_parallel<OwnWorker>(call, (int64_t)division.pieces.size(), division.partial_size,
+              [&](OwnWorker& worker, int64_t index, int64_t) {
     const auto [first, end] = division.pieces[index];
     const Task& task = tasks[first];
     const Running total = Running::in(partials.get() + task.partial, task.num_rows);
@@ -420,13 +427,16 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& pool,
               "windows are 1 or more");
   const at::Tensor output = at::empty(query.sizes(), query.options());
   with_types(query, pool, [&]<typename T, typename Kept>() {
-    attend<T, Kept>({query.const_data_ptr<T>(), query.stride(0), query.stride(1),
-               pool.const_data_ptr<Kept>(), in_pool, block_tables.const_data_ptr<int32_t>(),
-               block_tables.size(1), query_start.const_data_ptr<int32_t>(),
-               num_computed.const_data_ptr<int32_t>(), num_computed.numel(), num_heads, head_dim,
-               scale.data(), window.data(), slopes.empty() ? nullptr : slopes.data(),
-               sinks.empty() ? nullptr : sinks.data(), (int32_t)sink_tokens, (float)softcap,
-               output.mutable_data_ptr<T>()});
+    const Call<T, Kept> call{query.const_data_ptr<T>(), query.stride(0), query.stride(1),
+                             pool.const_data_ptr<Kept>(), in_pool,
+                             block_tables.const_data_ptr<int32_t>(), block_tables.size(1),
+                             query_start.const_data_ptr<int32_t>(),
+                             num_computed.const_data_ptr<int32_t>(), num_computed.numel(),
+                             num_heads, head_dim, scale.data(), window.data(),
+                             slopes.empty() ? nullptr : slopes.data(),
+                             sinks.empty() ? nullptr : sinks.data(), (int32_t)sink_tokens,
+                             (float)softcap, output.mutable_data_ptr<T>()};
+    with_unit<T>([&]<typename Product>() { attend<T, Kept, Product>(call); });
   });
   return output;
 }

@@ -14,7 +14,6 @@ namespace headroom {
 
 constexpr int kChunk = 64;  // keys between two updates of a running softmax
 constexpr int kSpan = 4;    // chunks that are joined to what was before in one piece
-constexpr int kRows = 48;   // queries that share packed keys and values
 
 // How many tasks a thread should find at least; with fewer, sequences are cut into spans, unless
 // their unfinished results would take more memory than this many floats.
@@ -63,16 +62,16 @@ struct Division {
   int64_t partial_size = 0;  // floats
 };
 
-// Tasks that each read all their keys.
+// Tasks that each read all their keys, of at most so many queries, which share packed keys and values.
 template <typename AnyCall>
-std::vector<Task> whole_tasks(const AnyCall& call) {
+std::vector<Task> whole_tasks(const AnyCall& call, int64_t most_rows) {
   const int64_t group = call.group();
   std::vector<Task> tasks;
   for (int32_t seq = 0; seq < call.num_seqs; seq++) {
     const int64_t rows = (call.query_start[seq + 1] - call.query_start[seq]) * group;
     for (int32_t kv_head = 0; kv_head < call.places.num_kv_heads; kv_head++)
-      for (int64_t row = 0; row < rows; row += kRows) {
-        const int64_t count = std::min<int64_t>(kRows, rows - row);
+      for (int64_t row = 0; row < rows; row += most_rows) {
+        const int64_t count = std::min(most_rows, rows - row);
         const int64_t first = call.num_computed[seq] + row / group;
         const int64_t last = call.num_computed[seq] + (row + count - 1) / group;
         int64_t first_chunk = 0;
@@ -89,8 +88,8 @@ std::vector<Task> whole_tasks(const AnyCall& call) {
 }
 
 template <typename AnyCall>
-Division divide(const AnyCall& call) {
-  Division whole{whole_tasks(call), {}};
+Division divide(const AnyCall& call, int64_t most_rows) {
+  Division whole{whole_tasks(call, most_rows), {}};
   if ((int64_t)whole.tasks.size() >= kTasksPerThread * at::get_num_threads()) return whole;
   Division cut;
   for (const Task& task : whole.tasks) {

@@ -2,7 +2,9 @@
 //
 // A packed weight lies as this unit wants it: each lane of the summed axis is a row, whose lanes
 // belong to sixteen outputs. As with vectors, every element is summed in one order, whatever else is
-// computed beside it.
+// computed beside it: pairs of bfloat16 in sixteen lanes become two sums, of their first and of their
+// second numbers, whose sum is added to what there is, all rounded to nearest, and what is too small
+// for a normal number is 0 (Intel's manual, TDPBF16PS).
 
 #pragma once
 
@@ -16,6 +18,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -136,6 +139,19 @@ class Amx {
   TileRows now_{0, 0};
 };
 
+// Within it, numbers too small to be normal are 0, as they are to the unit.
+class SmallIsZero {
+ public:
+  SmallIsZero() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kInputs | kResults); }
+  ~SmallIsZero() { _mm_setcsr(before_); }
+  SmallIsZero(const SmallIsZero&) = delete;
+  SmallIsZero& operator=(const SmallIsZero&) = delete;
+
+ private:
+  static constexpr unsigned kInputs = 0x40, kResults = 0x8000;
+  const unsigned before_;
+};
+
 // What the unit does, in plain words: for processors without it, so that its use can be tested.
 class EmulatedAmx {
  public:
@@ -155,29 +171,35 @@ class EmulatedAmx {
 
   template <typename T>
   void multiply_add(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, int columns) {
+    const SmallIsZero small;
     for (int row = 0; row < num_rows(); row++)
       for (int column = 0; column < columns; column++)
-        for (int lane = 0; lane < kLanes; lane++)
-          add<T>(sums_[row][column], a[row * a_stride + lane], b[lane * b_stride + column]);
+        add<T>(sums_[row][column], a + row * a_stride, b + column, b_stride);
   }
 
  private:
   int num_rows() const { return rows_.first + rows_.second; }
 
   template <typename T>
-  static void add(uint32_t& sum, uint32_t a, uint32_t b) {
+  static void add(uint32_t& sum, const uint32_t* a, const uint32_t* b, int b_stride) {
     if constexpr (std::is_same_v<T, int8_t>) {
-      for (int i = 0; i < 32; i += 8) sum += (uint32_t)((int)(a >> i & 0xff) * (int8_t)(b >> i));
+      for (int lane = 0; lane < kLanes; lane++)
+        for (int i = 0; i < 32; i += 8)
+          sum += (uint32_t)((int)(a[lane] >> i & 0xff) * (int8_t)(b[lane * b_stride] >> i));
     } else {
-      float total;
+      float sums[2] = {}, total;
+      for (int lane = 0; lane < kLanes; lane++)
+        for (int i = 0; i < 2; i++)
+          sums[i] = std::fma(number(a[lane], i), number(b[lane * b_stride], i), sums[i]);
       std::memcpy(&total, &sum, sizeof total);
-      for (int i = 0; i < 32; i += 16) total += number(a >> i) * number(b >> i);
+      total += sums[0] + sums[1];
       std::memcpy(&sum, &total, sizeof total);
     }
   }
 
-  static float number(uint32_t bfloat16) {
-    const uint32_t bits = bfloat16 << 16;
+  // One of a pair of bfloat16.
+  static float number(uint32_t pair, int which) {
+    const uint32_t bits = which ? pair & 0xffff0000 : pair << 16;
     float number;
     std::memcpy(&number, &bits, sizeof number);
     return number;
@@ -187,10 +209,29 @@ class EmulatedAmx {
   uint32_t sums_[2 * kLanes][4 * kLanes];
 };
 
+// Memory that will be read next, asked for while there is something to compute: in equal shares by
+// so many steps, of sixteen lanes of the summed axis of one block.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0, steps = 0;
+
+  void ask_for_a_share() {
+    if (steps <= 0) return;
+    const int64_t share = (lines + steps - 1) / steps;
+    for (int64_t i = 0; i < share; i++) _mm_prefetch(at + i * kLine, _MM_HINT_T1);
+    at += share * kLine;
+    lines -= share;
+    steps--;
+  }
+
+  static constexpr int kLine = 64;
+};
+
 // `multiply` of lanes.h, for types of 16 and 8 bits, by a unit.
 template <typename T, typename Unit>
 void multiply_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t* b, int b_stride,
-                    int depth, float* c, int c_stride, int rows, int columns, bool accumulate) {
+                    int depth, float* c, int c_stride, int rows, int columns, bool accumulate,
+                    Ahead& ahead) {
   const int whole = depth / kLanes * kLanes;  // of what is left, vectors are quicker
   for (int r = 0; whole && r < rows; r += 2 * kLanes) {
     const int first = std::min(kLanes, rows - r);
@@ -204,15 +245,78 @@ void multiply_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t*
         unit.load(sums, c_stride, width);
       else
         unit.clear();
-      for (int k = 0; k < whole; k += kLanes)
+      for (int k = 0; k < whole; k += kLanes) {
         unit.template multiply_add<T>(a + r * a_stride + k, a_stride, b + k * b_stride + n,
                                       b_stride, width);
+        ahead.ask_for_a_share();
+      }
       unit.store(sums, c_stride, width);
     }
   }
   if (whole < depth)
     multiply<T>(a + whole, a_stride, b + whole * b_stride, b_stride, depth - whole, c, c_stride,
                 rows, columns, accumulate || whole > 0);
+}
+
+// What tiles compute of pairs of bfloat16, to the bit, by vectors; `depth` in whole tiles.
+template <int kRows, int kVecs>
+void multiply_pairs_as_tiles(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride,
+                             int depth, float* c, int c_stride, bool accumulate) {
+  Vec total[kRows][kVecs];
+  for (int r = 0; r < kRows; r++)
+    for (int v = 0; v < kVecs; v++)
+      total[r][v] = accumulate ? load(c + r * c_stride + v * kLanes) : splat(0.f);
+  for (int tile = 0; tile < depth; tile += kLanes) {
+    Vec first[kRows][kVecs], second[kRows][kVecs];
+    for (int r = 0; r < kRows; r++)
+      for (int v = 0; v < kVecs; v++) first[r][v] = second[r][v] = splat(0.f);
+    for (int k = tile; k < tile + kLanes; k++) {
+      Ints pairs[kVecs];
+      for (int v = 0; v < kVecs; v++) pairs[v] = load_ints(b + k * b_stride + v * kLanes);
+      for (int r = 0; r < kRows; r++) {
+        const Ints own = splat_int((int32_t)a[r * a_stride + k]);
+        for (int v = 0; v < kVecs; v++) {
+          first[r][v] = multiply_add(low_halves(own), low_halves(pairs[v]), first[r][v]);
+          second[r][v] = multiply_add(high_halves(own), high_halves(pairs[v]), second[r][v]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; r++)
+      for (int v = 0; v < kVecs; v++)
+        total[r][v] = add(total[r][v], add(first[r][v], second[r][v]));
+  }
+  for (int r = 0; r < kRows; r++)
+    for (int v = 0; v < kVecs; v++) store(c + r * c_stride + v * kLanes, total[r][v]);
+}
+
+// As `multiply_tiles`, to the bit, of what lies in a cache: of few rows vectors are quicker there,
+// since a tile takes as long to load for one row as for sixteen.
+template <typename T, typename Unit>
+void multiply_cached_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t* b,
+                           int b_stride, int depth, float* c, int c_stride, int rows, int columns,
+                           bool accumulate) {
+  const int whole = depth / kLanes * kLanes;
+  const auto by_vectors = [&]<int kRows>() {
+    const SmallIsZero small;
+    int n = 0;
+    for (; n + 2 * kLanes <= columns; n += 2 * kLanes)
+      multiply_pairs_as_tiles<kRows, 2>(a, a_stride, b + n, b_stride, whole, c + n, c_stride,
+                                        accumulate);
+    if (n < columns)
+      multiply_pairs_as_tiles<kRows, 1>(a, a_stride, b + n, b_stride, whole, c + n, c_stride,
+                                        accumulate);
+  };
+  if (!std::is_same_v<T, at::BFloat16> || rows > 3 || !whole) {
+    Ahead nothing;
+    return multiply_tiles<T>(unit, a, a_stride, b, b_stride, depth, c, c_stride, rows, columns,
+                             accumulate, nothing);
+  }
+  if (rows == 1) by_vectors.template operator()<1>();
+  if (rows == 2) by_vectors.template operator()<2>();
+  if (rows == 3) by_vectors.template operator()<3>();
+  if (whole < depth)
+    multiply<T>(a + whole, a_stride, b + whole * b_stride, b_stride, depth - whole, c, c_stride,
+                rows, columns, true);
 }
 
 // What a function says in a child process; no, if the child does not survive it.
@@ -251,15 +355,16 @@ inline bool amx_agrees_with_its_description() {
   float real[kMaxRows * kMaxColumns], emulated[kMaxRows * kMaxColumns];
   Amx amx;
   EmulatedAmx emulator;
+  Ahead nothing;
   const auto agree = [&]<typename T>(uint32_t base, uint32_t step, uint32_t steps) {
     for (int i = 0; i < kMaxRows * kDepth; i++) a[i] = base + (uint32_t)(i * 7 % steps) * step;
     for (int i = 0; i < kDepth * kMaxColumns; i++) b[i] = base + (uint32_t)(i * 5 % steps) * step;
     for (const auto& [rows, columns] : kShapes) {
       for (const bool accumulate : {false, true}) {
         multiply_tiles<T>(amx, a, kDepth, b, columns, kDepth, real, columns, rows, columns,
-                          accumulate);
+                          accumulate, nothing);
         multiply_tiles<T>(emulator, a, kDepth, b, columns, kDepth, emulated, columns, rows, columns,
-                          accumulate);
+                          accumulate, nothing);
       }
       if (std::memcmp(real, emulated, sizeof(float) * rows * columns) != 0) return false;
     }

@@ -1,0 +1,67 @@
+// What small products are computed by: vectors, or the matrix unit of a processor.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+
+#include "tiles.h"
+
+namespace headroom {
+
+enum class Unit { kVectors, kAmx, kEmulatedAmx };
+
+// Of numbers of 16 and 8 bits, in all calls from now on.
+inline std::atomic<Unit> unit_in_use{Unit::kVectors};
+
+constexpr int kMostRows = 64;  // of a task, by any unit
+
+struct ByVectors {
+  static constexpr int kRows = 48;  // of a task, which share what is packed
+  static constexpr int kStep = 1;   // lanes of the summed axis at once
+  static constexpr int kDepth = 256;  // of those of a weight, so that its part stays in a cache
+
+  // Of a weight in memory, and what of it is ahead.
+  template <typename T, typename... Args>
+  void multiply(Ahead&, Args... args) {
+    headroom::multiply<T>(args...);
+  }
+
+  // Of what lies in a cache.
+  template <typename T, typename... Args>
+  void multiply_cached(Args... args) {
+    headroom::multiply<T>(args...);
+  }
+};
+
+template <typename TileUnit>
+struct ByTiles {
+  static constexpr int kRows = kMostRows;
+  static constexpr int kStep = kLanes;
+  static constexpr int kDepth = 64;
+
+  template <typename T, typename... Args>
+  void multiply(Ahead& ahead, Args... args) {
+    multiply_tiles<T>(unit, args..., ahead);
+  }
+
+  template <typename T, typename... Args>
+  void multiply_cached(Args... args) {
+    multiply_cached_tiles<T>(unit, args...);
+  }
+
+  TileUnit unit;
+};
+
+// Calls a function of the unit that products of lanes of this type are computed by.
+template <typename T, typename F>
+void with_unit(F&& function) {
+  if constexpr (Lane<T>::kValues > 1) {
+    const Unit by = unit_in_use;
+    if (by == Unit::kAmx) return function.template operator()<ByTiles<Amx>>();
+    if (by == Unit::kEmulatedAmx) return function.template operator()<ByTiles<EmulatedAmx>>();
+  }
+  function.template operator()<ByVectors>();
+}
+
+}  // namespace headroom
