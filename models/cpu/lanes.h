@@ -20,12 +20,13 @@
 
 namespace headroom {
 
-// exp(x), relative error below 3e-7; what a float cannot hold is 0 or infinite; NaN stays NaN.
-inline Vec exp(Vec x) {
-  const Vec bounded = min(splat(110.f), max(splat(-110.f), x));
-  const Vec scaled = mul(bounded, splat(1.44269504f));
-  const Vec whole = round_to_whole(scaled);
-  const Vec f = sub(scaled, whole);
+constexpr float kLog2E = 1.44269504f;  // exp(x) is 2 to the power of so many x
+
+// 2^x, relative error below 3e-7; what a float cannot hold is 0 or infinite; NaN stays NaN.
+inline Vec exp2(Vec x) {
+  const Vec bounded = min(splat(160.f), max(splat(-160.f), x));
+  const Vec whole = round_to_whole(bounded);
+  const Vec f = sub(bounded, whole);
   Vec p = splat(1.5403530e-4f);
   for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f,
                         1.f})
@@ -33,7 +34,9 @@ inline Vec exp(Vec x) {
   return scale_by_power(p, whole);
 }
 
-inline float exp(float x) { return first_of(exp(splat(x))); }
+inline Vec exp(Vec x) { return exp2(mul(x, splat(kLog2E))); }
+
+inline float exp2(float x) { return first_of(exp2(splat(x))); }
 
 // Sixteen neighbouring pairs, apart.
 struct Pairs {

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -47,6 +48,7 @@ struct Workspace {
   alignas(64) uint32_t weights[kMostRows * kChunk];
   alignas(64) float key_scale[kChunk], value_scale[kChunk];  // of 8 bits
   int32_t position[kMostRows], first_seen[kMostRows], head[kMostRows];
+  float factor[kMostRows];  // of what becomes a power of two
 };
 
 Workspace& workspace() {
@@ -69,6 +71,9 @@ class Worker {
         head_dim_((int)call.head_dim),
         depth_(head_dim_ / L::kValues),
         kept_lanes_(head_dim_ * (int)sizeof(Kept) / 4),
+        plain_(!kScaled && call.softcap == 0.f && !call.slopes &&
+               std::all_of(call.scale, call.scale + call.num_heads,
+                           [](double scale) { return scale > 0.; })),
         width_((int)call.width()) {
     const int64_t size = Running::size(Product::kRows, width_);
     space.running.resize(size);
@@ -112,9 +117,9 @@ class Worker {
       const int64_t token = call_.query_start[task.seq] + row / group;
       float sum = total.sum[r], keep = 1.f;
       if (call_.sinks) {
-        const float sink = (float)call_.sinks[head], highest = std::max(total.highest[r], sink);
-        keep = exp(total.highest[r] - highest);
-        sum = sum * keep + exp(sink - highest);
+        const float sink = (float)call_.sinks[head] * kLog2E, highest = std::max(total.highest[r], sink);
+        keep = exp2(total.highest[r] - highest);
+        sum = sum * keep + exp2(sink - highest);
       }
       const float factor = sum == 0.f ? 0.f : keep / sum;  // who sees nothing reads nothing
       T* to = call_.output + (token * call_.num_heads + head) * head_dim_;
@@ -134,12 +139,16 @@ class Worker {
       const int32_t position = call_.num_computed[task.seq] + (int32_t)in_seq;
       space_.head[r] = head;
       space_.position[r] = position;
+      space_.factor[r] = plain_ ? (float)call_.scale[head] * kLog2E : kLog2E;
       space_.first_seen[r] = (int32_t)std::max<int64_t>(0, position - call_.window[head] + 1);
       std::memcpy(space_.query + r * depth_,
                   call_.query + token * call_.query_token_stride + head * call_.query_head_stride,
                   head_dim_ * sizeof(T));
     }
-    first_seen_ = *std::min_element(space_.first_seen, space_.first_seen + task.num_rows);
+    const auto [least, most] =
+        std::minmax_element(space_.first_seen, space_.first_seen + task.num_rows);
+    first_seen_ = *least;
+    all_seen_from_ = *most;
   }
 
   // The first chunk from this one on with a key that a query sees, or the end.
@@ -254,7 +263,14 @@ class Worker {
     }
     product_.template multiply_cached<T>(space_.query, depth_, space_.keys, kChunk, depth_,
                                          space_.scores, kChunk, rows, padded, false);
-    for (int r = 0; r < rows; r++) weigh(r, first, padded / kLanes, running);
+    const bool all_seen = first + padded - 1 <= space_.position[0] && first >= all_seen_from_;
+    const int vecs = padded / kLanes;
+    if (!plain_)
+      weigh<false, false>(rows, first, vecs, running);
+    else if (all_seen)
+      weigh<true, true>(rows, first, vecs, running);
+    else
+      weigh<true, false>(rows, first, vecs, running);
     read_values(here, next, padded, rows, running.read);
   }
 
@@ -282,45 +298,70 @@ class Worker {
                                   padded / L::kValues, read, width_, rows, width_, true);
   }
 
-  // Scores of a row to weights, and its running softmax moved on.
-  void weigh(int r, int first, int vecs, const Running& running) {
-    float* scores = space_.scores + r * kChunk;
-    const int32_t head = space_.head[r], position = space_.position[r];
-    const int32_t first_seen = space_.first_seen[r];
-    Mask seen[kChunk / kLanes];
-    Vec highest = splat(running.highest[r]);
-    for (int v = 0; v < vecs; v++) {
-      const Ints keys = add(lane_numbers(), splat_int(first + v * kLanes));
-      const Mask near =
-          either(at_least(keys, splat_int(first_seen)), less(keys, splat_int(call_.sink_tokens)));
-      seen[v] = both(at_most(keys, splat_int(position)), near);
-      Vec score = mul(load(scores + v * kLanes), splat((float)call_.scale[head]));
-      if constexpr (kScaled) score = mul(score, load(space_.key_scale + v * kLanes));
-      if (call_.softcap > 0.f) {
-        const Vec cap = splat(call_.softcap);
-        score = mul(cap, tanh(div(score, cap)));
+  // Which of sixteen keys a row sees.
+  Mask seen_by(int r, Ints keys) const {
+    const Mask near = either(at_least(keys, splat_int(space_.first_seen[r])),
+                             less(keys, splat_int(call_.sink_tokens)));
+    return both(at_most(keys, splat_int(space_.position[r])), near);
+  }
+
+  // A score of what a product is, where it takes more than a factor.
+  Vec score_of(int r, int v, Vec product, Ints keys) const {
+    const int32_t head = space_.head[r];
+    Vec score = mul(product, splat((float)call_.scale[head]));
+    if constexpr (kScaled) score = mul(score, load(space_.key_scale + v * kLanes));
+    if (call_.softcap > 0.f) {
+      const Vec cap = splat(call_.softcap);
+      score = mul(cap, tanh(div(score, cap)));
+    }
+    if (call_.slopes)
+      score = multiply_add(splat((float)call_.slopes[head]), floats_of(keys), score);
+    return score;
+  }
+
+  // Products to weights, and the running softmax of all rows moved on. What a row sees has the same
+  // bits whether or not it is known beforehand that all is seen.
+  template <bool kPlain, bool kAllSeen>
+  void weigh(int rows, int first, int vecs, const Running& running) {
+    const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
+    float keep[kMostRows + kLanes], peak[kMostRows + kLanes];
+    for (int r = 0; r < rows; r++) {
+      float* scores = space_.scores + r * kChunk;
+      Vec highest = splat(-std::numeric_limits<float>::infinity());
+      for (int v = 0; v < vecs; v++) {
+        Vec score = load(scores + v * kLanes);
+        if constexpr (!kPlain) {
+          score = score_of(r, v, score, keys_of(v));
+          store(scores + v * kLanes, score);
+        }
+        if constexpr (kAllSeen)
+          highest = max(highest, score);
+        else
+          highest = max_where(seen_by(r, keys_of(v)), highest, score);
       }
-      if (call_.slopes)
-        score = multiply_add(splat((float)call_.slopes[head]), floats_of(keys), score);
-      store(scores + v * kLanes, score);
-      highest = max_where(seen[v], highest, score);
+      peak[r] = std::max(running.highest[r], max_of(highest) * space_.factor[r]);
     }
-    const float peak = max_of(highest), before = running.highest[r];
-    Vec sum = splat(0.f);
-    for (int v = 0; v < vecs; v++) {
-      Vec weights = where(seen[v], exp(sub(load(scores + v * kLanes), splat(peak))));
-      sum = add(sum, weights);
-      if constexpr (kScaled)
-        weights = where(seen[v], mul(weights, load(space_.value_scale + v * kLanes)));
-      L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
+    for (int r = 0; r < rows; r += kLanes) {
+      const Leading lanes = first_lanes(rows - r);
+      const Vec now = load(peak + r, lanes);
+      store(keep + r, exp2(sub(load(running.highest + r, lanes), now)));
+      store(running.highest + r, now, lanes);
     }
-    if (peak > before) {
-      const float keep = exp(before - peak);
-      running.sum[r] *= keep;
-      scale_row(running.read + r * width_, width_, keep);
-      running.highest[r] = peak;
+    for (int r = 0; r < rows; r++) {
+      const Vec factor = splat(space_.factor[r]), highest = splat(peak[r]);
+      Vec sum = splat(0.f);
+      for (int v = 0; v < vecs; v++) {
+        const Vec score = load(space_.scores + r * kChunk + v * kLanes);
+        Vec weights = exp2(multiply_sub(score, factor, highest));
+        if constexpr (!kAllSeen) weights = where(seen_by(r, keys_of(v)), weights);
+        sum = add(sum, weights);
+        if constexpr (kScaled)
+          weights = where(seen_by(r, keys_of(v)), mul(weights, load(space_.value_scale + v * kLanes)));
+        L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
+      }
+      if (keep[r] != 1.f) scale_row(running.read + r * width_, width_, keep[r]);
+      running.sum[r] = running.sum[r] * keep[r] + sum_of(sum);
     }
-    running.sum[r] += sum_of(sum);
   }
 
   const Call<T, Kept>& call_;
@@ -328,8 +369,10 @@ class Worker {
   Product product_;
   const int head_dim_, depth_;  // elements of a head, and the lanes that they fill
   const int kept_lanes_;        // that a key fills in the cache
+  const bool plain_;            // a score is a product times a factor, which is positive
   const int width_;             // elements of a head, rounded up to whole vectors
-  int32_t first_seen_ = 0;
+  int32_t first_seen_ = 0;      // by any row of the task
+  int32_t all_seen_from_ = 0;   // by all of them
   Located located_[2];  // the chunk at hand and the one after it
   int current_ = 0;
 };

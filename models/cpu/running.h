@@ -10,7 +10,8 @@ namespace headroom {
 
 constexpr float kNothing = -3e38f;  // the running maximum before any key is seen
 
-// Of each row: the largest score, the sum of the weights, the weighted values.
+// Of each row: the largest score, the sum of the weights, the weighted values. Scores are such that a
+// weight is 2 to the power of one.
 struct Running {
   float* highest;
   float* sum;
@@ -38,7 +39,7 @@ inline void scale_row(float* row, int64_t width, float factor) {
 inline void join(const Running& total, const Running& part, int64_t rows, int64_t width) {
   for (int64_t r = 0; r < rows; r++) {
     const float highest = std::max(total.highest[r], part.highest[r]);
-    const float keep = exp(total.highest[r] - highest), theirs = exp(part.highest[r] - highest);
+    const float keep = exp2(total.highest[r] - highest), theirs = exp2(part.highest[r] - highest);
     total.highest[r] = highest;
     total.sum[r] = total.sum[r] * keep + part.sum[r] * theirs;
     float *to = total.read + r * width, *from = part.read + r * width;
