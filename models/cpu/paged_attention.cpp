@@ -83,28 +83,34 @@ class Worker {
   // `expected` is what this thread will probably do afterwards; null if nothing.
   void run(const Task& task, const Task* expected, float* partials) {
     take_queries(task);
-    const Running total = task.partial < 0
-                              ? Running::in(space_.total.data(), task.num_rows)
-                              : Running::in(partials + task.partial, task.num_rows);
-    total.clear(task.num_rows, width_);
-    const Running span = Running::in(space_.running.data(), task.num_rows);
+    const int rows = task.all_rows();
+    const Running total = task.partial < 0 ? Running::in(space_.total.data(), rows)
+                                           : Running::in(partials + task.partial, rows);
+    total.clear(rows, width_);
+    const Running span = Running::in(space_.running.data(), rows);
     for (int chunk = seen_from(task, task.first_chunk); chunk < task.end_chunk;) {
       const int end = std::min(task.end_chunk, (chunk / kSpan + 1) * kSpan);
-      span.clear(task.num_rows, width_);
+      span.clear(rows, width_);
       while (chunk < end) {
         const int next = seen_from(task, chunk + 1);
-        Located &here = located_[current_], &ahead = located_[1 - current_];
-        locate(task, chunk, here);
-        if (next < task.end_chunk)
-          locate(task, next, ahead);
-        else if (expected)
-          locate(*expected, expected->first_chunk, ahead);
-        const bool has_next = next < task.end_chunk || expected;
-        attend_chunk(task, chunk, here, has_next ? ahead : here, span);
-        current_ = 1 - current_;
+        for (int head = 0; head < task.num_kv_heads; head++) {
+          Located &here = located_[current_], &ahead = located_[1 - current_];
+          locate(task, head, chunk, here);
+          bool has_next = true;
+          if (head + 1 < task.num_kv_heads)
+            locate(task, head + 1, chunk, ahead);
+          else if (next < task.end_chunk)
+            locate(task, 0, next, ahead);
+          else if (expected)
+            locate(*expected, 0, expected->first_chunk, ahead);
+          else
+            has_next = false;
+          attend_chunk(task, head, chunk, here, has_next ? ahead : here, span);
+          current_ = 1 - current_;
+        }
         chunk = next;
       }
-      join(total, span, task.num_rows, width_);
+      join(total, span, rows, width_);
     }
     if (task.partial < 0) finish(task, total);
   }
@@ -112,8 +118,9 @@ class Worker {
   // Take the sink into the sum and write the output.
   void finish(const Task& task, const Running& total) const {
     const int64_t group = call_.group();
-    for (int r = 0; r < task.num_rows; r++) {
-      const int64_t row = task.first_row + r, head = task.kv_head * group + row % group;
+    for (int r = 0; r < task.all_rows(); r++) {
+      const int64_t row = task.first_row + r % task.num_rows;
+      const int64_t head = (task.kv_head + r / task.num_rows) * group + row % group;
       const int64_t token = call_.query_start[task.seq] + row / group;
       float sum = total.sum[r], keep = 1.f;
       if (call_.sinks) {
@@ -132,10 +139,11 @@ class Worker {
  private:
   void take_queries(const Task& task) {
     const int64_t group = call_.group();
-    for (int r = 0; r < task.num_rows; r++) {
-      const int64_t row = task.first_row + r, in_seq = row / group;
+    const int rows = task.all_rows();
+    for (int r = 0; r < rows; r++) {
+      const int64_t row = task.first_row + r % task.num_rows, in_seq = row / group;
       const int64_t token = call_.query_start[task.seq] + in_seq;
-      const int32_t head = (int32_t)(task.kv_head * group + row % group);
+      const auto head = (int32_t)((task.kv_head + r / task.num_rows) * group + row % group);
       const int32_t position = call_.num_computed[task.seq] + (int32_t)in_seq;
       space_.head[r] = head;
       space_.position[r] = position;
@@ -146,7 +154,7 @@ class Worker {
                   head_dim_ * sizeof(T));
     }
     const auto [least, most] =
-        std::minmax_element(space_.first_seen, space_.first_seen + task.num_rows);
+        std::minmax_element(space_.first_seen, space_.first_seen + rows);
     first_seen_ = *least;
     all_seen_from_ = *most;
   }
@@ -165,10 +173,10 @@ class Worker {
     const float *key_scales, *value_scales;  // of 8 bits
   };
 
-  // Where the keys and values of a chunk lie; zeros for positions that nobody sees.
+  // Where the keys and values of a chunk of one head lie; zeros for positions that nobody sees.
   struct Located {
     const Task* task = nullptr;
-    int chunk = 0;
+    int head = 0, chunk = 0;
     const Kept *keys[kChunk], *values[kChunk];
     Run runs[kChunk];
     int num_runs = 0;
@@ -180,9 +188,10 @@ class Worker {
     return call_.num_computed[task.seq] + (int)(last_row / call_.group()) + 1;
   }
 
-  void locate(const Task& task, int chunk, Located& located) const {
-    if (located.task == &task && located.chunk == chunk) return;
+  void locate(const Task& task, int head, int chunk, Located& located) const {
+    if (located.task == &task && located.head == head && located.chunk == chunk) return;
     located.task = &task;
+    located.head = head;
     located.chunk = chunk;
     located.num_runs = 0;
     const int first = chunk * kChunk, end = end_of(task), block_size = (int)call_.places.block_size;
@@ -196,7 +205,7 @@ class Worker {
       const int count = missing ? 0 : std::min(in_block, end - (first + i));
       if (count) {
         const Kept* block = call_.pool + call_.places.block(table[index]);
-        const int64_t at = task.kv_head * (int64_t)block_size + within;
+        const int64_t at = (task.kv_head + head) * (int64_t)block_size + within;
         const Kept* key = block + at * head_dim_;
         for (int k = 0; k < count; k++) {
           located.keys[i + k] = key + k * head_dim_;
@@ -247,9 +256,10 @@ class Worker {
   // Memory is asked for a whole chunk ahead, values while keys are packed and keys while values are,
   // into the second-level cache: the first is full of what is packed. A line holds as many bytes as
   // a vector.
-  void attend_chunk(const Task& task, int chunk, const Located& here, const Located& next,
-                    const Running& running) {
-    const int first = chunk * kChunk, rows = task.num_rows;
+  void attend_chunk(const Task& task, int head, int chunk, const Located& here, const Located& next,
+                    const Running& all) {
+    const int first = chunk * kChunk, rows = task.num_rows, row = head * rows;
+    const Running running{all.highest + row, all.sum + row, all.read + row * width_};
     const int used = std::min(kChunk, end_of(task) - first);
     const int padded = (used + kKeys - 1) / kKeys * kKeys;
     for (int i = 0; i < padded; i += kLanes) pack_keys(here, next, i);
@@ -261,16 +271,16 @@ class Worker {
         std::copy_n(run->value_scales, run->count, space_.value_scale + run->at);
       }
     }
-    product_.template multiply_cached<T>(space_.query, depth_, space_.keys, kChunk, depth_,
-                                         space_.scores, kChunk, rows, padded, false);
-    const bool all_seen = first + padded - 1 <= space_.position[0] && first >= all_seen_from_;
+    product_.template multiply_cached<T>(space_.query + row * depth_, depth_, space_.keys, kChunk,
+                                         depth_, space_.scores, kChunk, rows, padded, false);
+    const bool all_seen = first + padded - 1 <= space_.position[row] && first >= all_seen_from_;
     const int vecs = padded / kLanes;
     if (!plain_)
-      weigh<false, false>(rows, first, vecs, running);
+      weigh<false, false>(row, rows, first, vecs, running);
     else if (all_seen)
-      weigh<true, true>(rows, first, vecs, running);
+      weigh<true, true>(row, rows, first, vecs, running);
     else
-      weigh<true, false>(rows, first, vecs, running);
+      weigh<true, false>(row, rows, first, vecs, running);
     read_values(here, next, padded, rows, running.read);
   }
 
@@ -319,10 +329,10 @@ class Worker {
     return score;
   }
 
-  // Products to weights, and the running softmax of all rows moved on. What a row sees has the same
+  // Products of some rows of the task to weights, and their running softmax moved on. What a row sees has the same
   // bits whether or not it is known beforehand that all is seen.
   template <bool kPlain, bool kAllSeen>
-  void weigh(int rows, int first, int vecs, const Running& running) {
+  void weigh(int first_row, int rows, int first, int vecs, const Running& running) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
     float keep[kMostRows + kLanes], peak[kMostRows + kLanes];
     for (int r = 0; r < rows; r++) {
@@ -331,15 +341,15 @@ class Worker {
       for (int v = 0; v < vecs; v++) {
         Vec score = load(scores + v * kLanes);
         if constexpr (!kPlain) {
-          score = score_of(r, v, score, keys_of(v));
+          score = score_of(first_row + r, v, score, keys_of(v));
           store(scores + v * kLanes, score);
         }
         if constexpr (kAllSeen)
           highest = max(highest, score);
         else
-          highest = max_where(seen_by(r, keys_of(v)), highest, score);
+          highest = max_where(seen_by(first_row + r, keys_of(v)), highest, score);
       }
-      peak[r] = std::max(running.highest[r], max_of(highest) * space_.factor[r]);
+      peak[r] = std::max(running.highest[r], max_of(highest) * space_.factor[first_row + r]);
     }
     for (int r = 0; r < rows; r += kLanes) {
       const Leading lanes = first_lanes(rows - r);
@@ -348,15 +358,15 @@ class Worker {
       store(running.highest + r, now, lanes);
     }
     for (int r = 0; r < rows; r++) {
-      const Vec factor = splat(space_.factor[r]), highest = splat(peak[r]);
+      const Vec factor = splat(space_.factor[first_row + r]), highest = splat(peak[r]);
       Vec sum = splat(0.f);
       for (int v = 0; v < vecs; v++) {
         const Vec score = load(space_.scores + r * kChunk + v * kLanes);
         Vec weights = exp2(multiply_sub(score, factor, highest));
-        if constexpr (!kAllSeen) weights = where(seen_by(r, keys_of(v)), weights);
+        if constexpr (!kAllSeen) weights = where(seen_by(first_row + r, keys_of(v)), weights);
         sum = add(sum, weights);
         if constexpr (kScaled)
-          weights = where(seen_by(r, keys_of(v)), mul(weights, load(space_.value_scale + v * kLanes)));
+          weights = where(seen_by(first_row + r, keys_of(v)), mul(weights, load(space_.value_scale + v * kLanes)));
         L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
       }
       if (keep[r] != 1.f) scale_row(running.read + r * width_, width_, keep[r]);
@@ -402,7 +412,7 @@ void attend(const Call<T, Kept>& call) {
   const auto partials = std::make_unique_for_overwrite<float[]>(division.partial_size);
   int64_t products = 0;  // of both products; keys and values are packed once for all rows
   for (const Task& task : tasks)
-    products += 2 * (task.num_rows + 1) * (task.end_chunk - task.first_chunk) * kChunk * call.width();
+    products += 2 * (task.num_rows + 1) * task.num_kv_heads * (task.end_chunk - task.first_chunk) * kChunk * call.width();
   in_parallel<OwnWorker>(call, (int64_t)tasks.size(), products, [&](OwnWorker& worker, int64_t index, int64_t next) {
     const Task* expected = next < (int64_t)tasks.size() ? &tasks[next] : nullptr;
     worker.run(tasks[index], expected, partials.get());
@@ -412,10 +422,10 @@ void attend(const Call<T, Kept>& call) {
               [&](OwnWorker& worker, int64_t index, int64_t) {
     const auto [first, end] = division.pieces[index];
     const Task& task = tasks[first];
-    const Running total = Running::in(partials.get() + task.partial, task.num_rows);
+    const Running total = Running::in(partials.get() + task.partial, task.all_rows());
     for (int64_t piece = first + 1; piece < end; piece++)
-      join(total, Running::in(partials.get() + tasks[piece].partial, task.num_rows), task.num_rows,
-           call.width());
+      join(total, Running::in(partials.get() + tasks[piece].partial, task.all_rows()),
+           task.all_rows(), call.width());
     worker.finish(task, total);
   });
 }
