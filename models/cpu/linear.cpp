@@ -193,16 +193,17 @@ class Rows {
     data_ = plain_.const_data_ptr<T>();
     if (!layer.norm && !layer.swiglu) return;
     stride_ = stride_of<T>(inputs);
-    own_ = std::make_unique_for_overwrite<T[]>(rows * stride_);
+    own_ = at::empty({rows, stride_}, plain_.options());
+    T* own = own_.mutable_data_ptr<T>();
     const T* scale = layer.norm ? layer.norm->const_data_ptr<T>() : nullptr;
     at::parallel_for(0, rows, grain(inputs), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++)
         if (scale)
-          norm_row(data_ + row * inputs, scale, inputs, (float)layer.eps, &own_[row * stride_]);
+          norm_row(data_ + row * inputs, scale, inputs, (float)layer.eps, own + row * stride_);
         else
-          swiglu_row(data_ + 2 * row * inputs, inputs, &own_[row * stride_]);
+          swiglu_row(data_ + 2 * row * inputs, inputs, own + row * stride_);
     });
-    data_ = own_.get();
+    data_ = own;
   }
 
   const T* row(int64_t number) const { return data_ + number * stride_; }
@@ -211,7 +212,7 @@ class Rows {
  private:
   at::Tensor plain_;
   int64_t stride_;
-  std::unique_ptr<T[]> own_;
+  at::Tensor own_;  // from the start of a cache line on, as tensors are
   const T* data_;
 };
 
@@ -260,14 +261,15 @@ void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
   const int64_t stride = stride_of<int8_t>(inputs);
   const Rows<T> rows(layer);
   const Finish<T> finish(layer, output);
-  const auto quantized = std::make_unique_for_overwrite<uint8_t[]>(num_rows * stride);
+  const at::Tensor quantized = at::empty({num_rows, stride}, layer.input.options().dtype(at::kByte));
+  auto* bytes = quantized.mutable_data_ptr<uint8_t>();
   const auto input_scale = std::make_unique_for_overwrite<float[]>(num_rows);
   at::parallel_for(0, num_rows, grain(inputs), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
-      input_scale[row] = quantize_row<kZeroPoint>(rows.row(row), inputs, &quantized[row * stride]);
+      input_scale[row] = quantize_row<kZeroPoint>(rows.row(row), inputs, bytes + row * stride);
   });
   multiply_panels<int8_t>(
-      reinterpret_cast<const uint32_t*>(quantized.get()), (int)(stride / Lane<int8_t>::kValues),
+      reinterpret_cast<const uint32_t*>(bytes), (int)(stride / Lane<int8_t>::kValues),
       num_rows, (int)(inputs / Lane<int8_t>::kValues), weight, output.size(-1),
       [&](int64_t row, int64_t first, int used, const float* sums) {
         for (int n = 0; n < used; n += kLanes) {
