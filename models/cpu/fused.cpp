@@ -18,8 +18,6 @@
 namespace headroom {
 namespace {
 
-constexpr int64_t kTokensAhead = 2;  // whose places in the cache are asked for
-
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t width = x.size(-1);
   TORCH_CHECK(weight.dim() == 1 && weight.size(0) == width && weight.is_contiguous() &&
@@ -134,15 +132,6 @@ void keep(const T* row, int64_t at, int64_t head_dim, int8_t* block, int8_t* sca
   reinterpret_cast<float*>(scales)[at] = quantize_row<0>(row, head_dim, block + at * head_dim);
 }
 
-// Asks for a row to be written, of which another core or only memory may have the lines.
-template <typename Kept>
-void expect(const Kept* row, int64_t head_dim) {
-  constexpr int64_t kLine = 64;
-  const char* bytes = reinterpret_cast<const char*>(row);
-  for (int64_t at = 0; at < head_dim * (int64_t)sizeof(Kept); at += kLine)
-    __builtin_prefetch(bytes + at, 1);
-}
-
 // Rotates queries `[tokens, heads, head_dim]` where they are, and writes rotated keys and values
 // `[tokens, kv_heads, head_dim]` to their slots; `places` as in CachePart.
 void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -175,25 +164,13 @@ void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::
     const int64_t width = (heads + 2 * kv_heads) * head_dim;
     at::parallel_for(0, tokens, grain(width), [&](int64_t begin, int64_t end) {
       std::vector<T> rotated(head_dim);
-      const auto block_of = [&](int64_t token) {
-        return memory + in_pool.block(slot[token] / block_size);
-      };
-      // Two rows of each of its heads, for tokens of their own sequences far from each other.
-      const auto expect_rows = [&](int64_t token) {
-        for (int64_t head = 0; head < 2 * kv_heads; head++)
-          expect(block_of(token) + (head * block_size + slot[token] % block_size) * head_dim,
-                 head_dim);
-      };
-      for (int64_t token = begin; token < std::min(end, begin + kTokensAhead); token++)
-        expect_rows(token);
       for (int64_t token = begin; token < end; token++) {
-        if (token + kTokensAhead < end) expect_rows(token + kTokensAhead);
         for (int64_t head = 0; head < heads; head++) {
           T* q = queries + token * query.stride(0) + head * query.stride(1);
           rotation.turn(q, token, q);
         }
-        const int64_t within = slot[token] % block_size;
-        Kept* to = block_of(token);
+        const int64_t block = slot[token] / block_size, within = slot[token] % block_size;
+        Kept* to = memory + in_pool.block(block);
         for (int64_t head = 0; head < kv_heads; head++) {
           const T* k = keys + token * key.stride(0) + head * key.stride(1);
           const T* v = values + token * value.stride(0) + head * value.stride(1);
