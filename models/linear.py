@@ -35,6 +35,11 @@ class Linear(nn.Linear):
     def is_packed(self) -> bool:
         return self._packed is not None
 
+    @property
+    def packed(self) -> PackedWeight:
+        assert self._packed is not None, "the weight is plain"
+        return self._packed
+
     def pack(self, weight_dtype: WeightDType = "auto", *, although_slower: bool = False) -> None:
         """Keep the packed weight instead, where that can be; for inference.
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cache.h"
+#include "operations.h"
 #include "rows.h"
 
 namespace headroom {
@@ -132,6 +133,8 @@ void keep(const T* row, int64_t at, int64_t head_dim, int8_t* block, int8_t* sca
   reinterpret_cast<float*>(scales)[at] = quantize_row<0>(row, head_dim, block + at * head_dim);
 }
 
+}  // namespace
+
 // Rotates queries `[tokens, heads, head_dim]` where they are, and writes rotated keys and values
 // `[tokens, kv_heads, head_dim]` to their slots; `places` as in CachePart.
 void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
@@ -186,7 +189,6 @@ void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::
   });
 }
 
-}  // namespace
 }  // namespace headroom
 
 TORCH_LIBRARY_FRAGMENT(headroom, library) {

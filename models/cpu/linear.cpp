@@ -17,6 +17,7 @@
 #include <string>
 #include <utility>
 
+#include "operations.h"
 #include "rows.h"
 #include "units.h"
 
@@ -320,6 +321,8 @@ void unpack_weight(const at::Tensor& packed, const at::Tensor& weight) {
   });
 }
 
+}  // namespace
+
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, int64_t outputs,
                          const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& norm, double eps, bool swiglu,
@@ -363,7 +366,6 @@ at::Tensor int8_linear(const at::Tensor& input, const at::Tensor& weight, const 
   return output;
 }
 
-}  // namespace
 }  // namespace headroom
 
 TORCH_LIBRARY_FRAGMENT(headroom, library) {

@@ -48,6 +48,12 @@ class PackedWeight:
     dtype: torch.dtype
     int8: Int8Scale | None = None
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What the operations in C++ are given for the weight."""
+        int8 = self.int8
+        return [self.data] if int8 is None else [self.data, int8.scale, int8.row_sums]
+
     def multiply(
         self,
         x: Tensor,

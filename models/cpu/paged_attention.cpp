@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "operations.h"
 #include "tasks.h"
 #include "units.h"
 
@@ -456,6 +457,8 @@ void check_tables(const at::Tensor& query, const at::Tensor& pool, const at::Ten
   }
 }
 
+}  // namespace
+
 at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& pool,
                            const at::Tensor& block_tables, const at::Tensor& query_start,
                            const at::Tensor& num_computed, at::IntArrayRef places,
@@ -494,7 +497,6 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& pool,
   return output;
 }
 
-}  // namespace
 }  // namespace headroom
 
 TORCH_LIBRARY_FRAGMENT(headroom, library) {

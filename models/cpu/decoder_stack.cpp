@@ -1,0 +1,134 @@
+// The layers of a decoder as one call.
+//
+// While a layer is computed its weights go through the caches of the processor, and what Python needs
+// between two operations is not in them any more: in each of these pauses it waits for memory.
+
+#include <ATen/ATen.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "operations.h"
+
+namespace headroom {
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+using MaybeTensor = std::optional<at::Tensor>;
+
+// A packed weight: its data; of 8 bits also what one is worth and the sums of rows.
+struct Weight {
+  Tensors parts;
+  int64_t outputs;
+  MaybeTensor bias;
+
+  at::Tensor multiply(const at::Tensor& input, const MaybeTensor& norm, double eps, bool swiglu,
+                      const MaybeTensor& residual) const {
+    if (parts.size() == 1)
+      return packed_linear(input, parts[0], outputs, bias, norm, eps, swiglu, residual);
+    return int8_linear(input, parts[0], parts[1], parts[2], bias, norm, eps, swiglu, residual);
+  }
+};
+
+// The heads of a layer, as `rotate_and_store` and `paged_attention` are told of them.
+struct Heads {
+  int64_t num_heads, rope, group;  // which of the rotations, -1 for none; which of the groups
+  bool interleaved;
+  at::Tensor pool;
+  std::vector<int64_t> places, window;
+  std::vector<double> scale, slopes, sinks;
+  int64_t sink_tokens;
+  double softcap;
+};
+
+struct Layer {
+  Heads heads;
+  Weight qkv, output, up, down;
+  at::Tensor attention_norm, mlp_norm;
+  double attention_eps, mlp_eps;
+};
+
+// Of each rotation cosines and sines, of each group of layers that remember the same the others.
+struct Step {
+  const Tensors &cos, &sin, &slots, &block_tables, &query_start, &num_computed;
+};
+
+at::Tensor attend(const Heads& heads, const at::Tensor& projected, const Step& step) {
+  const int64_t kv_heads = heads.places.at(4), rows = heads.num_heads + 2 * kv_heads;
+  TORCH_CHECK(projected.size(1) % rows == 0, projected.size(1), " outputs are not ", rows, " heads");
+  const at::Tensor each = projected.view({projected.size(0), rows, projected.size(1) / rows});
+  const at::Tensor query = each.narrow(1, 0, heads.num_heads);
+  MaybeTensor cos, sin;
+  if (heads.rope >= 0) {
+    cos = step.cos.at(heads.rope);
+    sin = step.sin.at(heads.rope);
+  }
+  rotate_and_store(query, each.narrow(1, heads.num_heads, kv_heads),
+                   each.narrow(1, heads.num_heads + kv_heads, kv_heads), cos, sin,
+                   heads.interleaved, heads.pool, step.slots.at(heads.group), heads.places);
+  return paged_attention(query, heads.pool, step.block_tables.at(heads.group),
+                         step.query_start.at(heads.group), step.num_computed.at(heads.group),
+                         heads.places, heads.scale, heads.window, heads.slopes, heads.sinks,
+                         heads.sink_tokens, heads.softcap)
+      .flatten(1);
+}
+
+class DecoderStack : public torch::CustomClassHolder {
+ public:
+  // The next layer. Weights are those of the projections of queries, keys and values, of what heads
+  // read, of gate and up, and of down: first all their data, then, of 8 bits, all scales and all sums.
+  void add_layer(Tensors data, Tensors scales, Tensors row_sums, std::vector<int64_t> outputs,
+                 std::vector<MaybeTensor> biases, Tensors norms, std::vector<double> eps,
+                 int64_t num_heads, int64_t rope, bool interleaved, int64_t group, at::Tensor pool,
+                 std::vector<int64_t> places, std::vector<double> scale,
+                 std::vector<int64_t> window, std::vector<double> slopes, std::vector<double> sinks,
+                 int64_t sink_tokens, double softcap) {
+    TORCH_CHECK(data.size() == 4 && outputs.size() == 4 && biases.size() == 4 &&
+                    (scales.empty() || scales.size() == 4) && row_sums.size() == scales.size() &&
+                    norms.size() == 2 && eps.size() == 2,
+                "a layer has 4 weights and 2 norms");
+    const auto weight = [&](int i) {
+      Tensors parts{data[i]};
+      if (!scales.empty()) parts.insert(parts.end(), {scales[i], row_sums[i]});
+      return Weight{std::move(parts), outputs[i], biases[i]};
+    };
+    layers_.push_back({{num_heads, rope, group, interleaved, std::move(pool), std::move(places),
+                        std::move(window), std::move(scale), std::move(slopes), std::move(sinks),
+                        sink_tokens, softcap},
+                       weight(0), weight(1), weight(2), weight(3),
+                       norms[0], norms[1], eps[0], eps[1]});
+  }
+
+  // Hidden states `[tokens, hidden]` before the first layer to those after the last.
+  at::Tensor run(at::Tensor hidden, Tensors cos, Tensors sin, Tensors slots, Tensors block_tables,
+                 Tensors query_start, Tensors num_computed) const {
+    TORCH_CHECK(hidden.dim() == 2, "hidden states are [tokens, hidden]");
+    const Step step{cos, sin, slots, block_tables, query_start, num_computed};
+    for (const Layer& layer : layers_) {
+      const at::Tensor projected = layer.qkv.multiply(hidden, layer.attention_norm,
+                                                      layer.attention_eps, false, std::nullopt);
+      hidden = layer.output.multiply(attend(layer.heads, projected, step), std::nullopt, 0., false,
+                                     hidden);
+      const at::Tensor wide =
+          layer.up.multiply(hidden, layer.mlp_norm, layer.mlp_eps, false, std::nullopt);
+      hidden = layer.down.multiply(wide, std::nullopt, 0., true, hidden);
+    }
+    return hidden;
+  }
+
+ private:
+  std::vector<Layer> layers_;
+};
+
+}  // namespace
+}  // namespace headroom
+
+TORCH_LIBRARY_FRAGMENT(headroom, library) {
+  library.class_<headroom::DecoderStack>("DecoderStack")
+      .def(torch::init<>())
+      .def("add_layer", &headroom::DecoderStack::add_layer)
+      .def("run", &headroom::DecoderStack::run);
+}
