@@ -47,24 +47,29 @@ void for_each(int64_t outputs, int64_t inputs, F&& visit) {
   });
 }
 
-// How a product is divided among threads. A task is a panel and all rows, so that one thread alone
-// reads it from memory, unless that leaves threads without one.
+// How a product is divided among threads. A task is a panel and as many rows as stay in a cache beside
+// it while all panels go by, so that one thread alone reads a panel from memory, unless that leaves
+// threads without a task.
 struct Shares {
   static constexpr int64_t kTasksPerThread = 4;
+  static constexpr int64_t kLanesOfRows = 1 << 18;  // half of a small second-level cache
 
-  Shares(int64_t rows, int64_t outputs, int64_t most_rows)
+  Shares(int64_t rows, int64_t outputs, int64_t depth, int64_t most_rows)
       : panels((outputs + kPanel - 1) / kPanel) {
     const int64_t tiles = (rows + most_rows - 1) / most_rows;
     const int64_t wanted = kTasksPerThread * at::get_num_threads();
-    const int64_t parts = std::clamp((wanted + panels - 1) / panels, (int64_t)1, tiles);
+    const int64_t for_threads = (wanted + panels - 1) / panels;
+    const int64_t for_cache = (rows * depth + kLanesOfRows - 1) / kLanesOfRows;
+    const int64_t parts = std::clamp(std::max(for_threads, for_cache), (int64_t)1, tiles);
     rows_of_task = (tiles + parts - 1) / parts * most_rows;
-    tasks_of_panel = (rows + rows_of_task - 1) / rows_of_task;
+    tasks = panels * ((rows + rows_of_task - 1) / rows_of_task);
   }
 
-  int64_t tasks() const { return panels * tasks_of_panel; }
+  int64_t panel_of(int64_t task) const { return task % panels; }
+  int64_t first_row_of(int64_t task) const { return task / panels * rows_of_task; }
 
   const int64_t panels;
-  int64_t rows_of_task, tasks_of_panel;
+  int64_t rows_of_task, tasks;
 };
 
 // Calls `finish(row, first output, number of outputs, their sums)` for every row and panel. The
@@ -85,9 +90,8 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
   };
   with_unit<T>([&]<typename Product>() {
     constexpr int kRows = Product::kRows, kDepth = Product::kDepth;
-    const Shares shares(rows, outputs, kRows);
+    const Shares shares(rows, outputs, depth, kRows);
     const auto part_of = [&](int64_t panel, int k) {
-      if (panel >= shares.panels) return Ahead{};
       const int width = width_of(panel);
       return Ahead{(const char*)(start_of(panel) + k * width),
                    std::min(kDepth, depth - k) * width * (int64_t)sizeof(float) / Ahead::kLine};
@@ -97,13 +101,13 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
       alignas(64) float sums[kRows * kPanel];
       Product product;
       int64_t after = next.fetch_add(1);
-      while (after < shares.tasks()) {
-        const int64_t task = after, panel = task / shares.tasks_of_panel;
+      while (after < shares.tasks) {
+        const int64_t task = after, panel = shares.panel_of(task);
         after = next.fetch_add(1);
         const int width = width_of(panel);
         const int used = (int)std::min<int64_t>(kPanel, outputs - panel * kPanel);
         const auto* b = start_of(panel);
-        const int64_t first_row = task % shares.tasks_of_panel * shares.rows_of_task;
+        const int64_t first_row = shares.first_row_of(task);
         const int64_t end_row = std::min(rows, first_row + shares.rows_of_task);
         for (int64_t row = first_row; row < end_row; row += kRows) {
           const int count = (int)std::min<int64_t>(kRows, end_row - row);
@@ -114,8 +118,8 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
             if (count > kFewRows) {
               if (k + kDepth < depth && row == first_row)
                 ahead = part_of(panel, k + kDepth);
-              else if (k + kDepth >= depth && row + kRows >= end_row)
-                ahead = part_of(after / shares.tasks_of_panel, 0);
+              else if (k + kDepth >= depth && row + kRows >= end_row && after < shares.tasks)
+                ahead = part_of(shares.panel_of(after), 0);
               ahead.steps = 2 * ((count + 2 * kLanes - 1) / (2 * kLanes)) * (lanes / kLanes);
             }
             product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
