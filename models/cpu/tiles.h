@@ -347,32 +347,38 @@ bool says_in_child(F&& function) {
   return said;
 }
 
-// Whether tiles compute what they should, in blocks of all kinds.
+// Whether tiles compute what they should, in blocks of all kinds, and vectors the same.
 inline bool amx_agrees_with_its_description() {
   constexpr int kMaxRows = 37, kMaxColumns = 64, kDepth = 37;
-  constexpr int kShapes[][2] = {{21, 48}, {5, 64}, {16, 48}, {37, 64}, {1, 16}};
+  constexpr int kShapes[][2] = {{21, 48}, {5, 64}, {16, 48}, {37, 64}, {1, 16}, {2, 48}, {3, 64}};
   uint32_t a[kMaxRows * kDepth], b[kDepth * kMaxColumns];
   float real[kMaxRows * kMaxColumns], emulated[kMaxRows * kMaxColumns];
+  float by_vectors[kMaxRows * kMaxColumns];
   Amx amx;
   EmulatedAmx emulator;
   Ahead nothing;
-  const auto agree = [&]<typename T>(uint32_t base, uint32_t step, uint32_t steps) {
-    for (int i = 0; i < kMaxRows * kDepth; i++) a[i] = base + (uint32_t)(i * 7 % steps) * step;
-    for (int i = 0; i < kDepth * kMaxColumns; i++) b[i] = base + (uint32_t)(i * 5 % steps) * step;
+  const auto agree = [&]<typename T>(uint32_t bits, uint32_t always) {
+    // As good as random, but for the bits that every number has.
+    for (int i = 0; i < kMaxRows * kDepth; i++) a[i] = (i * 2654435761u & bits) | always;
+    for (int i = 0; i < kDepth * kMaxColumns; i++) b[i] = (i * 2246822519u & bits) | always;
     for (const auto& [rows, columns] : kShapes) {
       for (const bool accumulate : {false, true}) {
         multiply_tiles<T>(amx, a, kDepth, b, columns, kDepth, real, columns, rows, columns,
                           accumulate, nothing);
         multiply_tiles<T>(emulator, a, kDepth, b, columns, kDepth, emulated, columns, rows, columns,
                           accumulate, nothing);
+        multiply_cached_tiles<T>(amx, a, kDepth, b, columns, kDepth, by_vectors, columns, rows,
+                                 columns, accumulate);
       }
-      if (std::memcmp(real, emulated, sizeof(float) * rows * columns) != 0) return false;
+      const size_t size = sizeof(float) * rows * columns;
+      if (std::memcmp(real, emulated, size) != 0 || std::memcmp(real, by_vectors, size) != 0)
+        return false;
     }
     return true;
   };
-  // Whole numbers of 8 bits, and pairs of bfloat16 from 1 to 14 whose sums are exact.
-  return agree.template operator()<int8_t>(0x80ff017f, 0x01030507, 251) &&
-         agree.template operator()<at::BFloat16>(0x3f803f80, 0x00100020, 16);
+  // Bytes, and pairs of bfloat16 between a half and 1, of either sign.
+  return agree.template operator()<int8_t>(0xffffffff, 0) &&
+         agree.template operator()<at::BFloat16>(0x807f807f, 0x3f003f00);
 }
 
 // Whether the system lets this process use the unit, and it computes what it should. A processor may

@@ -1,5 +1,6 @@
 """The kernel in C++: its bits depend on nothing but the sequence."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict
@@ -21,6 +22,7 @@ from models.positions import Alibi, RopeConfig, alibi_slopes
 from models.scoring import Scoring
 from tests.models import tiny
 from tests.models.batches import EVERYTHING, make_batch
+from tests.models.cpu.units import UNITS, multiplying_by
 from tests.models.kernels import CPU, needs_library
 from tests.models.variants import PLAIN
 
@@ -170,13 +172,16 @@ KINDS: dict[str, Kind] = {
 }
 
 
+BY_UNITS = [("float32", "vectors"), *itertools.product(("bfloat16", "8 bits"), UNITS)]
+
+
 @needs_library
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "unit"), BY_UNITS)
 @pytest.mark.parametrize("name", SCORINGS)
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_the_bits_of_a_sequence_depend_on_itself_alone(
-    name: str, kind: str, data: st.DataObject
+    name: str, kind: str, unit: str, data: st.DataObject
 ) -> None:
     """Whatever else is in a step, however a prompt is cut, and wherever its blocks lie."""
     heads = HeadConfig(6, data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(1, 10)))
@@ -191,20 +196,24 @@ def test_the_bits_of_a_sequence_depend_on_itself_alone(
         steps.append(counts)
         left = [before - now for before, now in zip(left, counts, strict=True)]
     block_size = data.draw(st.sampled_from([1, 3, 16, 64]))
-    read = sequences.read(SCORINGS[name], steps, **KINDS[kind], block_size=block_size, seed=1)
-    for index, length in enumerate(lengths):
-        alone = sequences.only(index).read(SCORINGS[name], [[length]], **KINDS[kind])
-        assert_equal_bits(read[index : index + 1], alone)
+    with multiplying_by(unit):
+        read = sequences.read(SCORINGS[name], steps, **KINDS[kind], block_size=block_size, seed=1)
+        for index, length in enumerate(lengths):
+            alone = sequences.only(index).read(SCORINGS[name], [[length]], **KINDS[kind])
+            assert_equal_bits(read[index : index + 1], alone)
 
 
 @needs_library
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "unit"), BY_UNITS)
 @pytest.mark.parametrize("name", SCORINGS)
-def test_token_by_token_equals_one_shot(name: str, kind: str) -> None:
+@pytest.mark.parametrize("head_dim", [24, 40])
+def test_token_by_token_equals_one_shot(name: str, kind: str, unit: str, head_dim: int) -> None:
     """Blocks behind the windows are given back on the way and turned into what is not a number."""
-    sequences = Sequences.random(HeadConfig(6, 2, 24), [330])
-    one_shot = sequences.read(SCORINGS[name], [[330]], **KINDS[kind])
-    assert_equal_bits(sequences.read(SCORINGS[name], [[1]] * 330, **KINDS[kind]), one_shot)
+    sequences = Sequences.random(HeadConfig(6, 2, head_dim), [330])
+    with multiplying_by(unit):
+        one_shot = sequences.read(SCORINGS[name], [[330]], **KINDS[kind])
+        by_one = sequences.read(SCORINGS[name], [[1]] * 330, **KINDS[kind])
+    assert_equal_bits(by_one, one_shot)
 
 
 @needs_library

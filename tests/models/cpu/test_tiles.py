@@ -1,37 +1,27 @@
-"""Linear layers by tiles of a matrix unit: the same as by vectors, whatever the unit.
+"""Linear layers and attention by tiles of a matrix unit: the same as by vectors, whatever the unit.
 
 Where the processor has none, an emulator says what it would compute: what this then tests is the
 way in which the unit is used. The unit itself is tried when the library is loaded.
 """
 
-import contextlib
 import signal
-from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from models.config import KVCacheDType
 from models.cpu import library
 from models.cpu.linear import WeightDType, pack, why_unpackable
+from tests.models.batches import Case, make_batch
+from tests.models.cpu.units import TILES, multiplying_by
 from tests.models.kernels import needs_library
+from tests.models.variants import Variant
 
 pytestmark = needs_library
 
-UNITS = ["emulated_amx", *(["amx"] if library.multiplies_by_amx() else [])]
-
-
-@contextlib.contextmanager
-def multiplying_by(unit: str) -> Iterator[None]:
-    torch.ops.headroom.multiply_by(unit)
-    try:
-        yield
-    finally:
-        torch.ops.headroom.multiply_by("amx" if library.multiplies_by_amx() else "vectors")
-
-
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", TILES)
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.integers(1, 140),
@@ -63,7 +53,41 @@ def test_tiles_multiply_as_vectors_do(
     assert error <= 2 * allowed + 1e-6 * exact.abs().max()
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", TILES)
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+@settings(max_examples=40, deadline=None)
+@given(
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2, 3, 5, 17]),
+    head_dim=st.sampled_from([8, 32, 40, 64, 96]),
+    sequences=st.lists(st.tuples(st.integers(0, 150), st.just(1)), min_size=1, max_size=3),
+    prompt=st.integers(2, 90),
+    seed=st.integers(0, 2**16),
+)
+def test_tiles_attend_as_vectors_do(
+    unit: str,
+    kv_cache_dtype: KVCacheDType,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    sequences: list[tuple[int, int]],
+    prompt: int,
+    seed: int,
+) -> None:
+    """To what bfloat16 leaves of them, against the definition in twice the precision."""
+    case = Case(kv_heads, group, head_dim, 16, (*sequences, (20, prompt)), seed)
+    batch = make_batch(case, torch.bfloat16, kv_cache_dtype=kv_cache_dtype)
+    variant = Variant(num_heads=kv_heads * group)
+    exact = batch.run("reference", variant).double()
+    with multiplying_by("vectors"):
+        by_vectors = batch.run("paged_cpu", variant)
+    with multiplying_by(unit):
+        by_tiles = batch.run("paged_cpu", variant)
+    error, allowed = ((one.double() - exact).abs().max() for one in (by_tiles, by_vectors))
+    assert error <= 2 * allowed + 2**-8 * exact.abs().max()
+
+
+@pytest.mark.parametrize("unit", TILES)
 def test_floats_are_multiplied_by_vectors_all_the_same(unit: str) -> None:
     weight, x = torch.randn(70, 90), torch.randn(40, 90)
     packed = pack(weight)
@@ -72,7 +96,7 @@ def test_floats_are_multiplied_by_vectors_all_the_same(unit: str) -> None:
         assert torch.equal(packed.multiply(x), expected)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", TILES)
 def test_what_is_no_number_spoils_its_own_row_only(unit: str) -> None:
     weight, x = torch.randn(50, 600).bfloat16(), torch.randn(37, 600).bfloat16()
     packed = pack(weight)
