@@ -1,0 +1,187 @@
+"""The layers as one call: the same bits as the modules give, and never those of another model."""
+
+import copy
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models.config import HeadConfig, ModelConfig, QKNorm
+from models.cpu.decoder_stack import DecoderStack
+from models.cpu.linear import WeightDType
+from models.positions import Alibi, RopeConfig, alibi_slopes
+from models.transformer import Transformer
+from tests.models import tiny
+from tests.models.kernels import needs_library
+
+pytestmark = needs_library
+
+_ROPE, _OTHER_ROPE = RopeConfig(10_000.0, 8), RopeConfig(500.0, 4, interleaved=True)
+_HEADS = (
+    HeadConfig(4, 2, 8, rope=_ROPE),
+    HeadConfig(6, 1, 12, rope=_OTHER_ROPE),
+    HeadConfig(2, 2, 32, window=5, rope=_ROPE),
+    HeadConfig(4, 4, 16, learned_sinks=True, softcap=20.0),
+    HeadConfig(2, 1, 8, alibi=Alibi(alibi_slopes(2))),
+)
+_CONFIG = tiny.llama(layers=_HEADS[:3])
+
+
+def _hidden(model: Transformer, steps: list[list[int]]) -> list[Tensor]:
+    """Of two sequences whose tokens come in so many at a time."""
+    lengths = [sum(step[index] for step in steps) for index in range(2)]
+    generator = torch.Generator().manual_seed(7)
+    tokens = [torch.randint(0, 61, (length,), generator=generator) for length in lengths]
+    return tiny.paged_hidden(model, tokens, steps)
+
+
+def _by_modules(model: Transformer, steps: list[list[int]]) -> list[Tensor]:
+    with mock.patch.object(DecoderStack, "can_be", return_value=False):
+        return _hidden(model, steps)
+
+
+_STEPS = [[5, 9], [1, 3], [1, 1]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layers=st.lists(st.sampled_from(_HEADS), min_size=1, max_size=4),
+    biases=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    weight_dtype=st.sampled_from(["auto", "int8"]),
+    cuts=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
+)
+def test_it_gives_the_bits_of_the_modules(
+    layers: list[HeadConfig],
+    biases: tuple[bool, bool, bool],
+    dtype: torch.dtype,
+    weight_dtype: WeightDType,
+    cuts: list[tuple[int, int]],
+) -> None:
+    names = ("qkv_bias", "output_bias", "mlp_bias")
+    config = tiny.llama(layers=tuple(layers), **dict(zip(names, biases, strict=True)))
+    model = tiny.model(config, dtype=dtype)
+    model.pack_weights(weight_dtype)
+    steps = [list(cut) for cut in cuts]
+    expected = _by_modules(model, steps)
+    with mock.patch.object(DecoderStack, "run", autospec=True, side_effect=DecoderStack.run) as run:
+        found = _hidden(model, steps)
+    assert run.call_count == len(steps)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny.gpt2(),
+        _CONFIG.replace(layers=(_HEADS[0].replace(qk_norm=QKNorm("head", 1e-6)),)),
+        _CONFIG.replace(layers=(_HEADS[0].replace(clip_qkv=1.0),)),
+        _CONFIG.replace(layers=(HeadConfig(4, 2, 8, window=(None, None, 4, 4)),)),
+        _CONFIG.replace(activation="gelu_tanh"),
+        _CONFIG.replace(residual_scale=0.5),
+        _CONFIG.replace(residual="sandwich_norm"),
+        _CONFIG.replace(norm_unit_offset=True),
+        _CONFIG.replace(projection_rank=4),
+    ],
+    ids=lambda config: "",
+)
+def test_other_layers_are_computed_by_their_modules(config: ModelConfig) -> None:
+    model = tiny.model(config)
+    model.pack_weights()
+    with mock.patch.object(DecoderStack, "run", side_effect=AssertionError):
+        _hidden(model, _STEPS)
+
+
+def test_plain_weights_are_multiplied_by_their_modules() -> None:
+    with mock.patch.object(DecoderStack, "run", side_effect=AssertionError):
+        _hidden(tiny.model(_CONFIG), _STEPS)
+
+
+def _another_norm(model: Transformer) -> None:
+    layer = model.get_submodule("layers.1")
+    layer.mlp_norm.weight = nn.Parameter(layer.mlp_norm.weight * 2, requires_grad=False)
+
+
+def _another_weight(model: Transformer) -> None:
+    linear = model.attentions[0].output
+    linear.unpack()
+    linear.weight = nn.Parameter(linear.weight * 2, requires_grad=False)
+    linear.pack()
+
+
+def _another_layer(model: Transformer) -> None:
+    layers = model.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    layers[0] = copy.deepcopy(layers[0])
+    layers[0].attention_norm.weight *= 2
+
+
+def _in_place(model: Transformer) -> None:
+    model.get_submodule("layers.2").attention_norm.weight.mul_(3.0)
+
+
+def _rounded(model: Transformer) -> None:
+    model.pack_weights("int8")
+
+
+@pytest.mark.parametrize(
+    "change", [_another_norm, _another_weight, _another_layer, _in_place, _rounded]
+)
+def test_a_change_of_the_model_is_seen(change: Callable[[Transformer], None]) -> None:
+    """With the same cache, by a step after it."""
+    model = tiny.model(_CONFIG)
+    model.pack_weights()
+    seen: list[DecoderStack | None] = []
+    original = Transformer._stack_of
+
+    def changing(self: Transformer, cache: object) -> DecoderStack | None:
+        if len(seen) == 1:
+            change(model)
+        seen.append(original(self, cache))
+        return seen[-1]
+
+    with mock.patch.object(Transformer, "_stack_of", changing):
+        found = _hidden(model, _STEPS)
+    again = tiny.model(_CONFIG)
+    again.pack_weights()
+    steps = iter(range(len(_STEPS)))
+
+    def changing_modules(self: Transformer, cache: object) -> None:
+        if next(steps) == 1:
+            change(again)
+
+    with mock.patch.object(Transformer, "_stack_of", changing_modules):
+        expected = _hidden(again, _STEPS)
+    assert len(seen) == len(_STEPS)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_who_watches_a_module_sees_it() -> None:
+    model = tiny.model(_CONFIG)
+    model.pack_weights()
+    _hidden(model, _STEPS)
+    inputs: list[Tensor] = []
+    handle = model.attentions[1].output.register_forward_pre_hook(
+        lambda _, given: inputs.append(given[0])
+    )
+    _hidden(model, _STEPS)
+    assert len(inputs) == len(_STEPS)
+    handle.remove()
+    _hidden(model, _STEPS)
+    assert len(inputs) == len(_STEPS)
+
+
+def test_a_copy_of_a_model_computes_by_itself() -> None:
+    model = tiny.model(_CONFIG)
+    model.pack_weights()
+    expected = _hidden(model, _STEPS)
+    copied = copy.deepcopy(model)
+    model.get_submodule("layers.0").attention_norm.weight.zero_()
+    for one, other in zip(_hidden(copied, _STEPS), expected, strict=True):
+        assert torch.equal(one, other)
