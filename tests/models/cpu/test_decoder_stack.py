@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -79,8 +80,8 @@ def test_it_gives_the_bits_of_the_modules(
     "config",
     [
         tiny.gpt2(),
-        _CONFIG.replace(layers=(_HEADS[0].replace(qk_norm=QKNorm("head", 1e-6)),)),
-        _CONFIG.replace(layers=(_HEADS[0].replace(clip_qkv=1.0),)),
+        _CONFIG.replace(layers=(replace(_HEADS[0], qk_norm=QKNorm("rms_norm", "head", 1e-6)),)),
+        _CONFIG.replace(layers=(replace(_HEADS[0], clip_qkv=1.0),)),
         _CONFIG.replace(layers=(HeadConfig(4, 2, 8, window=(None, None, 4, 4)),)),
         _CONFIG.replace(activation="gelu_tanh"),
         _CONFIG.replace(residual_scale=0.5),
