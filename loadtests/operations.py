@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -27,9 +27,10 @@ from torch.nn.functional import linear
 from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig
 from models.cpu.library import why_unavailable
-from models.cpu.linear import pack
+from models.cpu.linear import PackedWeight, pack
 from models.kernels import dense, paged_cpu
 from models.kv_cache import KVCache
+from models.memory import LargeMemory
 from models.scoring import Scoring
 from service.bench import BenchShape, machine
 
@@ -156,15 +157,27 @@ def measure_linear(case: Multiply, layers: int, repeats: int) -> dict[str, Any]:
     """All linear layers in bfloat16, multi-head, each with a weight of its own."""
     shapes = [(2304, 768), (768, 768), (4096, 768), (768, 2048)] * layers + [(32_000, 768)]
     weights = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
-    packed = [pack(weight) for weight in weights]
-    int8 = [pack(weight, "int8") for weight in weights]
+    # As a model has them.
+    memory, int8_memory = LargeMemory(), LargeMemory()
+    packed = [pack(weight, memory=memory) for weight in weights]
+    int8 = [pack(weight, "int8", int8_memory) for weight in weights]
     inputs = {width: torch.randn(case.tokens, width).bfloat16() for width in (768, 2048)}
+
+    # Products are dropped one by one, as in a model: all of them would not find memory that is in use.
+    def multiply(weights: Sequence[PackedWeight]) -> None:
+        for weight in weights:
+            weight.multiply(inputs[weight.inputs])
+
+    def multiply_plain() -> None:
+        for weight in weights:
+            linear(inputs[weight.shape[1]], weight)
+
     num_bytes = sum(weight.nbytes for weight in weights)
     return asdict(case) | _compare(
         {
-            "ours": lambda: [weight.multiply(inputs[weight.inputs]) for weight in packed],
-            "int8": lambda: [weight.multiply(inputs[weight.inputs]) for weight in int8],
-            "torch": lambda: [linear(inputs[weight.shape[1]], weight) for weight in weights],
+            "ours": lambda: multiply(packed),
+            "int8": lambda: multiply(int8),
+            "torch": multiply_plain,
         },
         repeats,
         num_bytes=num_bytes,

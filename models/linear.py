@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from models.before import Before
 from models.cpu.linear import PackedWeight, WeightDType, pack, why_unpackable
 from models.gpu import fused as gpu_fused
+from models.memory import LargeMemory
 
 
 class BeforeLinear(Protocol):
@@ -40,17 +41,24 @@ class Linear(nn.Linear):
         assert self._packed is not None, "the weight is plain"
         return self._packed
 
-    def pack(self, weight_dtype: WeightDType = "auto", *, although_slower: bool = False) -> None:
+    def pack(
+        self,
+        weight_dtype: WeightDType = "auto",
+        *,
+        although_slower: bool = False,
+        memory: LargeMemory | None = None,
+    ) -> None:
         """Keep the packed weight instead, where that can be; for inference.
 
         Args:
             weight_dtype: `int8` rounds the weight, of which `unpack` gives what is left.
             although_slower: also where torch's own operation is faster.
+            memory: which it shares with other weights.
         """
         if self._packed is not None:
             return
         if why_unpackable(self.weight, weight_dtype, although_slower=although_slower) is None:
-            self._packed = pack(self.weight.detach(), weight_dtype)
+            self._packed = pack(self.weight.detach(), weight_dtype, memory)
             self.weight = nn.Parameter(self._packed.data, requires_grad=False)
 
     def unpack(self) -> None:

@@ -22,6 +22,7 @@ from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.layers import MixtureOfExperts, make_norm
 from models.linear import Linear
+from models.memory import LargeMemory
 from models.positions import RopeConfig
 from models.rope import rotation
 
@@ -103,11 +104,12 @@ class Transformer(nn.Module):
             for weight in [*weights, embeddings] if is_tied else weights:
                 if (reason := why_unpackable(weight, "int8")) is not None:
                     raise ConfigError("weight_dtype", "int8", f"auto, because {reason}")
+        memory = LargeMemory()
         for module in linears:
-            module.pack(weight_dtype, although_slower=batch_invariant)
+            module.pack(weight_dtype, although_slower=batch_invariant, memory=memory)
         why_not_head = why_unpackable(embeddings, weight_dtype, although_slower=batch_invariant)
         if is_tied and self._packed_head is None and why_not_head is None:
-            self._packed_head = pack(embeddings.detach(), weight_dtype)
+            self._packed_head = pack(embeddings.detach(), weight_dtype, memory)
         if batch_invariant and (reason := self._why_variant()) is not None:
             raise ConfigError("batch_invariant", True, f"false, because {reason}")
 

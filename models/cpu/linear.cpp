@@ -25,7 +25,8 @@ namespace headroom {
 namespace {
 
 constexpr int kPanel = 64;         // outputs of a task
-constexpr int kFewRows = kLanes;   // that leave no time to ask for what is ahead
+constexpr int kFewRows = kLanes;   // that leave no time to ask for all that is ahead,
+constexpr int64_t kFirstLines = 128;  // but for what the processor cannot foresee
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
@@ -76,8 +77,8 @@ struct Shares {
 // numbers of a row begin `stride` lanes after those of the row before.
 //
 // While a part of a weight is multiplied, the next one comes to a cache: of the same panel, or of the
-// panel that this thread has taken beforehand. With few rows there is too little to do meanwhile, and
-// what the processor fetches by itself is as quick.
+// panel that this thread has taken beforehand. With few rows there is too little to do meanwhile: what
+// the processor fetches by itself is as quick, but it does not know where the next panel begins.
 template <typename T, typename F>
 void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth, const T* weight,
                      int64_t outputs, F&& finish) {
@@ -89,7 +90,8 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
     return (int)padded(std::min<int64_t>(kPanel, outputs - panel * kPanel));
   };
   with_unit<T>([&]<typename Product>() {
-    constexpr int kRows = Product::kRows, kDepth = Product::kDepth;
+    constexpr int kRows = Product::kRows;
+    const int kDepth = rows <= kFewRows ? Product::kDepthOfFewRows : Product::kDepth;
     const Shares shares(rows, outputs, depth, kRows);
     const auto part_of = [&](int64_t panel, int k) {
       const int width = width_of(panel);
@@ -115,13 +117,13 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
           for (int k = 0; k < depth; k += kDepth) {
             const int lanes = std::min(kDepth, depth - k);
             Ahead ahead;
-            if (count > kFewRows) {
-              if (k + kDepth < depth && row == first_row)
-                ahead = part_of(panel, k + kDepth);
-              else if (k + kDepth >= depth && row + kRows >= end_row && after < shares.tasks)
-                ahead = part_of(shares.panel_of(after), 0);
-              ahead.steps = 2 * ((count + 2 * kLanes - 1) / (2 * kLanes)) * (lanes / kLanes);
-            }
+            const bool last = k + kDepth >= depth && row + kRows >= end_row;
+            if (count > kFewRows && !last && row == first_row)
+              ahead = part_of(panel, k + kDepth);
+            else if (last && after < shares.tasks)
+              ahead = part_of(shares.panel_of(after), 0);
+            if (count <= kFewRows) ahead.lines = std::min(ahead.lines, kFirstLines);
+            ahead.steps = 2 * ((count + 2 * kLanes - 1) / (2 * kLanes)) * (lanes / kLanes);
             product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
                                          kPanel, count, width, k > 0);
           }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.before import NOTHING, Before
 from models.cpu.library import has_feature, multiplies_by_amx, why_unavailable
-from models.memory import large_zeros
+from models.memory import LargeMemory
 
 WeightDType = Literal["auto", "int8"]
 _LANES = 16  # as `kLanes` in lanes.h
@@ -105,15 +105,18 @@ def why_unpackable(
     return why_unavailable()
 
 
-def pack(weight: Tensor, weight_dtype: WeightDType = "auto") -> PackedWeight:
-    """A weight `[outputs, inputs]` in the order in which it is read."""
+def pack(
+    weight: Tensor, weight_dtype: WeightDType = "auto", memory: LargeMemory | None = None
+) -> PackedWeight:
+    """A weight `[outputs, inputs]` in the order in which it is read, in memory of its own or beside
+    others that are read before and after it."""
     outputs, inputs = weight.shape
     plain, int8 = weight, None
     if weight_dtype == "int8":
         plain, scale = round_to_int8(weight)
         int8 = Int8Scale(scale, plain.sum(dim=1, dtype=torch.int32))
     padded = -(-outputs // _LANES) * _LANES
-    data = large_zeros(padded * inputs, plain.dtype, plain.device)
+    data = (memory or LargeMemory()).zeros(padded * inputs, plain.dtype)
     torch.ops.headroom.pack_weight(plain, data)
     return PackedWeight(data, outputs, inputs, weight.dtype, int8)
 

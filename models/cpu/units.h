@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 
 #include "tiles.h"
 
@@ -19,7 +20,8 @@ constexpr int kMostRows = 64;  // of a task, by any unit
 struct ByVectors {
   static constexpr int kRows = 48;  // of a task, which share what is packed
   static constexpr int kStep = 1;   // lanes of the summed axis at once
-  static constexpr int kDepth = 256;  // of those of a weight, so that its part stays in a cache
+  // Of those of a weight, so that its part stays in a cache; with few rows it is read but once.
+  static constexpr int kDepth = 256, kDepthOfFewRows = 256;
 
   // Of a weight in memory, and what of it is ahead.
   template <typename T, typename... Args>
@@ -38,7 +40,7 @@ template <typename TileUnit>
 struct ByTiles {
   static constexpr int kRows = kMostRows;
   static constexpr int kStep = kLanes;
-  static constexpr int kDepth = 64;
+  static constexpr int kDepth = 64, kDepthOfFewRows = std::numeric_limits<int>::max() / 2;
 
   template <typename T, typename... Args>
   void multiply(Ahead& ahead, Args... args) {
