@@ -95,7 +95,7 @@ def main(
         "repeats": repeats,
         "rows": rows,
     }
-    results.mkdir(exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     table = _markdown(document)
     (results / f"{name}.md").write_text(table)

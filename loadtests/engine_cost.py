@@ -121,7 +121,7 @@ def main(
         "sequences": sequences,
         **_summary([step for step in watch.steps if step.num_sequences == sequences]),
     }
-    results.mkdir(exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     (results / "engine-cost.json").write_text(json.dumps(document, indent=1) + "\n")
     table = _markdown(document)
     (results / "engine-cost.md").write_text(table)

@@ -72,7 +72,7 @@ def main(
     result["idle"] = {front: _idle(front) for front in _FRONTS}
     command = f"python -m loadtests.fronts {' '.join(sys.argv[1:])}".strip()
     document = {"date": date.today().isoformat(), "command": command, **result}
-    results.mkdir(exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
     (results / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
     table = _markdown(document)
     (results / f"{name}.md").write_text(table)
