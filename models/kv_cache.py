@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from models.config import KV_SCALE_BYTES, ModelConfig
 from models.kv_layout import KVLayout, LayerPart
 from models.memory import large_zeros
+
+if TYPE_CHECKING:
+    from models.cpu.decoder_stack import DecoderStack
 
 # What one gather copies at most where decodes share it: small enough to be read again from a
 # cache of the CPU, large enough that calls cost little.
@@ -198,6 +202,9 @@ class KVCache:
 
     Args:
         dtype: of keys and values as they are written and read.
+
+    Attributes:
+        stack: the layers that compute with it as one call, if they do.
     """
 
     def __init__(
@@ -214,6 +221,7 @@ class KVCache:
         kept = torch.int8 if config.kv_cache_dtype == "int8" else dtype
         self.pool = large_zeros(num_pages * self.layout.page_elements, kept, device)
         scratch = _Scratch(kept, device)
+        self.stack: DecoderStack | None = None
         self.layers = tuple(
             tuple(CachePart(self.pool, part, self.layout, dtype, scratch) for part in parts)
             for parts in self.layout.parts

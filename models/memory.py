@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 _PAGE = 2 << 20  # a large page of x86-64 and of most others
-_BLOCK = 64 << 20
 _LINE = 64
 
 
@@ -15,11 +14,15 @@ class LargeMemory:
     """Memory of a processor for many tensors, in pages as large as the system gives.
 
     What is read once for each step is never in the cache of address translations: of small pages
-    each costs a search of its own, and the processor fetches nothing beyond it beforehand. A tensor of
-    a megabyte alone would have none but small ones.
+    each costs a search of its own. A tensor of a megabyte alone would have none but small ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block_bytes: int = 64 << 20) -> None:
+        """
+        Args:
+            block_bytes: what is asked of the system at once, at least; what is written counts.
+        """
+        self._block_bytes = block_bytes
         self._block: mmap.mmap | None = None
         self._at = self._end = 0
 
@@ -29,7 +32,7 @@ class LargeMemory:
         if not num_bytes:
             return torch.zeros(size, dtype=dtype)
         if self._block is None or self._at + num_bytes > self._end:
-            self._map(max(_BLOCK, num_bytes))
+            self._map(max(self._block_bytes, num_bytes))
         assert self._block is not None
         tensor = torch.frombuffer(self._block, dtype=dtype, count=size, offset=self._at)
         self._at += -(-num_bytes // _LINE) * _LINE
@@ -50,4 +53,4 @@ def large_zeros(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[size]` zeros, on a CPU in memory of their own that the system may map by large pages."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    return LargeMemory().zeros(size, dtype)
+    return LargeMemory(block_bytes=0).zeros(size, dtype)

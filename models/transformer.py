@@ -71,7 +71,6 @@ class Transformer(nn.Module):
         )
         # The embeddings once more, where they are the output head too and weights are packed.
         self._packed_head: PackedWeight | None = None
-        self._stack: DecoderStack | None = None
 
     def pack_weights(
         self, weight_dtype: WeightDType = "auto", *, batch_invariant: bool = False
@@ -195,7 +194,8 @@ class Transformer(nn.Module):
         """
         hidden = self._embed(input_ids, positions)
         rotations = self._rotations(positions, lengths)
-        if can_fuse(hidden) and (stack := self._stack_of(kv_cache)) is not None:
+        layers = cast(nn.ModuleList, self.layers)
+        if can_fuse(hidden) and (stack := DecoderStack.of(layers, kv_cache)) is not None:
             return self._finish(stack.run(hidden, rotations, metadata))
         for layer, cache in zip(self._decoder_layers, kv_cache.layers, strict=True):
             attention = layer.attention
@@ -288,14 +288,6 @@ class Transformer(nn.Module):
         if self.embed_token_types is not None:
             hidden = hidden + self.embed_token_types.weight[0]
         return hidden if self.embed_norm is None else self.embed_norm(hidden)
-
-    def _stack_of(self, cache: KVCache) -> DecoderStack | None:
-        """The layers as one call; None if they cannot be."""
-        layers = cast(nn.ModuleList, self.layers)
-        if self._stack is None or not self._stack.is_current(layers, cache):
-            can_be = DecoderStack.can_be(layers, cache)
-            self._stack = DecoderStack(layers, cache) if can_be else None
-        return self._stack
 
     def _finish(self, hidden: Tensor) -> Tensor:
         return hidden if self.final_norm is None else self.final_norm(hidden)

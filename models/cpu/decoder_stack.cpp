@@ -39,12 +39,13 @@ struct Heads {
   bool interleaved;
   at::Tensor pool;
   std::vector<int64_t> places, window;
-  std::vector<double> scale, slopes, sinks;
+  std::vector<double> scale, slopes;
+  MaybeTensor sinks;
   int64_t sink_tokens;
   double softcap;
 };
 
-struct Layer {
+struct DecoderLayer {
   Heads heads;
   Weight qkv, output, up, down;
   at::Tensor attention_norm, mlp_norm;
@@ -69,9 +70,14 @@ at::Tensor attend(const Heads& heads, const at::Tensor& projected, const Step& s
   rotate_and_store(query, each.narrow(1, heads.num_heads, kv_heads),
                    each.narrow(1, heads.num_heads + kv_heads, kv_heads), cos, sin,
                    heads.interleaved, heads.pool, step.slots.at(heads.group), heads.places);
+  std::vector<double> sinks;
+  if (heads.sinks) {
+    const at::Tensor numbers = heads.sinks->to(at::kDouble).contiguous();
+    sinks.assign(numbers.const_data_ptr<double>(), numbers.const_data_ptr<double>() + numbers.numel());
+  }
   return paged_attention(query, heads.pool, step.block_tables.at(heads.group),
                          step.query_start.at(heads.group), step.num_computed.at(heads.group),
-                         heads.places, heads.scale, heads.window, heads.slopes, heads.sinks,
+                         heads.places, heads.scale, heads.window, heads.slopes, sinks,
                          heads.sink_tokens, heads.softcap)
       .flatten(1);
 }
@@ -84,12 +90,13 @@ class DecoderStack : public torch::CustomClassHolder {
                  std::vector<MaybeTensor> biases, Tensors norms, std::vector<double> eps,
                  int64_t num_heads, int64_t rope, bool interleaved, int64_t group, at::Tensor pool,
                  std::vector<int64_t> places, std::vector<double> scale,
-                 std::vector<int64_t> window, std::vector<double> slopes, std::vector<double> sinks,
+                 std::vector<int64_t> window, std::vector<double> slopes, MaybeTensor sinks,
                  int64_t sink_tokens, double softcap) {
     TORCH_CHECK(data.size() == 4 && outputs.size() == 4 && biases.size() == 4 &&
                     (scales.empty() || scales.size() == 4) && row_sums.size() == scales.size() &&
                     norms.size() == 2 && eps.size() == 2,
                 "a layer has 4 weights and 2 norms");
+    TORCH_CHECK(pool.is_cpu(), "the cache is on ", pool.device(), "; allowed: cpu");
     const auto weight = [&](int i) {
       Tensors parts{data[i]};
       if (!scales.empty()) parts.insert(parts.end(), {scales[i], row_sums[i]});
@@ -106,8 +113,11 @@ class DecoderStack : public torch::CustomClassHolder {
   at::Tensor run(at::Tensor hidden, Tensors cos, Tensors sin, Tensors slots, Tensors block_tables,
                  Tensors query_start, Tensors num_computed) const {
     TORCH_CHECK(hidden.dim() == 2, "hidden states are [tokens, hidden]");
+    for (const Tensors* each : {&cos, &sin, &slots, &block_tables, &query_start, &num_computed})
+      for (const at::Tensor& tensor : *each)
+        TORCH_CHECK(tensor.is_cpu(), "a step is on ", tensor.device(), "; allowed: cpu");
     const Step step{cos, sin, slots, block_tables, query_start, num_computed};
-    for (const Layer& layer : layers_) {
+    for (const DecoderLayer& layer : layers_) {
       const at::Tensor projected = layer.qkv.multiply(hidden, layer.attention_norm,
                                                       layer.attention_eps, false, std::nullopt);
       hidden = layer.output.multiply(attend(layer.heads, projected, step), std::nullopt, 0., false,
@@ -120,7 +130,7 @@ class DecoderStack : public torch::CustomClassHolder {
   }
 
  private:
-  std::vector<Layer> layers_;
+  std::vector<DecoderLayer> layers_;
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
 """The layers of a decoder as one call (`decoder_stack.cpp`).
 
 While a layer is computed its weights go through the caches of the processor, so that Python, between
-any two of its operations, would wait for memory: of one sequence, a fifth of a step.
+any two of its operations, would wait for memory: of one sequence, a quarter of a step.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,59 +9,64 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from models.attention import Attention
 from models.attention_metadata import AttentionMetadata
 from models.config import MAX_WINDOW
-from models.cpu.fused import can_fuse
 from models.decoder_layer import DecoderLayer
 from models.kv_cache import CachePart, KVCache
 from models.layers import MLP, RMSNorm
 from models.linear import Linear
 from models.positions import RopeConfig
 
+# What a layer may be made of, by exactly these classes, and what of it decides what is computed.
+_ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
+    DecoderLayer: ("residual", "residual_scale", "parallel"),
+    Attention: ("heads", "_scoring", "_kernel"),
+    MLP: ("gate",),
+    RMSNorm: ("eps", "unit_offset"),
+    Linear: ("_packed",),
+}
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+)
+
 
 class DecoderStack:
-    """Layers as they are, with a cache. What they compute is to the bit what the modules would.
-
-    A copy of a model makes its own.
-    """
+    """Layers as they are, with a cache. What they compute is to the bit what the modules would."""
 
     def __init__(self, layers: nn.ModuleList, cache: KVCache) -> None:
-        self._layers, self._cache = layers, cache
+        self._layers = layers
         self._stack = torch.classes.headroom.DecoderStack()
-        # What the layers are made of: with another piece, or watched by a hook, they are others.
-        self._pieces = list(_pieces(layers))
-        self._hooks = [
-            hooks
-            for module in layers.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001, torch's
-        ]
-        ropes = {layer.attention.heads.rope for layer in _decoder_layers(layers)}
+        decoder_layers = list(_decoder_layers(layers))
+        ropes = {layer.attention.heads.rope for layer in decoder_layers}
         self._ropes: list[RopeConfig] = [rope for rope in ropes if rope is not None]
-        for layer, (part,) in zip(_decoder_layers(layers), cache.layers, strict=True):
+        for layer, (part,) in zip(decoder_layers, cache.layers, strict=True):
             self._add(layer, part)
+        # With another piece they would be other layers, and with a hook somebody looks in between.
+        self._pieces = [
+            (owner, len(owner), list(owner.items()))
+            for module in layers.modules()
+            for owner in (module._modules, module._parameters)
+        ]
+        self._attributes = [
+            (own := vars(module), name, own.get(name))
+            for module in layers.modules()
+            for name in _ATTRIBUTES.get(type(module), ())
+        ]
+        self._hooks = [hooks for module in layers.modules() for hooks in _hooks_of(module)]
 
     @staticmethod
-    def can_be(layers: nn.ModuleList, cache: KVCache) -> bool:
-        """Whether the layers are made of nothing but what the operations in C++ compute, and nobody
-        wants to see what is between them."""
-        return all(
-            len(parts) == 1 and _is_plain(layer)
-            for layer, parts in zip(_decoder_layers(layers), cache.layers, strict=True)
-        ) and not any(
-            module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001
-            for module in layers.modules()
-        )
-
-    def is_current(self, layers: nn.ModuleList, cache: KVCache) -> bool:
-        """Whether it still describes them."""
-        return (
-            self._layers is layers
-            and self._cache is cache
-            and all(owner.get(name) is piece for owner, name, piece in self._pieces)
-            and not any(self._hooks)
-        )
+    def of(layers: nn.ModuleList, cache: KVCache) -> "DecoderStack | None":
+        """The layers with this cache, which keeps them for the next step; None if something in them
+        is not what the operations in C++ compute, or somebody watches what is in between."""
+        stack = cache.stack
+        if stack is None or not stack._is_of(layers):
+            stack = DecoderStack(layers, cache) if _can_be_one(layers, cache) else None
+            cache.stack = stack
+        return stack
 
     def run(
         self,
@@ -83,12 +88,21 @@ class DecoderStack:
             [table.num_computed for table in tables],
         )
 
-    def __deepcopy__(self, memo: dict[int, object]) -> None:
-        return None
+    def _is_of(self, layers: nn.ModuleList) -> bool:
+        return (
+            self._layers is layers
+            and all(
+                len(owner) == count and all(owner.get(name) is piece for name, piece in pieces)
+                for owner, count, pieces in self._pieces
+            )
+            and all(own.get(name) is value for own, name, value in self._attributes)
+            and not any(self._hooks)
+            and not any(_GLOBAL_HOOKS)
+        )
 
     def _add(self, layer: DecoderLayer, part: CachePart) -> None:
-        attention, scoring = layer.attention, layer.attention.scoring
-        heads, numbers = attention.heads, attention.scoring.numbers(attention.heads.num_heads)
+        heads, scoring = layer.attention.heads, layer.attention.scoring
+        numbers = scoring.numbers(heads.num_heads)
         linears = _linears(layer)
         packed = [linear.packed for linear in linears]
         int8 = [weight.int8 for weight in packed if weight.int8 is not None]
@@ -110,10 +124,45 @@ class DecoderStack:
             numbers.scales,
             numbers.windows,
             numbers.slopes,
-            [] if scoring.sinks is None else scoring.sinks.tolist(),
+            scoring.sinks,
             min(scoring.sink_tokens, MAX_WINDOW),
             scoring.softcap or 0.0,
         )
+
+
+def _can_be_one(layers: nn.ModuleList, cache: KVCache) -> bool:
+    return (
+        all(type(layer) is DecoderLayer and _is_plain(layer) for layer in layers)
+        and len(layers) == len(cache.layers)
+        and all(len(parts) == 1 for parts in cache.layers)
+        and not any(hooks for module in layers.modules() for hooks in _hooks_of(module))
+        and not any(_GLOBAL_HOOKS)
+    )
+
+
+def _is_plain(layer: DecoderLayer) -> bool:
+    attention, mlp, norms = layer.attention, layer.mlp, (layer.attention_norm, layer.mlp_norm)
+    if (type(attention), type(mlp), *map(type, norms)) != (Attention, MLP, RMSNorm, RMSNorm):
+        return False
+    if not all(type(linear) is Linear and linear.is_packed for linear in _linears(layer)):
+        return False
+    dtype, gate = attention.qkv.dtype, _mlp(layer).gate
+    return (
+        layer.residual == "pre_norm"
+        and layer.residual_scale == 1.0
+        and not layer.parallel
+        and all(norm is not None and norm.fused(dtype) is not None for norm in norms)
+        and gate is not None
+        and gate.fused(dtype) is not None
+        and len({(linear.dtype, linear.packed.int8 is None) for linear in _linears(layer)}) == 1
+        and attention.query_norm is None
+        and attention.heads.clip_qkv is None
+        and attention.kernel_name == "paged_cpu"
+    )
+
+
+def _hooks_of(module: nn.Module) -> tuple[Mapping[int, Any], Mapping[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks
 
 
 def _decoder_layers(layers: nn.ModuleList) -> Iterator[DecoderLayer]:
@@ -122,45 +171,11 @@ def _decoder_layers(layers: nn.ModuleList) -> Iterator[DecoderLayer]:
         yield layer
 
 
-def _is_plain(layer: DecoderLayer) -> bool:
-    attention, mlp, dtype = layer.attention, layer.mlp, layer.attention.qkv.dtype
-    return (
-        layer.residual == "pre_norm"
-        and layer.residual_scale == 1.0
-        and not layer.parallel
-        and all(
-            isinstance(norm, RMSNorm) and norm.fused(dtype) is not None
-            for norm in (layer.attention_norm, layer.mlp_norm)
-        )
-        and isinstance(mlp, MLP)
-        and mlp.gate is not None
-        and mlp.gate.fused(dtype) is not None
-        and all(
-            isinstance(linear, Linear) and linear.is_packed and linear.dtype == dtype
-            for linear in _linears(layer)
-        )
-        and len({linear.packed.int8 is None for linear in _linears(layer)}) == 1
-        and attention.query_norm is None
-        and attention.heads.clip_qkv is None
-        and attention.kernel_name == "paged_cpu"
-    )
+def _mlp(layer: DecoderLayer) -> MLP:
+    assert isinstance(layer.mlp, MLP)
+    return layer.mlp
 
 
 def _linears(layer: DecoderLayer) -> list[Linear]:
-    attention, mlp = layer.attention, layer.mlp
-    assert isinstance(mlp, MLP)
-    return [attention.qkv, attention.output, mlp.up, mlp.down]
-
-
-def _pieces(layers: nn.ModuleList) -> Iterator[tuple[Mapping[str, Any], str, object]]:
-    """Whatever could be replaced: where it is kept, by which name, and what it is."""
-    for module in layers.modules():
-        for owner in (module._modules, module._parameters):  # noqa: SLF001
-            for name, piece in owner.items():
-                yield owner, name, piece
-        own = vars(module)
-        for name in _ATTRIBUTES.get(type(module), ()):
-            yield own, name, own.get(name)
-
-
-_ATTRIBUTES = {Linear: ("_packed",), Attention: ("heads", "_scoring", "_kernel")}
+    mlp = _mlp(layer)
+    return [layer.attention.qkv, layer.attention.output, mlp.up, mlp.down]

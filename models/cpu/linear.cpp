@@ -25,8 +25,8 @@ namespace headroom {
 namespace {
 
 constexpr int kPanel = 64;         // outputs of a task
-constexpr int kFewRows = kLanes;   // that leave no time to ask for all that is ahead,
-constexpr int64_t kFirstLines = 128;  // but for what the processor cannot foresee
+constexpr int kFewRows = kLanes;      // with so few there is no time to ask for all that is ahead:
+constexpr int64_t kFirstLines = 128;  // only for what the processor cannot foresee
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
@@ -64,6 +64,7 @@ struct Shares {
     const int64_t parts = std::clamp(std::max(for_threads, for_cache), (int64_t)1, tiles);
     rows_of_task = (tiles + parts - 1) / parts * most_rows;
     tasks = panels * ((rows + rows_of_task - 1) / rows_of_task);
+    plenty = tasks >= 2 * wanted;
   }
 
   int64_t panel_of(int64_t task) const { return task % panels; }
@@ -71,13 +72,14 @@ struct Shares {
 
   const int64_t panels;
   int64_t rows_of_task, tasks;
+  bool plenty;  // so that a thread may take one beforehand and leaves the others enough
 };
 
 // Calls `finish(row, first output, number of outputs, their sums)` for every row and panel. The
 // numbers of a row begin `stride` lanes after those of the row before.
 //
 // While a part of a weight is multiplied, the next one comes to a cache: of the same panel, or of the
-// panel that this thread has taken beforehand. With few rows there is too little to do meanwhile: what
+// panel that this thread has taken beforehand, where there are many. With few rows there is too little to do meanwhile: what
 // the processor fetches by itself is as quick, but it does not know where the next panel begins.
 template <typename T, typename F>
 void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth, const T* weight,
@@ -91,21 +93,20 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
   };
   with_unit<T>([&]<typename Product>() {
     constexpr int kRows = Product::kRows;
-    const int kDepth = rows <= kFewRows ? Product::kDepthOfFewRows : Product::kDepth;
+    const int depth_of_part = rows <= kFewRows ? Product::kDepthOfFewRows : Product::kDepth;
     const Shares shares(rows, outputs, depth, kRows);
     const auto part_of = [&](int64_t panel, int k) {
       const int width = width_of(panel);
       return Ahead{(const char*)(start_of(panel) + k * width),
-                   std::min(kDepth, depth - k) * width * (int64_t)sizeof(float) / Ahead::kLine};
+                   std::min(depth_of_part, depth - k) * width * (int64_t)sizeof(float) / Ahead::kLine};
     };
     std::atomic<int64_t> next{0};
     on_threads(rows * outputs * depth, [&] {
       alignas(64) float sums[kRows * kPanel];
       Product product;
-      int64_t after = next.fetch_add(1);
-      while (after < shares.tasks) {
-        const int64_t task = after, panel = shares.panel_of(task);
-        after = next.fetch_add(1);
+      for (int64_t task = next.fetch_add(1), after; task < shares.tasks; task = after) {
+        after = shares.plenty ? next.fetch_add(1) : shares.tasks;
+        const int64_t panel = shares.panel_of(task);
         const int width = width_of(panel);
         const int used = (int)std::min<int64_t>(kPanel, outputs - panel * kPanel);
         const auto* b = start_of(panel);
@@ -114,21 +115,22 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
         for (int64_t row = first_row; row < end_row; row += kRows) {
           const int count = (int)std::min<int64_t>(kRows, end_row - row);
           const auto* a = input + row * stride;
-          for (int k = 0; k < depth; k += kDepth) {
-            const int lanes = std::min(kDepth, depth - k);
+          for (int k = 0; k < depth; k += depth_of_part) {
+            const int lanes = std::min(depth_of_part, depth - k);
             Ahead ahead;
-            const bool last = k + kDepth >= depth && row + kRows >= end_row;
-            if (count > kFewRows && !last && row == first_row)
-              ahead = part_of(panel, k + kDepth);
+            const bool last = k + depth_of_part >= depth && row + kRows >= end_row;
+            if (count > kFewRows && row == first_row && k + depth_of_part < depth)
+              ahead = part_of(panel, k + depth_of_part);
             else if (last && after < shares.tasks)
               ahead = part_of(shares.panel_of(after), 0);
             if (count <= kFewRows) ahead.lines = std::min(ahead.lines, kFirstLines);
-            ahead.steps = 2 * ((count + 2 * kLanes - 1) / (2 * kLanes)) * (lanes / kLanes);
+            ahead.steps = blocks_of(count, width) * (lanes / kLanes);
             product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
                                          kPanel, count, width, k > 0);
           }
           for (int r = 0; r < count; r++) finish(row + r, panel * kPanel, used, sums + r * kPanel);
         }
+        if (!shares.plenty) after = next.fetch_add(1);
       }
     });
   });

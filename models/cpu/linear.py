@@ -48,12 +48,6 @@ class PackedWeight:
     dtype: torch.dtype
     int8: Int8Scale | None = None
 
-    @property
-    def parts(self) -> list[Tensor]:
-        """What the operations in C++ are given for the weight."""
-        int8 = self.int8
-        return [self.data] if int8 is None else [self.data, int8.scale, int8.row_sums]
-
     def multiply(
         self,
         x: Tensor,
@@ -116,7 +110,7 @@ def pack(
         plain, scale = round_to_int8(weight)
         int8 = Int8Scale(scale, plain.sum(dim=1, dtype=torch.int32))
     padded = -(-outputs // _LANES) * _LANES
-    data = (memory or LargeMemory()).zeros(padded * inputs, plain.dtype)
+    data = (memory or LargeMemory(block_bytes=0)).zeros(padded * inputs, plain.dtype)
     torch.ops.headroom.pack_weight(plain, data)
     return PackedWeight(data, outputs, inputs, weight.dtype, int8)
 

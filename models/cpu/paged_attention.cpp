@@ -62,7 +62,7 @@ class Worker {
   using L = Lane<T>;
   // Keys are padded to whole steps of a product over them: how it adds what a query sees may not
   // depend on what others of its task see.
-  static constexpr int kKeys = std::max(kLanes, Product::kStep * L::kValues);
+  static constexpr int kKeyStep = std::max(kLanes, Product::kStep * L::kValues);
   static constexpr bool kScaled = !std::is_same_v<T, Kept>;
 
  public:
@@ -262,7 +262,7 @@ class Worker {
     const int first = chunk * kChunk, rows = task.num_rows, row = head * rows;
     const Running running{all.highest + row, all.sum + row, all.read + row * width_};
     const int used = std::min(kChunk, end_of(task) - first);
-    const int padded = (used + kKeys - 1) / kKeys * kKeys;
+    const int padded = (used + kKeyStep - 1) / kKeyStep * kKeyStep;
     for (int i = 0; i < padded; i += kLanes) pack_keys(here, next, i);
     if constexpr (kScaled) {
       std::fill(space_.key_scale, space_.key_scale + kChunk, 0.f);
@@ -335,7 +335,7 @@ class Worker {
   template <bool kPlain, bool kAllSeen>
   void weigh(int first_row, int rows, int first, int vecs, const Running& running) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
-    float keep[kMostRows + kLanes], peak[kMostRows + kLanes];
+    float keep[kMostRows], peak[kMostRows];
     for (int r = 0; r < rows; r++) {
       float* scores = space_.scores + r * kChunk;
       Vec highest = splat(-std::numeric_limits<float>::infinity());

@@ -209,6 +209,16 @@ class EmulatedAmx {
   uint32_t sums_[2 * kLanes][4 * kLanes];
 };
 
+// How many blocks a product has: of so many rows and columns together.
+inline int64_t blocks_of(int rows, int columns) {
+  int64_t blocks = 0;
+  for (int r = 0; r < rows; r += 2 * kLanes) {
+    const int together = (rows - r > kLanes ? 2 : 4) * kLanes;
+    blocks += (columns + together - 1) / together;
+  }
+  return blocks;
+}
+
 // Memory that will be read next, asked for while there is something to compute: in equal shares by
 // so many steps, of sixteen lanes of the summed axis of one block.
 struct Ahead {
@@ -376,9 +386,12 @@ inline bool amx_agrees_with_its_description() {
     }
     return true;
   };
-  // Bytes, and pairs of bfloat16 between a half and 1, of either sign.
+  // Bytes, and pairs of bfloat16 of either sign: between a half and 1, so small that some sums are no
+  // normal numbers, and no normal numbers themselves.
   return agree.template operator()<int8_t>(0xffffffff, 0) &&
-         agree.template operator()<at::BFloat16>(0x807f807f, 0x3f003f00);
+         agree.template operator()<at::BFloat16>(0x807f807f, 0x3f003f00) &&
+         agree.template operator()<at::BFloat16>(0x807f807f, 0x20002000) &&
+         agree.template operator()<at::BFloat16>(0x807f807f, 0);
 }
 
 // Whether the system lets this process use the unit, and it computes what it should. A processor may

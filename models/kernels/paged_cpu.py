@@ -31,18 +31,11 @@ def why_unsupported(heads: HeadConfig, dtype: torch.dtype, device: torch.device)
 def paged_attention(
     query: Tensor, cache: CachePart, metadata: GroupMetadata, scoring: Scoring
 ) -> Tensor:
-    return torch.ops.headroom.paged_attention(  # type: ignore[no-any-return]
-        query, cache.pool, *arguments(cache, metadata, scoring, query.shape[1])
-    )
-
-
-def arguments(
-    cache: CachePart, metadata: GroupMetadata, scoring: Scoring, num_heads: int
-) -> tuple[object, ...]:
-    """What the operation is told beside queries and the cache."""
-    numbers = scoring.numbers(num_heads)
+    numbers = scoring.numbers(query.shape[1])
     tables = metadata.block_tables
-    return (
+    return torch.ops.headroom.paged_attention(  # type: ignore[no-any-return]
+        query,
+        cache.pool,
         tables.block_tables,
         tables.query_start,
         tables.num_computed,
