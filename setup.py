@@ -52,7 +52,10 @@ def extension(name: str, features: tuple[str, ...]) -> Extension:
     # threads of its own that fight for the cores.
     return Extension(
         f"models.cpu.{name}",
-        [f"models/cpu/{source}.cpp" for source in ("decoder_stack", "fused", "linear", "paged_attention")],
+        [
+            f"models/cpu/{source}.cpp"
+            for source in ("decoder_stack", "fused", "linear", "paged_attention")
+        ],
         depends=[str(path.relative_to(HERE)) for path in HERE.glob("models/cpu/*.h")],
         include_dirs=include_paths(),
         library_dirs=library_paths(),

@@ -163,7 +163,7 @@ def measure_linear(case: Multiply, layers: int, repeats: int) -> dict[str, Any]:
     int8 = [pack(weight, "int8", int8_memory) for weight in weights]
     inputs = {width: torch.randn(case.tokens, width).bfloat16() for width in (768, 2048)}
 
-    # Products are dropped one by one, as in a model: all of them would not find memory that is in use.
+    # Each product is dropped before the next, as in a model: together they would be new memory.
     def multiply(weights: Sequence[PackedWeight]) -> None:
         for weight in weights:
             weight.multiply(inputs[weight.inputs])

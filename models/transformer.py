@@ -194,8 +194,7 @@ class Transformer(nn.Module):
         """
         hidden = self._embed(input_ids, positions)
         rotations = self._rotations(positions, lengths)
-        layers = cast(nn.ModuleList, self.layers)
-        if can_fuse(hidden) and (stack := DecoderStack.of(layers, kv_cache)) is not None:
+        if can_fuse(hidden) and (stack := DecoderStack.of(self.layers, kv_cache)) is not None:
             return self._finish(stack.run(hidden, rotations, metadata))
         for layer, cache in zip(self._decoder_layers, kv_cache.layers, strict=True):
             attention = layer.attention

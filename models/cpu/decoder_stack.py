@@ -1,11 +1,11 @@
 """The layers of a decoder as one call (`decoder_stack.cpp`).
 
-While a layer is computed its weights go through the caches of the processor, so that Python, between
-any two of its operations, would wait for memory: of one sequence, a quarter of a step.
+While a layer is computed its weights go through the caches of the processor, so that Python,
+between any two of its operations, would wait for memory: of one sequence, a quarter of a step.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +144,7 @@ def _is_plain(layer: DecoderLayer) -> bool:
     attention, mlp, norms = layer.attention, layer.mlp, (layer.attention_norm, layer.mlp_norm)
     if (type(attention), type(mlp), *map(type, norms)) != (Attention, MLP, RMSNorm, RMSNorm):
         return False
-    if not all(type(linear) is Linear and linear.is_packed for linear in _linears(layer)):
+    if not all(type(each) is Linear and each.is_packed for each in _projections(layer)):
         return False
     dtype, gate = attention.qkv.dtype, _mlp(layer).gate
     return (
@@ -176,6 +176,11 @@ def _mlp(layer: DecoderLayer) -> MLP:
     return layer.mlp
 
 
-def _linears(layer: DecoderLayer) -> list[Linear]:
+def _projections(layer: DecoderLayer) -> list[nn.Module]:
     mlp = _mlp(layer)
     return [layer.attention.qkv, layer.attention.output, mlp.up, mlp.down]
+
+
+def _linears(layer: DecoderLayer) -> list[Linear]:
+    """The projections of a layer that is plain."""
+    return [cast(Linear, projection) for projection in _projections(layer)]

@@ -21,6 +21,7 @@ from tests.models.variants import Variant
 
 pytestmark = needs_library
 
+
 @pytest.mark.parametrize("unit", TILES)
 @settings(max_examples=100, deadline=None)
 @given(
