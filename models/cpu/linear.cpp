@@ -78,9 +78,10 @@ struct Shares {
 // Calls `finish(row, first output, number of outputs, their sums)` for every row and panel. The
 // numbers of a row begin `stride` lanes after those of the row before.
 //
-// While a part of a weight is multiplied, the next one comes to a cache: of the same panel, or of the
-// panel that this thread has taken beforehand, where there are many. With few rows there is too little to do meanwhile: what
-// the processor fetches by itself is as quick, but it does not know where the next panel begins.
+// While a part of a weight is multiplied, the next one comes to a cache: of the same panel, or of
+// the panel that this thread has taken beforehand, where there are many. With few rows there is too
+// little to do meanwhile: what the processor fetches by itself is as quick, but it does not know
+// where the next panel begins.
 template <typename T, typename F>
 void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth, const T* weight,
                      int64_t outputs, F&& finish) {
@@ -315,7 +316,8 @@ void pack_weight(const at::Tensor& weight, const at::Tensor& packed) {
   with_weight_type(weight, [&]<typename T>() {
     const T* from = plain.const_data_ptr<T>();
     T* to = packed.mutable_data_ptr<T>();
-    for_each<T>(weight.size(0), weight.size(1), [&](int64_t packed_at, int64_t plain_at) { to[packed_at] = from[plain_at]; });
+    for_each<T>(weight.size(0), weight.size(1),
+                [&](int64_t packed_at, int64_t plain_at) { to[packed_at] = from[plain_at]; });
   });
 }
 
@@ -325,7 +327,8 @@ void unpack_weight(const at::Tensor& packed, const at::Tensor& weight) {
   with_weight_type(weight, [&]<typename T>() {
     const T* from = packed.const_data_ptr<T>();
     T* to = weight.mutable_data_ptr<T>();
-    for_each<T>(weight.size(0), weight.size(1), [&](int64_t packed_at, int64_t plain_at) { to[plain_at] = from[packed_at]; });
+    for_each<T>(weight.size(0), weight.size(1),
+                [&](int64_t packed_at, int64_t plain_at) { to[plain_at] = from[packed_at]; });
   });
 }
 

@@ -330,8 +330,8 @@ class Worker {
     return score;
   }
 
-  // Products of some rows of the task to weights, and their running softmax moved on. What a row sees has the same
-  // bits whether or not it is known beforehand that all is seen.
+  // Products of some rows of the task to weights, and their running softmax moved on. What a row
+  // sees has the same bits whether or not it is known beforehand that all is seen.
   template <bool kPlain, bool kAllSeen>
   void weigh(int first_row, int rows, int first, int vecs, const Running& running) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
@@ -367,7 +367,8 @@ class Worker {
         if constexpr (!kAllSeen) weights = where(seen_by(first_row + r, keys_of(v)), weights);
         sum = add(sum, weights);
         if constexpr (kScaled)
-          weights = where(seen_by(first_row + r, keys_of(v)), mul(weights, load(space_.value_scale + v * kLanes)));
+          weights = where(seen_by(first_row + r, keys_of(v)),
+                          mul(weights, load(space_.value_scale + v * kLanes)));
         L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
       }
       if (keep[r] != 1.f) scale_row(running.read + r * width_, width_, keep[r]);
@@ -413,14 +414,15 @@ void attend(const Call<T, Kept>& call) {
   const auto partials = std::make_unique_for_overwrite<float[]>(division.partial_size);
   int64_t products = 0;  // of both products; keys and values are packed once for all rows
   for (const Task& task : tasks)
-    products += 2 * (task.num_rows + 1) * task.num_kv_heads * (task.end_chunk - task.first_chunk) * kChunk * call.width();
-  in_parallel<OwnWorker>(call, (int64_t)tasks.size(), products, [&](OwnWorker& worker, int64_t index, int64_t next) {
+    products += 2 * (task.num_rows + 1) * task.num_kv_heads *
+                (task.end_chunk - task.first_chunk) * kChunk * call.width();
+  const auto run = [&](OwnWorker& worker, int64_t index, int64_t next) {
     const Task* expected = next < (int64_t)tasks.size() ? &tasks[next] : nullptr;
     worker.run(tasks[index], expected, partials.get());
-  });
+  };
+  in_parallel<OwnWorker>(call, (int64_t)tasks.size(), products, run);
   if (division.pieces.empty()) return;
-  in_parallel<OwnWorker>(call, (int64_t)division.pieces.size(), division.partial_size,
-              [&](OwnWorker& worker, int64_t index, int64_t) {
+  const auto join_pieces = [&](OwnWorker& worker, int64_t index, int64_t) {
     const auto [first, end] = division.pieces[index];
     const Task& task = tasks[first];
     const Running total = Running::in(partials.get() + task.partial, task.all_rows());
@@ -428,7 +430,9 @@ void attend(const Call<T, Kept>& call) {
       join(total, Running::in(partials.get() + tasks[piece].partial, task.all_rows()),
            task.all_rows(), call.width());
     worker.finish(task, total);
-  });
+  };
+  in_parallel<OwnWorker>(call, (int64_t)division.pieces.size(), division.partial_size,
+                         join_pieces);
 }
 
 // Everything that is read without looking is checked here.
