@@ -19,7 +19,7 @@ from protos.headroom.v1 import (
 from service.engine.errors import QueueFullError
 from service.errors import DETAILS_KEY, to_status
 
-FIRST_TOKEN = 0.4
+FIRST_TOKEN = 0.1
 GAP = 0.05
 VOCAB_SIZE = 50
 

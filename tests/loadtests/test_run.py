@@ -25,10 +25,12 @@ pytestmark = pytest.mark.alone
 EIGHT_TOKENS = Workload(Lengths.parse("fixed:4"), Lengths.parse("fixed:8"))
 _E2E = FIRST_TOKEN + 7 * GAP
 _AGREEMENT = 0.05
+_LATE = 0.2
 
 
 def test_locust_an_asyncio_client_and_the_clock_agree(paced_target: str) -> None:
-    """In one of three attempts: a busy machine is late by milliseconds, for all clients alike."""
+    """In one of three attempts. The clock is that of the server, which a busy machine wakes late, for
+    all clients alike, and never early."""
     spec = LoadSpec(paced_target, EIGHT_TOKENS, users=4, num_requests=16)
     by_clock = {
         "ttft_ms": 1000 * FIRST_TOKEN,
@@ -44,10 +46,14 @@ def test_locust_an_asyncio_client_and_the_clock_agree(paced_target: str) -> None
         found = [{name: getattr(one, name).p50 for name in by_clock} for one in summaries]
         rates = [one.output_tokens_per_s for one in summaries]
         if (
-            found[0] == pytest.approx(by_clock, rel=_AGREEMENT)
-            and found[1] == pytest.approx(by_clock, rel=_AGREEMENT)
+            all(
+                1 - _AGREEMENT < one[name] / wanted < 1 + _LATE
+                for one in found
+                for name, wanted in by_clock.items()
+            )
             and found[0] == pytest.approx(found[1], rel=_AGREEMENT)
-            and rates == pytest.approx([4 * 8 / _E2E] * 2, rel=2 * _AGREEMENT)
+            and rates == pytest.approx([4 * 8 / _E2E] * 2, rel=_LATE)
+            and rates[0] == pytest.approx(rates[1], rel=2 * _AGREEMENT)
         ):
             return
         differences += found
