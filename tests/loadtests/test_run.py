@@ -29,8 +29,8 @@ _LATE = 0.2
 
 
 def test_locust_an_asyncio_client_and_the_clock_agree(paced_target: str) -> None:
-    """In one of three attempts. The clock is that of the server, which a busy machine wakes late, for
-    all clients alike, and never early."""
+    """In one of three attempts. The clock is that of the server, which a busy machine wakes late,
+    for all clients alike, and never early."""
     spec = LoadSpec(paced_target, EIGHT_TOKENS, users=4, num_requests=16)
     by_clock = {
         "ttft_ms": 1000 * FIRST_TOKEN,
