@@ -25,7 +25,7 @@ namespace headroom {
 namespace {
 
 constexpr int kPanel = 64;         // outputs of a task
-constexpr int kFewRows = kLanes;      // with so few there is no time to ask for all that is ahead:
+constexpr int kFewInputs = kLanes;      // with so few there is no time to ask for all that is ahead:
 constexpr int64_t kFirstLines = 128;  // only for what the processor cannot foresee
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
@@ -94,7 +94,7 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
   };
   with_unit<T>([&]<typename Product>() {
     constexpr int kRows = Product::kRows;
-    const int depth_of_part = rows <= kFewRows ? Product::kDepthOfFewRows : Product::kDepth;
+    const int depth_of_part = rows <= kFewInputs ? Product::kDepthOfFewRows : Product::kDepth;
     const Shares shares(rows, outputs, depth, kRows);
     const auto part_of = [&](int64_t panel, int k) {
       const int width = width_of(panel);
@@ -120,11 +120,11 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
             const int lanes = std::min(depth_of_part, depth - k);
             Ahead ahead;
             const bool last = k + depth_of_part >= depth && row + kRows >= end_row;
-            if (count > kFewRows && row == first_row && k + depth_of_part < depth)
+            if (count > kFewInputs && row == first_row && k + depth_of_part < depth)
               ahead = part_of(panel, k + depth_of_part);
             else if (last && after < shares.tasks)
               ahead = part_of(shares.panel_of(after), 0);
-            if (count <= kFewRows) ahead.lines = std::min(ahead.lines, kFirstLines);
+            if (count <= kFewInputs) ahead.lines = std::min(ahead.lines, kFirstLines);
             ahead.steps = blocks_of(count, width) * (lanes / kLanes);
             product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
                                          kPanel, count, width, k > 0);

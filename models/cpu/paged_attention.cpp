@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <limits>
 #include <memory>
 #include <type_traits>
@@ -31,7 +32,7 @@ constexpr int kMaxHeadDim = 256;
 constexpr int64_t kBatches = 8;    // of tasks for each thread, if there are enough
 constexpr int64_t kMaxBatch = 16;  // tasks that one thread takes at once, at most
 
-alignas(64) const uint32_t kZeros[kMaxHeadDim] = {};  // stands for keys that nobody sees
+alignas(64) const uint32_t kZeros[kLanes * kMaxHeadDim] = {};  // stands for keys that nobody sees
 
 Vec tanh(Vec x) {
   const Vec two = splat(2.f), one = splat(1.f);
@@ -42,10 +43,15 @@ Vec tanh(Vec x) {
 // What a thread works with.
 struct Workspace {
   std::vector<float> running, total;
+  std::vector<uint32_t> columns;  // queries, of each head `[depth, 16]`
   alignas(64) uint32_t query[kMostRows * kMaxHeadDim];
   alignas(64) uint32_t keys[kMaxHeadDim * kChunk];
-  alignas(64) uint32_t values[kMaxHeadDim * kChunk];
+  alignas(64) uint32_t values[2][kMaxHeadDim * kChunk];  // of the step at hand and the next
   alignas(64) float scores[kMostRows * kChunk];
+  alignas(64) float arranged[kLanes * kChunk];
+  alignas(64) float plain_weights[kFewRows * kChunk];
+  alignas(64) uint32_t last_values[2][kLanes * kMaxHeadDim / 2];  // of the step at hand and the next
+  alignas(64) float read[kLanes * kMaxHeadDim];
   alignas(64) uint32_t weights[kMostRows * kChunk];
   alignas(64) float key_scale[kChunk], value_scale[kChunk];  // of 8 bits
   int32_t position[kMostRows], first_seen[kMostRows], head[kMostRows];
@@ -64,6 +70,9 @@ class Worker {
   // depend on what others of its task see.
   static constexpr int kKeyStep = std::max(kLanes, Product::kStep * L::kValues);
   static constexpr bool kScaled = !std::is_same_v<T, Kept>;
+  static constexpr bool kInPlace = Product::kTiles && !kScaled;
+  static constexpr int kTiles = kChunk / kLanes;
+  static constexpr int kLocated = 4;  // an even number
 
  public:
   Worker(const Call<T, Kept>& call, Workspace& space)
@@ -75,6 +84,10 @@ class Worker {
         plain_(!kScaled && call.softcap == 0.f && !call.slopes &&
                std::all_of(call.scale, call.scale + call.num_heads,
                            [](double scale) { return scale > 0.; })),
+        has_rows_of_tiles_(kInPlace && depth_ % kLanes == 0 &&
+                           call.places.block_size % kLanes == 0),
+        group_((int)call.group()),
+        block_size_((int)call.places.block_size),
         width_((int)call.width()) {
     const int64_t size = Running::size(Product::kRows, width_);
     space.running.resize(size);
@@ -89,29 +102,25 @@ class Worker {
                                            : Running::in(partials + task.partial, rows);
     total.clear(rows, width_);
     const Running span = Running::in(space_.running.data(), rows);
-    for (int chunk = seen_from(task, task.first_chunk); chunk < task.end_chunk;) {
-      const int end = std::min(task.end_chunk, (chunk / kSpan + 1) * kSpan);
-      span.clear(rows, width_);
-      while (chunk < end) {
-        const int next = seen_from(task, chunk + 1);
-        for (int head = 0; head < task.num_kv_heads; head++) {
-          Located &here = located_[current_], &ahead = located_[1 - current_];
-          locate(task, head, chunk, here);
-          bool has_next = true;
-          if (head + 1 < task.num_kv_heads)
-            locate(task, head + 1, chunk, ahead);
-          else if (next < task.end_chunk)
-            locate(task, 0, next, ahead);
-          else if (expected)
-            locate(*expected, 0, expected->first_chunk, ahead);
-          else
-            has_next = false;
-          attend_chunk(task, head, chunk, here, has_next ? ahead : here, span);
-          current_ = 1 - current_;
-        }
-        chunk = next;
+    int of_span = -1;
+    Step step = first_of(task);
+    locate(step, at(0), at(0));
+    locate(following(step, expected), at(1), at(0));
+    if (step.is_in(task)) prepare(at(0), at(1));
+    while (step.is_in(task)) {
+      const Step next = following(step, expected);
+      locate(next, at(1), at(0));
+      locate(following(next, expected), at(2), at(1));
+      if (step.chunk / kSpan != of_span) {
+        of_span = step.chunk / kSpan;
+        span.clear(rows, width_);
       }
-      join(total, span, rows, width_);
+      weigh(at(0), of(at(0), span));
+      if (next.is_in(task)) prepare(at(1), at(2));
+      read_values(at(0), at(2), of(at(0), span).read);
+      if (!next.is_in(task) || next.chunk / kSpan != of_span) join(total, span, rows, width_);
+      step = next;
+      current_ = (current_ + 1) % kLocated;
     }
     if (task.partial < 0) finish(task, total);
   }
@@ -158,6 +167,48 @@ class Worker {
         std::minmax_element(space_.first_seen, space_.first_seen + rows);
     first_seen_ = *least;
     all_seen_from_ = *most;
+    if (reads_in_place(task)) lay_out_columns(task);
+  }
+
+  // Whether keys are rows of tiles where they lie, and queries columns: to pack keys would take
+  // longer than few queries do.
+  bool reads_in_place(const Task& task) const {
+    return has_rows_of_tiles_ && task.num_rows <= kLanes;
+  }
+
+  static int columns_of(int rows) { return rows == 1 ? 1 : kLanes; }
+
+  void lay_out_columns(const Task& task) {
+    const int rows = task.num_rows, columns = columns_of(rows);
+    space_.columns.resize(task.num_kv_heads * columns * depth_);
+    for (int r = 0; r < task.all_rows(); r++) {
+      uint32_t* to = space_.columns.data() + r / rows * columns * depth_ + r % rows;
+      for (int lane = 0; lane < depth_; lane++)
+        to[lane * columns] = space_.query[r * depth_ + lane];
+    }
+  }
+
+  // A chunk of keys of one head of a task; none, if there is no task.
+  struct Step {
+    const Task* task = nullptr;
+    int head = 0, chunk = 0;
+
+    bool is_in(const Task& other) const { return task == &other; }
+    bool operator==(const Step&) const = default;
+  };
+
+  Step first_of(const Task& task) const {
+    const int chunk = seen_from(task, task.first_chunk);
+    return chunk < task.end_chunk ? Step{&task, 0, chunk} : Step{};
+  }
+
+  // In the expected task, what is seen is not known yet: its memory is asked for, no more.
+  Step following(const Step& step, const Task* expected) const {
+    if (!step.task) return {};
+    if (step.head + 1 < step.task->num_kv_heads) return {step.task, step.head + 1, step.chunk};
+    const int chunk = seen_from(*step.task, step.chunk + 1);
+    if (chunk < step.task->end_chunk) return {step.task, 0, chunk};
+    return !expected || step.is_in(*expected) ? Step{} : Step{expected, 0, expected->first_chunk};
   }
 
   // The first chunk from this one on with a key that a query sees, or the end.
@@ -174,48 +225,82 @@ class Worker {
     const float *key_scales, *value_scales;  // of 8 bits
   };
 
-  // Where the keys and values of a chunk of one head lie; zeros for positions that nobody sees.
+  // Where the keys and values of a step lie: each of them, or, read in place, each sixteen of them;
+  // zeros for positions that nobody sees.
   struct Located {
-    const Task* task = nullptr;
-    int head = 0, chunk = 0;
+    Step step;
+    bool in_place = false;
+    int used = 0;  // of positions
     const Kept *keys[kChunk], *values[kChunk];
     Run runs[kChunk];
     int num_runs = 0;
   };
 
+  Located& at(int ahead) { return located_[(current_ + ahead) % kLocated]; }
+
   // One after the last position that a task reads.
   int end_of(const Task& task) const {
     const int64_t last_row = task.first_row + task.num_rows - 1;
-    return call_.num_computed[task.seq] + (int)(last_row / call_.group()) + 1;
+    return call_.num_computed[task.seq] + (int)last_row / group_ + 1;
   }
 
-  void locate(const Task& task, int head, int chunk, Located& located) const {
-    if (located.task == &task && located.head == head && located.chunk == chunk) return;
-    located.task = &task;
-    located.head = head;
-    located.chunk = chunk;
+  void locate(const Step& step, Located& located, const Located& before) const {
+    if (step == located.step && step.task) return;
+    const Kept* zeros = reinterpret_cast<const Kept*>(kZeros);
+    if (before.in_place && step == Step{before.step.task, before.step.head + 1, before.step.chunk}) {
+      located.step = step;
+      located.in_place = true;
+      located.used = before.used;
+      for (int tile = 0; tile < kTiles; tile++) {
+        const int64_t to_next_head = before.keys[tile] == zeros ? 0 : block_size_ * head_dim_;
+        located.keys[tile] = before.keys[tile] + to_next_head;
+        located.values[tile] = before.values[tile] + to_next_head;
+      }
+      return;
+    }
+    located.step = step;
     located.num_runs = 0;
-    const int first = chunk * kChunk, end = end_of(task), block_size = (int)call_.places.block_size;
+    located.in_place = !step.task || reads_in_place(*step.task);
+    if (!step.task) {
+      std::fill(located.keys, located.keys + kTiles, zeros);
+      std::fill(located.values, located.values + kTiles, zeros);
+      return;
+    }
+    const Task& task = *step.task;
+    const int first = step.chunk * kChunk, end = end_of(task);
+    located.used = std::min(kChunk, end - first);
     const int64_t to_value = call_.places.to_value(head_dim_);
     const int32_t* table = call_.block_tables + task.seq * call_.max_blocks;
-    const Kept* zeros = reinterpret_cast<const Kept*>(kZeros);
-    int within = first % block_size;
-    for (int i = 0, index = first / block_size; i < kChunk; index++, within = 0) {
-      const int in_block = std::min(block_size - within, kChunk - i);
+    const auto key_of = [&](int index, int within) {
+      const int64_t at = (task.kv_head + step.head) * (int64_t)block_size_ + within;
+      return call_.pool + call_.places.block(table[index]) + at * head_dim_;
+    };
+    if (located.in_place) {
+      for (int tile = 0; tile < kTiles; tile++) {
+        const int position = first + tile * kLanes, index = position / block_size_;
+        const bool missing = position >= end || table[index] < 0;
+        const Kept* key = missing ? zeros : key_of(index, position % block_size_);
+        located.keys[tile] = key;
+        located.values[tile] = missing ? zeros : key + to_value;
+      }
+      return;
+    }
+    int within = first % block_size_;
+    for (int i = 0, index = first / block_size_; i < kChunk; index++, within = 0) {
+      const int in_block = std::min(block_size_ - within, kChunk - i);
       const bool missing = first + i >= end || table[index] < 0;
       const int count = missing ? 0 : std::min(in_block, end - (first + i));
       if (count) {
-        const Kept* block = call_.pool + call_.places.block(table[index]);
-        const int64_t at = (task.kv_head + head) * (int64_t)block_size + within;
-        const Kept* key = block + at * head_dim_;
+        const Kept* key = key_of(index, within);
         for (int k = 0; k < count; k++) {
           located.keys[i + k] = key + k * head_dim_;
           located.values[i + k] = key + k * head_dim_ + to_value;
         }
         Run& run = located.runs[located.num_runs++] = {i, count, nullptr, nullptr};
         if constexpr (kScaled) {
-          run.key_scales =
-              reinterpret_cast<const float*>(block + call_.places.to_scales(head_dim_)) + at;
+          const int64_t at = (task.kv_head + step.head) * (int64_t)block_size_ + within;
+          const Kept* scales = key - at * head_dim_ + call_.places.to_scales(head_dim_);
+          run.key_scales = reinterpret_cast<const float*>(scales) + at;
           run.value_scales = run.key_scales + to_value / head_dim_;
           _mm_prefetch((const char*)run.key_scales, _MM_HINT_T0);
           _mm_prefetch((const char*)run.value_scales, _MM_HINT_T0);
@@ -231,16 +316,64 @@ class Worker {
     return reinterpret_cast<const uint32_t*>(row) + lane;
   }
 
-  static void prefetch(const uint32_t* line) { _mm_prefetch((const char*)line, _MM_HINT_T1); }
+  // What a later step reads is asked for, into the second-level cache: the first is full of what is
+  // packed.
+  void ask_for(const Located& later, const Kept* const* rows, int i) const {
+    const Kept* row = later.in_place ? rows[i / kLanes] + i % kLanes * head_dim_ : rows[i];
+    for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(row, d));
+  }
+
+  // How many keys of a step are multiplied.
+  static int padded_of(const Located& here) { return (here.used + kKeyStep - 1) / kKeyStep * kKeyStep; }
+
+  // What a step's turn begins with is there before: its scores and packed values. So nobody waits for
+  // what was written a moment ago, which tiles cannot load before it is in a cache.
+  void prepare(Located& here, const Located& later) {
+    const Step& step = here.step;
+    const int rows = step.task->num_rows, padded = padded_of(here);
+    if (here.in_place) {
+      hide_what_is_no_value(here);
+      score_in_place(here, later, rows);
+    } else {
+      for (int i = 0; i < padded; i += kLanes) pack_keys(here, later, i);
+      product_.template multiply_cached<T>(space_.query + step.head * rows * depth_, depth_,
+                                           space_.keys, kChunk, depth_, space_.scores, kChunk, rows,
+                                           padded, false);
+    }
+    if (reads_packed_values(here)) pack_values(here, later, padded);
+  }
+
+  // What a block holds after the last value may be no number, which no weight makes 0.
+  void hide_what_is_no_value(Located& here) {
+    const int tile = here.used / kLanes, count = here.used % kLanes * head_dim_;
+    if (count == 0) return;
+    Kept* own = reinterpret_cast<Kept*>(space_.last_values[(&here - located_) % 2]);
+    std::copy_n(here.values[tile], count, own);
+    std::fill(own + count, own + kLanes * head_dim_, Kept(0));
+    here.values[tile] = own;
+  }
+
+  // Products of keys and queries, `[kChunk, columns]`.
+  void score_in_place(const Located& here, const Located& later, int rows) {
+    if constexpr (kInPlace) {
+      const uint32_t* keys[kTiles];
+      for (int tile = 0; tile < kTiles; tile++) keys[tile] = lanes(here.keys[tile], 0);
+      const int columns = columns_of(rows);
+      multiply_rows<T>(product_.unit, keys, depth_,
+                       space_.columns.data() + here.step.head * columns * depth_, columns, depth_,
+                       space_.scores, [&](int k, int count, int tile) {
+                         if (!later.in_place) return;
+                         const uint32_t* values = lanes(later.values[tile], k * kLanes);
+                         for (int line = 0; line < count; line++) prefetch(values + line * kLanes);
+                       });
+    }
+  }
 
   // Sixteen keys, from the i-th of a chunk on, sixteen lanes at a time.
-  void pack_keys(const Located& here, const Located& next, int i) {
+  void pack_keys(const Located& here, const Located& later, int i) {
     for (int d = 0; d < kept_lanes_; d += kLanes) {
       const uint32_t* tile[kLanes];
-      for (int k = 0; k < kLanes; k++) {
-        tile[k] = lanes(here.keys[i + k], d);
-        prefetch(lanes(next.values[i + k], d));
-      }
+      for (int k = 0; k < kLanes; k++) tile[k] = lanes(here.keys[i + k], d);
       if constexpr (kScaled) {
         alignas(64) uint32_t fours[kLanes * kLanes];
         constexpr int kSpread = 4 / L::kValues;
@@ -252,18 +385,73 @@ class Worker {
         transpose(tile, kept_lanes_ - d, space_.keys + d * kChunk + i, kChunk);
       }
     }
+    for (int k = i; k < i + kLanes; k++) ask_for(later, later.values, k);
   }
 
-  // Memory is asked for a whole chunk ahead, values while keys are packed and keys while values are,
-  // into the second-level cache: the first is full of what is packed. A line holds as many bytes as
-  // a vector.
-  void attend_chunk(const Task& task, int head, int chunk, const Located& here, const Located& next,
-                    const Running& all) {
-    const int first = chunk * kChunk, rows = task.num_rows, row = head * rows;
-    const Running running{all.highest + row, all.sum + row, all.read + row * width_};
-    const int used = std::min(kChunk, end_of(task) - first);
-    const int padded = (used + kKeyStep - 1) / kKeyStep * kKeyStep;
-    for (int i = 0; i < padded; i += kLanes) pack_keys(here, next, i);
+  // Rows of floats are what they would be packed to; to one query vectors add rows as they lie.
+  bool reads_packed_values(const Located& here) const {
+    if (std::is_same_v<Kept, float> && width_ == head_dim_) return false;
+    return !here.in_place || here.step.task->num_rows > kFewRows;
+  }
+
+  uint32_t* packed_values(const Located& here) { return space_.values[(&here - located_) % 2]; }
+
+  void pack_values(const Located& here, const Located& later, int padded) {
+    uint32_t* packed = packed_values(here);
+    if constexpr (kInPlace) {
+      if (here.in_place) {
+        for (int tile = 0; tile * kLanes < padded; tile++) {
+          const Kept* row = here.values[tile];
+          const Kept* asked = later.in_place ? later.keys[tile] : nullptr;
+          for (int k = 0; k < kLanes; k += 2, row += 2 * head_dim_, packed += width_) {
+            if (asked)
+              for (int line = 0; line < head_dim_ / kLanes; line++, asked += 2 * kLanes) prefetch(asked);
+            interleave_rows(row, row + head_dim_, head_dim_, packed);
+          }
+        }
+        return;
+      }
+    }
+    for (int i = 0; i < padded; i += L::kValues, packed += width_) {
+      const Kept* rows[L::kValues];
+      for (int k = 0; k < L::kValues; k++) {
+        rows[k] = here.values[i + k];
+        ask_for(later, later.keys, i + k);
+      }
+      L::pack_values(rows, head_dim_, packed);
+    }
+  }
+
+  // Of the rows of a step.
+  Running of(const Located& here, const Running& all) const {
+    const int row = here.step.head * here.step.task->num_rows;
+    return {all.highest + row, all.sum + row, all.read + row * width_};
+  }
+
+  // `[kChunk, 16]` to `[rows, kChunk]`.
+  float* arrange(const float* of_keys, int rows, int padded) {
+    for (int i = 0; i < padded; i += kLanes, of_keys += kLanes * kLanes) {
+      const uint32_t* of_key[kLanes];
+      for (int k = 0; k < kLanes; k++)
+        of_key[k] = reinterpret_cast<const uint32_t*>(of_keys) + k * kLanes;
+      transpose(of_key, rows, reinterpret_cast<uint32_t*>(space_.arranged) + i, kChunk);
+    }
+    return space_.arranged;
+  }
+
+  // Scores of a step to weights.
+  void weigh(const Located& here, const Running& running) {
+    const Step& step = here.step;
+    const int first = step.chunk * kChunk, rows = step.task->num_rows, row = step.head * rows;
+    const int padded = padded_of(here);
+    const bool all_seen = first + padded - 1 <= space_.position[row] && first >= all_seen_from_;
+    if constexpr (kInPlace) {
+      if (here.in_place && rows > kFewRows && plain_) {
+        return all_seen ? weigh_columns<true>(row, rows, first, padded, running)
+                        : weigh_columns<false>(row, rows, first, padded, running);
+      }
+    }
+    float* scores = here.in_place && rows > 1 ? arrange(space_.scores, rows, padded) : space_.scores;
     if constexpr (kScaled) {
       std::fill(space_.key_scale, space_.key_scale + kChunk, 0.f);
       std::fill(space_.value_scale, space_.value_scale + kChunk, 0.f);
@@ -272,41 +460,49 @@ class Worker {
         std::copy_n(run->value_scales, run->count, space_.value_scale + run->at);
       }
     }
-    product_.template multiply_cached<T>(space_.query + row * depth_, depth_, space_.keys, kChunk,
-                                         depth_, space_.scores, kChunk, rows, padded, false);
-    const bool all_seen = first + padded - 1 <= space_.position[row] && first >= all_seen_from_;
     const int vecs = padded / kLanes;
     if (!plain_)
-      weigh<false, false>(row, rows, first, vecs, running);
+      weigh<false, false>(row, rows, first, vecs, running, scores, reads_packed_values(here));
     else if (all_seen)
-      weigh<true, true>(row, rows, first, vecs, running);
+      weigh<true, true>(row, rows, first, vecs, running, scores, reads_packed_values(here));
     else
-      weigh<true, false>(row, rows, first, vecs, running);
-    read_values(here, next, padded, rows, running.read);
+      weigh<true, false>(row, rows, first, vecs, running, scores, reads_packed_values(here));
   }
 
-  // Adds the weighted values of a chunk.
-  void read_values(const Located& here, const Located& next, int padded, int rows, float* read) {
+  // Adds the weighted values of a step.
+  void read_values(const Located& here, const Located& later, float* read) {
+    const int rows = here.step.task->num_rows, padded = padded_of(here);
     if constexpr (std::is_same_v<Kept, float>) {
-      if (width_ == head_dim_) {
-        // Rows of floats are what they would be packed to.
+      if (!reads_packed_values(here)) {
         for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
-          for (int k = run->at; k < run->at + run->count; k++)
-            for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(next.keys[k], d));
+          for (int k = run->at; k < run->at + run->count; k++) ask_for(later, later.keys, k);
           product_.template multiply_cached<T>(space_.weights + run->at, kChunk,
-                                        lanes(here.values[run->at], 0), head_dim_, run->count, read,
-                                        width_, rows, width_, true);
+                                               lanes(here.values[run->at], 0), head_dim_, run->count,
+                                               read, width_, rows, width_, true);
         }
         return;
       }
     }
-    for (int i = 0; i < padded; i += L::kValues) {
-      L::pack_values(here.values + i, head_dim_, space_.values + i / L::kValues * width_);
-      for (int k = i; k < i + L::kValues; k++)
-        for (int d = 0; d < kept_lanes_; d += kLanes) prefetch(lanes(next.keys[k], d));
+    if constexpr (kInPlace) {
+      if (!reads_packed_values(here)) {
+        add_weighted_rows(space_.plain_weights, kChunk, rows, here.values, head_dim_, padded, read, width_,
+                          later.in_place ? later.keys : nullptr);
+        return;
+      }
+      if (here.in_place) {
+        // As many rows as of the tiles of scores: to load other shapes takes long.
+        Ahead nothing;
+        std::copy_n(read, rows * width_, space_.read);
+        product_.template multiply<T>(nothing, space_.weights, kChunk / L::kValues,
+                                      packed_values(here), width_, padded / L::kValues, space_.read,
+                                      width_, kLanes, width_, true);
+        std::copy_n(space_.read, rows * width_, read);
+        return;
+      }
     }
-    product_.template multiply_cached<T>(space_.weights, kChunk / L::kValues, space_.values, width_,
-                                  padded / L::kValues, read, width_, rows, width_, true);
+    product_.template multiply_cached<T>(space_.weights, kChunk / L::kValues, packed_values(here),
+                                         width_, padded / L::kValues, read, width_, rows, width_,
+                                         true);
   }
 
   // Which of sixteen keys a row sees.
@@ -333,11 +529,11 @@ class Worker {
   // Products of some rows of the task to weights, and their running softmax moved on. What a row
   // sees has the same bits whether or not it is known beforehand that all is seen.
   template <bool kPlain, bool kAllSeen>
-  void weigh(int first_row, int rows, int first, int vecs, const Running& running) {
+  void weigh(int first_row, int rows, int first, int vecs, const Running& running, float* all_scores, bool packed) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
     float keep[kMostRows], peak[kMostRows];
     for (int r = 0; r < rows; r++) {
-      float* scores = space_.scores + r * kChunk;
+      float* scores = all_scores + r * kChunk;
       Vec highest = splat(-std::numeric_limits<float>::infinity());
       for (int v = 0; v < vecs; v++) {
         Vec score = load(scores + v * kLanes);
@@ -362,18 +558,75 @@ class Worker {
       const Vec factor = splat(space_.factor[first_row + r]), highest = splat(peak[r]);
       Vec sum = splat(0.f);
       for (int v = 0; v < vecs; v++) {
-        const Vec score = load(space_.scores + r * kChunk + v * kLanes);
+        const Vec score = load(all_scores + r * kChunk + v * kLanes);
         Vec weights = exp2(multiply_sub(score, factor, highest));
         if constexpr (!kAllSeen) weights = where(seen_by(first_row + r, keys_of(v)), weights);
         sum = add(sum, weights);
         if constexpr (kScaled)
           weights = where(seen_by(first_row + r, keys_of(v)),
                           mul(weights, load(space_.value_scale + v * kLanes)));
-        L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
+        if (kInPlace && !packed)
+          store(space_.plain_weights + r * kChunk + v * kLanes, L::round(weights));
+        else L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
       }
       if (keep[r] != 1.f) scale_row(running.read + r * width_, width_, keep[r]);
-      running.sum[r] = running.sum[r] * keep[r] + sum_of(sum);
+      running.sum[r] = std::fma(running.sum[r], keep[r], sum_of(sum));
     }
+  }
+
+  // The same of `[kChunk, 16]` scores that are plain: rows are lanes, so that nothing is added across
+  // them; what is added is added in the same order.
+  template <bool kAllSeen>
+  void weigh_columns(int first_row, int rows, int first, int padded, const Running& running) {
+    const Leading lanes = first_lanes(rows);
+    const Ints position = load_ints(space_.position + first_row, lanes);
+    const Ints first_seen = load_ints(space_.first_seen + first_row, lanes);
+    const auto seen = [&](int key) {
+      const Ints keys = splat_int(key);
+      return both(at_most(keys, position),
+                  either(at_least(keys, first_seen), less(keys, splat_int(call_.sink_tokens))));
+    };
+    Vec highest = splat(-std::numeric_limits<float>::infinity());
+    for (int k = 0; k < padded; k++) {
+      const Vec score = load(space_.scores + k * kLanes);
+      if constexpr (kAllSeen)
+        highest = max(highest, score);
+      else
+        highest = max_where(seen(first + k), highest, score);
+    }
+    const Vec factor = load(space_.factor + first_row, lanes), before = load(running.highest, lanes);
+    const Vec peak = max(mul(highest, factor), before), keep = exp2(sub(before, peak));
+    const auto weight_of = [&](int k) {
+      const Vec weight = exp2(multiply_sub(load(space_.scores + k * kLanes), factor, peak));
+      if constexpr (kAllSeen)
+        return weight;
+      else
+        return where(seen(first + k), weight);
+    };
+    alignas(64) uint32_t pairs[kChunk / 2 * kLanes];
+    Vec sum[kLanes];
+    for (int lane = 0; lane < kLanes; lane += 2) {
+      sum[lane] = sum[lane + 1] = splat(0.f);
+      for (int k = lane; k < padded; k += kLanes) {
+        const Vec even = weight_of(k), odd = weight_of(k + 1);
+        sum[lane] = add(sum[lane], even);
+        sum[lane + 1] = add(sum[lane + 1], odd);
+        L::store_pairs(reinterpret_cast<T*>(pairs + k / 2 * kLanes), {even, odd}, kLanes);
+      }
+    }
+    for (int half = kLanes / 2; half > 0; half /= 2)
+      for (int lane = 0; lane < half; lane++) sum[lane] = add(sum[lane], sum[lane + half]);
+    for (int k = 0; k < padded / 2; k += kLanes) {
+      const uint32_t* of_pair[kLanes];
+      for (int pair = 0; pair < kLanes; pair++) of_pair[pair] = pairs + (k + pair) * kLanes;
+      transpose(of_pair, rows, space_.weights + k, kChunk / L::kValues);
+    }
+    store(running.sum, multiply_add(load(running.sum, lanes), keep, sum[0]), lanes);
+    store(running.highest, peak, lanes);
+    alignas(64) float kept[kLanes];
+    store(kept, keep);
+    for (int r = 0; r < rows; r++)
+      if (kept[r] != 1.f) scale_row(running.read + r * width_, width_, kept[r]);
   }
 
   const Call<T, Kept>& call_;
@@ -382,10 +635,12 @@ class Worker {
   const int head_dim_, depth_;  // elements of a head, and the lanes that they fill
   const int kept_lanes_;        // that a key fills in the cache
   const bool plain_;            // a score is a product times a factor, which is positive
+  const bool has_rows_of_tiles_;  // sixteen keys of the cache are a tile
+  const int group_, block_size_;
   const int width_;             // elements of a head, rounded up to whole vectors
   int32_t first_seen_ = 0;      // by any row of the task
   int32_t all_seen_from_ = 0;   // by all of them
-  Located located_[2];  // the chunk at hand and the one after it
+  Located located_[kLocated];  // the step at hand and the two after it
   int current_ = 0;
 };
 

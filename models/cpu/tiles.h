@@ -38,22 +38,25 @@ struct TileRows {
 // Registers: 0 to 3 are sums, 4 and 5 rows of `a`, 6 and 7 columns of `b`.
 class Amx {
  public:
-  void configure(TileRows rows) {
-    if (rows.first == now_.first && rows.second == now_.second) return;
+  void configure(TileRows rows, int columns = kLanes) {
+    now_ = rows;
+    const int second = rows.second ? rows.second : rows.first;
+    const Shape shape{rows.first, second, columns};
+    if (shape == loaded_) return;
+    loaded_ = shape;
     Config config{};
     config.palette = 1;
-    const int second = rows.second ? rows.second : rows.first;
     const int of[8] = {rows.first, rows.first, second, second, rows.first, second, kLanes, kLanes};
     for (int tile = 0; tile < 8; tile++) {
+      const bool is_input = tile == 4 || tile == 5;
       config.rows[tile] = (uint8_t)of[tile];
-      config.bytes[tile] = kLanes * sizeof(float);
+      config.bytes[tile] = (uint16_t)((is_input ? kLanes : columns) * sizeof(float));
     }
     asm volatile("ldtilecfg %0" ::"m"(config));
-    now_ = rows;
   }
 
   ~Amx() {
-    if (now_.first) asm volatile("tilerelease");
+    if (loaded_.first) asm volatile("tilerelease");
   }
 
   // As `load`, a barrier: the compiler does not know what tiles read.
@@ -125,6 +128,38 @@ class Amx {
     HEADROOM_MULTIPLY_ADD(3, 4, 7);
   }
 
+  // The four sums are of sixteen rows each, wherever these lie, and of the same sixteen columns or less.
+  // Adds the products of sixteen lanes, or of thirty-two; `between` is called before each tile.
+  template <typename T, typename F>
+  void multiply_add_rows(const uint32_t* const* a, int a_stride, const uint32_t* b, int b_stride,
+                         int lanes, F&& between) const {
+    const bool two = lanes > kLanes;
+    HEADROOM_LOAD(6, b, b_stride);
+    if (two) HEADROOM_LOAD(7, b + kLanes * b_stride, b_stride);
+#define HEADROOM_MULTIPLY_ADD_ROWS(sum)             \
+  between(sum);                                     \
+  HEADROOM_LOAD(4, a[sum], a_stride);               \
+  HEADROOM_MULTIPLY_ADD(sum, 4, 6);                 \
+  if (two) {                                        \
+    HEADROOM_LOAD(5, a[sum] + kLanes, a_stride);    \
+    HEADROOM_MULTIPLY_ADD(sum, 5, 7);               \
+  }
+    HEADROOM_MULTIPLY_ADD_ROWS(0)
+    HEADROOM_MULTIPLY_ADD_ROWS(1)
+    HEADROOM_MULTIPLY_ADD_ROWS(2)
+    HEADROOM_MULTIPLY_ADD_ROWS(3)
+#undef HEADROOM_MULTIPLY_ADD_ROWS
+  }
+
+  // Such sums, `[64, 16]`.
+  void store_rows(float* c) const {
+    const int columns = loaded_.columns;
+    HEADROOM_STORE(0, c, columns);
+    HEADROOM_STORE(1, c + kLanes * columns, columns);
+    HEADROOM_STORE(2, c + 2 * kLanes * columns, columns);
+    HEADROOM_STORE(3, c + 3 * kLanes * columns, columns);
+  }
+
 #undef HEADROOM_LOAD
 #undef HEADROOM_STORE
 #undef HEADROOM_MULTIPLY_ADD
@@ -136,7 +171,15 @@ class Amx {
     uint8_t rows[16];
   };
 
+  // Of the tiles; to load one takes as long as many products.
+  struct Shape {
+    int first, second, columns;
+
+    bool operator==(const Shape&) const = default;
+  };
+
   TileRows now_{0, 0};
+  Shape loaded_{0, 0, 0};
 };
 
 // Within it, numbers too small to be normal are 0, as they are to the unit.
@@ -155,7 +198,10 @@ class SmallIsZero {
 // What the unit does, in plain words: for processors without it, so that its use can be tested.
 class EmulatedAmx {
  public:
-  void configure(TileRows rows) { rows_ = rows; }
+  void configure(TileRows rows, int columns = kLanes) {
+    rows_ = rows;
+    columns_ = columns;
+  }
 
   void clear() { std::memset(sums_, 0, sizeof sums_); }
 
@@ -175,6 +221,27 @@ class EmulatedAmx {
     for (int row = 0; row < num_rows(); row++)
       for (int column = 0; column < columns; column++)
         add<T>(sums_[row][column], a + row * a_stride, b + column, b_stride);
+  }
+
+  template <typename T, typename F>
+  void multiply_add_rows(const uint32_t* const* a, int a_stride, const uint32_t* b, int b_stride,
+                         int lanes, F&& between) {
+    const SmallIsZero small;
+    for (int tile = 0; tile < 4; tile++) {
+      between(tile);
+      for (int k = 0; k < lanes; k += kLanes)
+        for (int row = 0; row < kLanes; row++)
+          for (int column = 0; column < columns_; column++)
+            add<T>(sums_[row][tile * kLanes + column], a[tile] + row * a_stride + k,
+                   b + k * b_stride + column, b_stride);
+    }
+  }
+
+  void store_rows(float* c) const {
+    for (int tile = 0; tile < 4; tile++)
+      for (int row = 0; row < kLanes; row++)
+        std::memcpy(c + (tile * kLanes + row) * columns_, &sums_[row][tile * kLanes],
+                    columns_ * sizeof(float));
   }
 
  private:
@@ -206,6 +273,7 @@ class EmulatedAmx {
   }
 
   TileRows rows_{0, 0};
+  int columns_ = 0;
   uint32_t sums_[2 * kLanes][4 * kLanes];
 };
 
@@ -327,6 +395,91 @@ void multiply_cached_tiles(Unit& unit, const uint32_t* a, int a_stride, const ui
   if (whole < depth)
     multiply<T>(a + whole, a_stride, b + whole * b_stride, b_stride, depth - whole, c, c_stride,
                 rows, columns, true);
+}
+
+// `c[row, column] = sum over k of a[row, k] * b[k, column]` of sixty-four rows, sixteen after each of
+// four pointers, and of sixteen columns or less; `depth` in whole tiles. Calls `between(k, lanes, tile)`
+// before each tile of `a`.
+template <typename T, typename Unit, typename F>
+void multiply_rows(Unit& unit, const uint32_t* const (&a)[4], int a_stride, const uint32_t* b,
+                   int columns, int depth, float* c, F&& between) {
+  unit.configure({kLanes, kLanes}, columns);
+  unit.clear();
+  for (int k = 0; k < depth; k += 2 * kLanes) {
+    const int lanes = std::min(2 * kLanes, depth - k);
+    const uint32_t* const at[4] = {a[0] + k, a[1] + k, a[2] + k, a[3] + k};
+    unit.template multiply_add_rows<T>(at, a_stride, b + k * columns, columns, lanes,
+                                       [&](int tile) { between(k, lanes, tile); });
+  }
+  unit.store_rows(c);
+}
+
+// As tiles add, to the bit: `c[row] += sum over k of a[row, k] * b[k]`, where `a` are weights that
+// bfloat16 holds and `b` rows of bfloat16, sixteen after each pointer; there are `count` of them, a
+// multiple of 32. Of the rows of `b` a part, of `kPairs` times 32 numbers. As many rows after the
+// pointers `ahead`, if there are any, are asked for.
+template <int kRows, int kPairs>
+void add_weighted_part(const float* a, int a_stride, const at::BFloat16* const* b, int b_stride, int count,
+                       int part, float* c, int c_stride, const at::BFloat16* const* ahead) {
+  constexpr int kTile = 2 * kLanes;
+  Vec total[kRows][kPairs][2];  // of even elements, of odd ones
+  for (int r = 0; r < kRows; r++)
+    for (int p = 0; p < kPairs; p++) {
+      const float* from = c + r * c_stride + part + p * kTile;
+      separate(load(from), load(from + kLanes), total[r][p][0], total[r][p][1]);
+    }
+  for (int tile = 0; tile < count; tile += kTile) {
+    Vec first[kRows][kPairs][2], second[kRows][kPairs][2];
+    for (int r = 0; r < kRows; r++)
+      for (int p = 0; p < kPairs; p++)
+        for (int i = 0; i < 2; i++) first[r][p][i] = second[r][p][i] = splat(0.f);
+    for (int half = tile; half < tile + kTile; half += kLanes) {
+      const at::BFloat16* at = b[half / kLanes] + part;
+      const at::BFloat16* asked = ahead ? ahead[half / kLanes] + part * kLanes : nullptr;
+      for (int k = half; k < half + kLanes; k += 2, at += 2 * b_stride) {
+        if (asked)
+          for (int line = 0; line < 2 * kPairs; line++, asked += kTile) prefetch(asked);
+        for (int p = 0; p < kPairs; p++) {
+          const Ints even = load_ints(at + p * kTile), odd = load_ints(at + b_stride + p * kTile);
+          for (int r = 0; r < kRows; r++) {
+            const Vec by_even = splat(a[r * a_stride + k]), by_odd = splat(a[r * a_stride + k + 1]);
+            first[r][p][0] = multiply_add(by_even, low_halves(even), first[r][p][0]);
+            first[r][p][1] = multiply_add(by_even, high_halves(even), first[r][p][1]);
+            second[r][p][0] = multiply_add(by_odd, low_halves(odd), second[r][p][0]);
+            second[r][p][1] = multiply_add(by_odd, high_halves(odd), second[r][p][1]);
+          }
+        }
+      }
+    }
+    for (int r = 0; r < kRows; r++)
+      for (int p = 0; p < kPairs; p++)
+        for (int i = 0; i < 2; i++)
+          total[r][p][i] = add(total[r][p][i], add(first[r][p][i], second[r][p][i]));
+  }
+  for (int r = 0; r < kRows; r++)
+    for (int p = 0; p < kPairs; p++) {
+      Vec low, high;
+      interleave(total[r][p][0], total[r][p][1], low, high);
+      store(c + r * c_stride + part + p * kTile, low);
+      store(c + r * c_stride + part + p * kTile + kLanes, high);
+    }
+}
+
+constexpr int kFewRows = 3;  // for so many vectors are as quick as tiles
+
+// The whole of rows of `width` numbers, a multiple of 32.
+inline void add_weighted_rows(const float* a, int a_stride, int rows, const at::BFloat16* const* b, int width,
+                              int count, float* c, int c_stride, const at::BFloat16* const* ahead) {
+  const SmallIsZero small;
+  const auto add = [&]<int kRows>() {
+    int part = 0;
+    for (; part + 4 * kLanes <= width; part += 4 * kLanes)
+      add_weighted_part<kRows, 2>(a, a_stride, b, width, count, part, c, c_stride, ahead);
+    if (part < width) add_weighted_part<kRows, 1>(a, a_stride, b, width, count, part, c, c_stride, ahead);
+  };
+  if (rows == 1) add.template operator()<1>();
+  if (rows == 2) add.template operator()<2>();
+  if (rows == 3) add.template operator()<3>();
 }
 
 // What a function says in a child process; no, if the child does not survive it.

@@ -184,8 +184,8 @@ def test_the_bits_of_a_sequence_depend_on_itself_alone(
     name: str, kind: str, unit: str, data: st.DataObject
 ) -> None:
     """Whatever else is in a step, however a prompt is cut, and wherever its blocks lie."""
-    heads = HeadConfig(6, data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(1, 10)))
-    heads = replace(heads, head_dim=4 * heads.head_dim)
+    head_dim = data.draw(st.sampled_from([4, 12, 20, 32, 40, 64, 96]))
+    heads = HeadConfig(6, data.draw(st.sampled_from([1, 2, 3, 6])), head_dim)
     lengths = data.draw(st.lists(st.integers(1, 330), min_size=1, max_size=4))
     sequences = Sequences.random(heads, lengths)
     left, steps = list(lengths), list[list[int]]()
@@ -206,10 +206,12 @@ def test_the_bits_of_a_sequence_depend_on_itself_alone(
 @needs_library
 @pytest.mark.parametrize(("kind", "unit"), BY_UNITS)
 @pytest.mark.parametrize("name", SCORINGS)
-@pytest.mark.parametrize("head_dim", [24, 40])
-def test_token_by_token_equals_one_shot(name: str, kind: str, unit: str, head_dim: int) -> None:
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(2, 24), (2, 40), (1, 64), (2, 64), (6, 64)])
+def test_token_by_token_equals_one_shot(
+    name: str, kind: str, unit: str, kv_heads: int, head_dim: int
+) -> None:
     """Blocks behind the windows are given back on the way and turned into what is not a number."""
-    sequences = Sequences.random(HeadConfig(6, 2, head_dim), [330])
+    sequences = Sequences.random(HeadConfig(6, kv_heads, head_dim), [330])
     with multiplying_by(unit):
         one_shot = sequences.read(SCORINGS[name], [[330]], **KINDS[kind])
         by_one = sequences.read(SCORINGS[name], [[1]] * 330, **KINDS[kind])
