@@ -326,21 +326,21 @@ class Worker {
   // How many keys of a step are multiplied.
   static int padded_of(const Located& here) { return (here.used + kKeyStep - 1) / kKeyStep * kKeyStep; }
 
-  // What a step's turn begins with is there before: its scores and packed values. So nobody waits for
-  // what was written a moment ago, which tiles cannot load before it is in a cache.
+  // What is computed of a step before the turn of the one before it ends.
   void prepare(Located& here, const Located& later) {
     const Step& step = here.step;
     const int rows = step.task->num_rows, padded = padded_of(here);
-    if (here.in_place) {
-      hide_what_is_no_value(here);
-      score_in_place(here, later, rows);
-    } else {
-      for (int i = 0; i < padded; i += kLanes) pack_keys(here, later, i);
-      product_.template multiply_cached<T>(space_.query + step.head * rows * depth_, depth_,
-                                           space_.keys, kChunk, depth_, space_.scores, kChunk, rows,
-                                           padded, false);
+    if constexpr (kInPlace) {
+      if (here.in_place) {
+        hide_what_is_no_value(here);
+        score_in_place(here, later, rows);
+        if (rows > kFewRows) pack_values_in_place(here, later, padded);
+        return;
+      }
     }
-    if (reads_packed_values(here)) pack_values(here, later, padded);
+    for (int i = 0; i < padded; i += kLanes) pack_keys(here, i);
+    product_.template multiply_cached<T>(space_.query + step.head * rows * depth_, depth_, space_.keys,
+                                         kChunk, depth_, space_.scores, kChunk, rows, padded, false);
   }
 
   // What a block holds after the last value may be no number, which no weight makes 0.
@@ -355,25 +355,43 @@ class Worker {
 
   // Products of keys and queries, `[kChunk, columns]`.
   void score_in_place(const Located& here, const Located& later, int rows) {
-    if constexpr (kInPlace) {
-      const uint32_t* keys[kTiles];
-      for (int tile = 0; tile < kTiles; tile++) keys[tile] = lanes(here.keys[tile], 0);
-      const int columns = columns_of(rows);
-      multiply_rows<T>(product_.unit, keys, depth_,
-                       space_.columns.data() + here.step.head * columns * depth_, columns, depth_,
-                       space_.scores, [&](int k, int count, int tile) {
-                         if (!later.in_place) return;
-                         const uint32_t* values = lanes(later.values[tile], k * kLanes);
-                         for (int line = 0; line < count; line++) prefetch(values + line * kLanes);
-                       });
+    const uint32_t* keys[kTiles];
+    for (int tile = 0; tile < kTiles; tile++) keys[tile] = lanes(here.keys[tile], 0);
+    const int columns = columns_of(rows);
+    multiply_rows<T>(product_.unit, keys, depth_,
+                     space_.columns.data() + here.step.head * columns * depth_, columns, depth_,
+                     space_.scores, [&](int k, int count, int tile) {
+                       if (!later.in_place) return;
+                       const uint32_t* values = lanes(later.values[tile], k * kLanes);
+                       for (int line = 0; line < count; line++) prefetch(values + line * kLanes);
+                     });
+  }
+
+  // Tiles cannot load what was written a moment ago before it is in a cache, so this is done a step
+  // before it is needed.
+  void pack_values_in_place(const Located& here, const Located& later, int padded) {
+    uint32_t* packed = packed_in_place(here);
+    for (int tile = 0; tile * kLanes < padded; tile++) {
+      const Kept* row = here.values[tile];
+      const Kept* asked = later.in_place ? later.keys[tile] : nullptr;
+      for (int k = 0; k < kLanes; k += 2, row += 2 * head_dim_, packed += width_) {
+        if (asked)
+          for (int line = 0; line < depth_ / 8; line++, asked += 2 * kLanes) prefetch(asked);
+        interleave_rows(row, row + head_dim_, head_dim_, packed);
+      }
     }
   }
 
+  uint32_t* packed_in_place(const Located& here) { return space_.values[(&here - located_) % 2]; }
+
   // Sixteen keys, from the i-th of a chunk on, sixteen lanes at a time.
-  void pack_keys(const Located& here, const Located& later, int i) {
+  void pack_keys(const Located& here, int i) {
     for (int d = 0; d < kept_lanes_; d += kLanes) {
       const uint32_t* tile[kLanes];
-      for (int k = 0; k < kLanes; k++) tile[k] = lanes(here.keys[i + k], d);
+      for (int k = 0; k < kLanes; k++) {
+        tile[k] = lanes(here.keys[i + k], d);
+        prefetch(lanes(here.values[i + k], d));
+      }
       if constexpr (kScaled) {
         alignas(64) uint32_t fours[kLanes * kLanes];
         constexpr int kSpread = 4 / L::kValues;
@@ -384,41 +402,6 @@ class Worker {
       } else {
         transpose(tile, kept_lanes_ - d, space_.keys + d * kChunk + i, kChunk);
       }
-    }
-    for (int k = i; k < i + kLanes; k++) ask_for(later, later.values, k);
-  }
-
-  // Rows of floats are what they would be packed to; to one query vectors add rows as they lie.
-  bool reads_packed_values(const Located& here) const {
-    if (std::is_same_v<Kept, float> && width_ == head_dim_) return false;
-    return !here.in_place || here.step.task->num_rows > kFewRows;
-  }
-
-  uint32_t* packed_values(const Located& here) { return space_.values[(&here - located_) % 2]; }
-
-  void pack_values(const Located& here, const Located& later, int padded) {
-    uint32_t* packed = packed_values(here);
-    if constexpr (kInPlace) {
-      if (here.in_place) {
-        for (int tile = 0; tile * kLanes < padded; tile++) {
-          const Kept* row = here.values[tile];
-          const Kept* asked = later.in_place ? later.keys[tile] : nullptr;
-          for (int k = 0; k < kLanes; k += 2, row += 2 * head_dim_, packed += width_) {
-            if (asked)
-              for (int line = 0; line < head_dim_ / kLanes; line++, asked += 2 * kLanes) prefetch(asked);
-            interleave_rows(row, row + head_dim_, head_dim_, packed);
-          }
-        }
-        return;
-      }
-    }
-    for (int i = 0; i < padded; i += L::kValues, packed += width_) {
-      const Kept* rows[L::kValues];
-      for (int k = 0; k < L::kValues; k++) {
-        rows[k] = here.values[i + k];
-        ask_for(later, later.keys, i + k);
-      }
-      L::pack_values(rows, head_dim_, packed);
     }
   }
 
@@ -451,6 +434,7 @@ class Worker {
                         : weigh_columns<false>(row, rows, first, padded, running);
       }
     }
+    const bool few = here.in_place && rows <= kFewRows;
     float* scores = here.in_place && rows > 1 ? arrange(space_.scores, rows, padded) : space_.scores;
     if constexpr (kScaled) {
       std::fill(space_.key_scale, space_.key_scale + kChunk, 0.f);
@@ -462,18 +446,22 @@ class Worker {
     }
     const int vecs = padded / kLanes;
     if (!plain_)
-      weigh<false, false>(row, rows, first, vecs, running, scores, reads_packed_values(here));
+      weigh<false, false>(row, rows, first, vecs, running, scores, few);
     else if (all_seen)
-      weigh<true, true>(row, rows, first, vecs, running, scores, reads_packed_values(here));
+      weigh<true, true>(row, rows, first, vecs, running, scores, few);
     else
-      weigh<true, false>(row, rows, first, vecs, running, scores, reads_packed_values(here));
+      weigh<true, false>(row, rows, first, vecs, running, scores, few);
   }
 
   // Adds the weighted values of a step.
   void read_values(const Located& here, const Located& later, float* read) {
     const int rows = here.step.task->num_rows, padded = padded_of(here);
+    if constexpr (kInPlace) {
+      if (here.in_place) return read_in_place(here, later, padded, rows, read);
+    }
     if constexpr (std::is_same_v<Kept, float>) {
-      if (!reads_packed_values(here)) {
+      if (width_ == head_dim_) {
+        // Rows of floats are what they would be packed to.
         for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
           for (int k = run->at; k < run->at + run->count; k++) ask_for(later, later.keys, k);
           product_.template multiply_cached<T>(space_.weights + run->at, kChunk,
@@ -483,26 +471,25 @@ class Worker {
         return;
       }
     }
-    if constexpr (kInPlace) {
-      if (!reads_packed_values(here)) {
-        add_weighted_rows(space_.plain_weights, kChunk, rows, here.values, head_dim_, padded, read, width_,
-                          later.in_place ? later.keys : nullptr);
-        return;
-      }
-      if (here.in_place) {
-        // As many rows as of the tiles of scores: to load other shapes takes long.
-        Ahead nothing;
-        std::copy_n(read, rows * width_, space_.read);
-        product_.template multiply<T>(nothing, space_.weights, kChunk / L::kValues,
-                                      packed_values(here), width_, padded / L::kValues, space_.read,
-                                      width_, kLanes, width_, true);
-        std::copy_n(space_.read, rows * width_, read);
-        return;
-      }
+    for (int i = 0; i < padded; i += L::kValues) {
+      L::pack_values(here.values + i, head_dim_, space_.values[0] + i / L::kValues * width_);
+      for (int k = i; k < i + L::kValues; k++) ask_for(later, later.keys, k);
     }
-    product_.template multiply_cached<T>(space_.weights, kChunk / L::kValues, packed_values(here),
-                                         width_, padded / L::kValues, read, width_, rows, width_,
-                                         true);
+    product_.template multiply_cached<T>(space_.weights, kChunk / L::kValues, space_.values[0], width_,
+                                         padded / L::kValues, read, width_, rows, width_, true);
+  }
+
+  // To few queries vectors add values where they lie. To others tiles do, of as many rows as there are
+  // columns of scores: to load other shapes takes long.
+  void read_in_place(const Located& here, const Located& later, int padded, int rows, float* read) {
+    if (rows <= kFewRows)
+      return add_weighted_rows(space_.plain_weights, kChunk, rows, here.values, head_dim_, padded, read,
+                               width_, later.in_place ? later.keys : nullptr);
+    Ahead nothing;
+    std::copy_n(read, rows * width_, space_.read);
+    product_.template multiply<T>(nothing, space_.weights, kChunk / L::kValues, packed_in_place(here),
+                                  width_, padded / L::kValues, space_.read, width_, kLanes, width_, true);
+    std::copy_n(space_.read, rows * width_, read);
   }
 
   // Which of sixteen keys a row sees.
@@ -529,7 +516,8 @@ class Worker {
   // Products of some rows of the task to weights, and their running softmax moved on. What a row
   // sees has the same bits whether or not it is known beforehand that all is seen.
   template <bool kPlain, bool kAllSeen>
-  void weigh(int first_row, int rows, int first, int vecs, const Running& running, float* all_scores, bool packed) {
+  void weigh(int first_row, int rows, int first, int vecs, const Running& running, float* all_scores,
+             bool plain_weights) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
     float keep[kMostRows], peak[kMostRows];
     for (int r = 0; r < rows; r++) {
@@ -565,9 +553,10 @@ class Worker {
         if constexpr (kScaled)
           weights = where(seen_by(first_row + r, keys_of(v)),
                           mul(weights, load(space_.value_scale + v * kLanes)));
-        if (kInPlace && !packed)
+        if (plain_weights)
           store(space_.plain_weights + r * kChunk + v * kLanes, L::round(weights));
-        else L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
+        else
+          L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
       }
       if (keep[r] != 1.f) scale_row(running.read + r * width_, width_, keep[r]);
       running.sum[r] = std::fma(running.sum[r], keep[r], sum_of(sum));
