@@ -2,61 +2,21 @@
 
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from models.query_batch import RELEASED, QueryBatch, SequenceRow, query_batch, split_rows
 from models.query_tiles import QueryTiles, tile_rows
-from models.scoring import Scoring
 from models.transfer import send
 
-# In a block table: a block whose tokens nobody needs any more, and that was given back.
-RELEASED = -1
-
-
-@dataclass(frozen=True, slots=True)
-class QueryBatch:
-    """Sequences with equally many new tokens: rows `start:end` of the packed step.
-
-    Attributes:
-        block_tables: `[sequences, blocks]`, only blocks that are still there, padded with a block
-            of the same sequence, so that nothing of another sequence is ever read, not even
-            under a mask.
-        query_positions: int64 `[sequences, queries]`.
-        key_positions: int64 `[sequences, blocks * block_size]`, -1 where there is no key.
-        whole_length: if this is one sequence whose tokens are all new, how many; else None.
-    """
-
-    start: int
-    end: int
-    block_tables: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-    whole_length: int | None
-    _masks: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """`[tokens, heads, width]` of the step to `[sequences, heads, queries, width]`."""
-        rows = packed[self.start : self.end]
-        return rows.unflatten(0, self.query_positions.shape).transpose(1, 2)  # type: ignore[no-any-return]
-
-    def mask(self, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
-        """`visible` and `bias` of a scoring; computed once for all layers that agree on them."""
-        key = (
-            scoring.causal,
-            scoring.window,
-            scoring.sink_tokens,
-            scoring.alibi,
-            scoring.scale if scoring.alibi is not None else None,
-        )
-        if key not in self._masks:
-            visible = scoring.visible(self.query_positions, self.key_positions)
-            self._masks[key] = visible, scoring.bias(self.key_positions)
-        return self._masks[key]
+# Forms that a step of the same decodes makes anew.
+_FORMS_OF_ONE_STEP = ("batches", "max_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +42,62 @@ class GroupMetadata:
 
     def __init__(
         self,
-        rows: Sequence["SequenceRow"],
+        rows: Sequence[SequenceRow],
         block_size: int,
         device: torch.device,
         tokens_per_gather: int | None,
     ) -> None:
-        self._rows = rows
+        self._first_rows = rows
+        self._num_advanced = 0
         self._block_size = block_size
         self._device = device
         self._tokens_per_gather = tokens_per_gather
         self._tiles: dict[tuple[int, int, bool], QueryTiles] = {}
+
+    def advance(self, changed: Sequence[int]) -> None:
+        """Go on to the next step, if this one was of decodes and that is of the same, on a CPU.
+
+        Forms stay where they are, one token later, or are made again when they are asked for.
+
+        Args:
+            changed: sequences whose block tables are not what they were.
+        """
+        slots, computed, tables = self._slots, self._computed, self._tables
+        size = self._block_size
+        slots += 1
+        computed += 1
+        self._num_advanced += 1
+        made = vars(self)
+        for form in _FORMS_OF_ONE_STEP:
+            made.pop(form, None)
+        for index in changed:
+            table = self._first_rows[index].block_table
+            position = int(computed[index])
+            slots[index] = table[position // size] * size + position % size
+            if len(table) <= tables.shape[1]:
+                tables[index, : len(table)] = table
+            else:
+                for form in ("block_tables", "_computed", "_tables"):
+                    made.pop(form, None)
+
+    @property
+    def _rows(self) -> Sequence[SequenceRow]:
+        ahead = self._num_advanced
+        if not ahead:
+            return self._first_rows
+        return [SequenceRow(table, at + ahead, new) for table, at, new in self._first_rows]
+
+    @cached_property
+    def _slots(self) -> NDArray[np.int64]:
+        return self.slot_mapping.numpy()
+
+    @cached_property
+    def _computed(self) -> NDArray[np.int32]:
+        return self.block_tables.num_computed.numpy()
+
+    @cached_property
+    def _tables(self) -> NDArray[np.int32]:
+        return self.block_tables.block_tables.numpy()
 
     @cached_property
     def slot_mapping(self) -> Tensor:
@@ -109,11 +115,11 @@ class GroupMetadata:
         num_decodes = sum(1 for row in self._rows if row.num_new == 1)
         budget = self._tokens_per_gather
         most = None if budget is None else budget // self._block_size
-        decodes = _split(self._rows[:num_decodes], most, self._block_size)
+        decodes = split_rows(self._rows[:num_decodes], most, self._block_size)
         batches: list[QueryBatch] = []
         start = 0
         for members in (*decodes, *([row] for row in self._rows[num_decodes:])):
-            batch = _query_batch(members, start, self._block_size, self._device)
+            batch = query_batch(members, start, self._block_size, self._device)
             batches.append(batch)
             start = batch.end
         return tuple(batches)
@@ -123,7 +129,7 @@ class GroupMetadata:
         """The sequences with several tokens, all of which are new, each as a rectangle."""
         ends = itertools.accumulate(row.num_new for row in self._rows)
         return tuple(
-            _query_batch([row], end - row.num_new, self._block_size, self._device)
+            query_batch([row], end - row.num_new, self._block_size, self._device)
             for row, end in zip(self._rows, ends, strict=True)
             if row.is_whole_prompt
         )
@@ -187,6 +193,11 @@ class AttentionMetadata:
 
     groups: tuple[GroupMetadata, ...]
 
+    def advance(self, changed: Sequence[int]) -> None:
+        """`GroupMetadata.advance` of all."""
+        for group in self.groups:
+            group.advance(changed)
+
     @staticmethod
     def build(
         *,
@@ -225,73 +236,3 @@ class AttentionMetadata:
                 for index, tables in enumerate(zip(*block_tables, strict=True))
             )
         )
-
-
-class SequenceRow(NamedTuple):
-    """One sequence of a step, in one group.
-
-    Attributes:
-        num_computed: tokens that the cache held before.
-    """
-
-    block_table: Sequence[int]
-    num_computed: int
-    num_new: int
-
-    @property
-    def length(self) -> int:
-        return self.num_computed + self.num_new
-
-    @property
-    def is_whole_prompt(self) -> bool:
-        return self.num_computed == 0 and self.num_new > 1
-
-    def live(self, block_size: int) -> list[int]:
-        """Indices of the blocks that hold something."""
-        used = -(-self.length // block_size)
-        return [index for index in range(used) if self.block_table[index] != RELEASED]
-
-
-def _split(
-    rows: Sequence[SequenceRow], max_blocks: int | None, block_size: int
-) -> Iterator[Sequence[SequenceRow]]:
-    """Cut rows into neighbours whose blocks, padded to the longest of them, are few enough."""
-    first = width = 0
-    for at, row in enumerate(rows):
-        wider = max(width, len(row.live(block_size)))
-        if max_blocks is not None and at > first and wider * (at + 1 - first) > max_blocks:
-            yield rows[first:at]
-            first, wider = at, len(row.live(block_size))
-        width = wider
-    if rows:
-        yield rows[first:]
-
-
-def _query_batch(
-    rows: Sequence[SequenceRow], start: int, block_size: int, device: torch.device
-) -> QueryBatch:
-    live = [row.live(block_size) for row in rows]
-    width = max(len(indices) for indices in live)
-    tables: list[list[int]] = []
-    starts: list[list[int]] = []
-    for row, indices in zip(rows, live, strict=True):
-        padding = width - len(indices)
-        blocks = [row.block_table[index] for index in indices]
-        tables.append(blocks + blocks[-1:] * padding)
-        # Blocks that only pad start behind the end, where all positions are turned into -1.
-        starts.append([index * block_size for index in indices] + [row.length] * padding)
-    first = send(torch.tensor(starts, dtype=torch.int64), device)
-    offsets = torch.arange(block_size, device=device)
-    positions = (first[:, :, None] + offsets).flatten(1)
-    lengths = send(torch.tensor([row.length for row in rows]), device)[:, None]
-    computed = send(torch.tensor([row.num_computed for row in rows]), device)[:, None]
-    num_new = rows[0].num_new
-    alone = len(rows) == 1 and rows[0].num_computed == 0
-    return QueryBatch(
-        start=start,
-        end=start + len(rows) * num_new,
-        block_tables=send(torch.tensor(tables, dtype=torch.int64), device),
-        query_positions=computed + torch.arange(num_new, device=device),
-        key_positions=positions.masked_fill(positions >= lengths, -1),
-        whole_length=rows[0].length if alone else None,
-    )

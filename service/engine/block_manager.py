@@ -51,6 +51,8 @@ class BlockManager:
             for index, group in enumerate(groups)
             if group.window is not None
         ]
+        # How many tokens into a block a decode is when it may need one, or give one back.
+        self._turns = {0, *((window - 1) % block_size for _, window, _ in self._windows)}
 
     @property
     def num_free_pages(self) -> int:
@@ -143,6 +145,12 @@ class BlockManager:
             return False
         self._extend(seq, missing)
         return True
+
+    def turning(self, starts: Iterable[int]) -> tuple[int, ...]:
+        """Which of some sequences that computed a token in the step before, and compute one behind
+        so many now, have to `grow`; the others keep their blocks."""
+        size, turns = self.block_size, self._turns
+        return tuple([index for index, start in enumerate(starts) if start % size in turns])
 
     def remember(self, seq: Sequence, num_new_tokens: int) -> None:
         """Make blocks findable that the last `num_new_tokens` computed tokens have filled."""
