@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from models.query_batch import RELEASED, QueryBatch, SequenceRow, query_batch, split_rows
@@ -53,6 +51,9 @@ class GroupMetadata:
         self._device = device
         self._tokens_per_gather = tokens_per_gather
         self._tiles: dict[tuple[int, int, bool], QueryTiles] = {}
+        # What forms lie in that have been made.
+        self._slots, self._computed, self._tables = array("q"), array("i"), array("i")
+        self._width = 0
 
     def advance(self, changed: Sequence[int]) -> None:
         """Go on to the next step, if this one was of decodes and that is of the same, on a CPU.
@@ -62,23 +63,22 @@ class GroupMetadata:
         Args:
             changed: sequences whose block tables are not what they were.
         """
-        slots, computed, tables = self._slots, self._computed, self._tables
-        size = self._block_size
-        slots += 1
-        computed += 1
         self._num_advanced += 1
-        made = vars(self)
+        made, size = vars(self), self._block_size
         for form in _FORMS_OF_ONE_STEP:
             made.pop(form, None)
+        count_up(self._slots)
+        count_up(self._computed)
         for index in changed:
-            table = self._first_rows[index].block_table
-            position = int(computed[index])
-            slots[index] = table[position // size] * size + position % size
-            if len(table) <= tables.shape[1]:
-                tables[index, : len(table)] = table
+            table, num_computed, _ = self._first_rows[index]
+            if self._slots:
+                position = num_computed + self._num_advanced
+                self._slots[index] = table[position // size] * size + position % size
+            if len(table) <= self._width:
+                first = index * self._width
+                self._tables[first : first + len(table)] = array("i", table)
             else:
-                for form in ("block_tables", "_computed", "_tables"):
-                    made.pop(form, None)
+                made.pop("block_tables", None)
 
     @property
     def _rows(self) -> Sequence[SequenceRow]:
@@ -88,22 +88,10 @@ class GroupMetadata:
         return [SequenceRow(table, at + ahead, new) for table, at, new in self._first_rows]
 
     @cached_property
-    def _slots(self) -> NDArray[np.int64]:
-        return self.slot_mapping.numpy()
-
-    @cached_property
-    def _computed(self) -> NDArray[np.int32]:
-        return self.block_tables.num_computed.numpy()
-
-    @cached_property
-    def _tables(self) -> NDArray[np.int32]:
-        return self.block_tables.block_tables.numpy()
-
-    @cached_property
     def slot_mapping(self) -> Tensor:
         """`[tokens]`, the cache slot of each new token."""
         size = self._block_size
-        slots = array("q")
+        slots = self._slots = array("q")
         for table, num_computed, num_new in self._rows:
             for position in range(num_computed, num_computed + num_new):
                 slots.append(table[position // size] * size + position % size)
@@ -137,16 +125,18 @@ class GroupMetadata:
     @cached_property
     def block_tables(self) -> BlockTables:
         """All rows of the step, as they are."""
-        width = max(len(row.block_table) for row in self._rows)
+        width = self._width = max(len(row.block_table) for row in self._rows)
         tables, nothing = array("i"), array("i", [RELEASED]) * width
         for table, _, _ in self._rows:
             tables.extend(table)
             tables.extend(nothing[len(table) :])
         ends = itertools.accumulate((row.num_new for row in self._rows), initial=0)
+        computed = array("i", [row.num_computed for row in self._rows])
+        self._tables, self._computed = tables, computed
         return BlockTables(
             self._int32(tables).view(-1, width),
             self._int32(array("i", ends)),
-            self._int32(array("i", [row.num_computed for row in self._rows])),
+            self._int32(computed),
         )
 
     @cached_property
@@ -181,6 +171,11 @@ class GroupMetadata:
         if not numbers:
             return torch.empty(0, dtype=torch.int32, device=self._device)
         return send(torch.frombuffer(numbers, dtype=torch.int32), self._device)
+
+
+def count_up(numbers: "array[int]") -> None:
+    """Make each one higher, where it lies."""
+    numbers[:] = array(numbers.typecode, [number + 1 for number in numbers])
 
 
 @dataclass(frozen=True, slots=True)

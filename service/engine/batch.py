@@ -3,18 +3,16 @@
 from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.attention_metadata import AttentionMetadata
+from models.attention_metadata import AttentionMetadata, count_up
 from models.kv_cache import KVCache
 from models.transfer import send
 from service.engine.plan import ScheduledSequence, StepPlan
 
 
-@dataclass(slots=True)
 class Batch:
     """The tokens of a step, packed, and where they live in the cache.
 
@@ -22,22 +20,16 @@ class Batch:
         input_ids, positions: int64 `[tokens]`.
     """
 
-    input_ids: Tensor
-    positions: Tensor
-    metadata: AttentionMetadata
-
-    @staticmethod
-    def of(plan: StepPlan, kv_cache: KVCache) -> "Batch":
+    def __init__(self, plan: StepPlan, kv_cache: KVCache) -> None:
         input_ids, positions = array("q"), array("q")
         for (seq, num_tokens, _), start in zip(plan.scheduled, plan.starts, strict=True):
             input_ids.extend(seq.token_ids[start : start + num_tokens])
             positions.extend(range(start, start + num_tokens))
         device = kv_cache.pool.device
-        return Batch(
-            send(torch.frombuffer(input_ids, dtype=torch.int64), device),
-            send(torch.frombuffer(positions, dtype=torch.int64), device),
-            describe(plan.scheduled, plan.starts, kv_cache),
-        )
+        self.input_ids = send(torch.frombuffer(input_ids, dtype=torch.int64), device)
+        self.positions = send(torch.frombuffer(positions, dtype=torch.int64), device)
+        self.metadata = describe(plan.scheduled, plan.starts, kv_cache)
+        self._positions = positions
 
     def advance(self, input_ids: Tensor, changed: SequenceOf[int]) -> None:
         """Go on to the next step of the same decodes, on a CPU.
@@ -47,8 +39,7 @@ class Batch:
             changed: sequences whose block tables are not what they were.
         """
         self.input_ids = input_ids
-        positions = self.positions.numpy()
-        positions += 1
+        count_up(self._positions)
         self.metadata.advance(changed)
 
 

@@ -140,10 +140,13 @@ class BlockManager:
         num_blocks = self._blocks_for(num_tokens)
         if min(map(len, seq.block_tables)) >= num_blocks:  # most decodes
             return True
-        missing = [num_blocks - len(table) for table in seq.block_tables]
+        missing = [max(num_blocks - len(table), 0) for table in seq.block_tables]
+        if sum(missing) <= len(self._free_pages):  # room, however many of them a page holds
+            self._extend(seq, missing, evict=False)
+            return True
         if not self._has_room(missing, [[] for _ in missing], [0] * len(missing)):
             return False
-        self._extend(seq, missing)
+        self._extend(seq, missing, evict=self._is_short(missing))
         return True
 
     def turning(self, starts: Iterable[int]) -> tuple[int, ...]:
@@ -226,20 +229,23 @@ class BlockManager:
                 if block != RELEASED:
                     self._reference(index, block)
         seq.block_tables.extend(array("i", blocks) for blocks in prefix)
-        self._extend(seq, missing)
+        self._extend(seq, missing, evict=self._is_short(missing))
         seq.num_computed_tokens = computed
         return True
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _extend(self, seq: Sequence, missing: list[int]) -> None:
+    def _is_short(self, missing: list[int]) -> bool:
+        """Whether there are not enough pages beside blocks that are cached on pages in use. A group
+        may only spare those where no other group then lacks a page."""
         beside_cached = sum(
             -(-max(num_missing - pool.num_empty, 0) // pool.group.blocks_per_page)
             for pool, num_missing in zip(self._pools, missing, strict=True)
         )
-        # A group may only spare its cached blocks where no other group then lacks a page.
-        evict = beside_cached > len(self._free_pages)
+        return beside_cached > len(self._free_pages)
+
+    def _extend(self, seq: Sequence, missing: list[int], *, evict: bool) -> None:
         for index, num_missing in enumerate(missing):
             blocks = [self._take(index, evict=evict) for _ in range(num_missing)]
             seq.block_tables[index].extend(blocks)

@@ -65,6 +65,7 @@ class ModelRunner:
         self._sampling_rows = SamplingRows(eos_token_ids)
         # A cap makes logits finite again, and rounding to 8 bits may.
         self._logits_tell = weight_dtype != "int8" and model.config.logit_softcap is None
+        self._rope_depends_on_length = model.config.rope_depends_on_length
         self._is_on_cpu = model.device.type == "cpu"
         # Of the last step, if it was of decodes: its batch, and the tokens it chose.
         self._decoded: tuple[Batch, Tensor] | None = None
@@ -112,7 +113,7 @@ class ModelRunner:
         """The batch of the last step, one token later, where the plan goes on with it."""
         decoded, self._decoded = self._decoded, None
         if plan.changed is None or not self._is_on_cpu:
-            return Batch.of(plan, self.kv_cache)
+            return Batch(plan, self.kv_cache)
         assert decoded is not None, "a plan goes on with the step before"
         batch, tokens = decoded
         batch.advance(tokens, plan.changed)
@@ -148,7 +149,6 @@ class ModelRunner:
         choice = Choice.of(decoded.tokens) if options is None else choose(decoded.logits, options)
         return RunningStep(plan, sampled, choice=choice)
 
-    @torch.inference_mode()
     def collect(self, step: RunningStep) -> list[Result]:
         """What a step computed, as soon as it has; one result per scheduled sequence, in order."""
         plan, scheduled = step.plan, step.plan.scheduled
@@ -180,6 +180,7 @@ class ModelRunner:
             self._clear(plan, failed)
         return results
 
+    @torch.inference_mode()
     def _read(self, plan: StepPlan, index: int, hidden: Tensor) -> StepResult:
         """What is to be known of `[tokens, hidden]` of a sequence that gets no token."""
         item, start = plan.scheduled[index], plan.starts[index]
@@ -190,6 +191,7 @@ class ModelRunner:
             return StepResult(prompt_logprobs=scores, failed=not all(map(math.isfinite, scores)))
         return StepResult()
 
+    @torch.inference_mode()
     def _clear(self, plan: StepPlan, failed: SequenceOf[int]) -> None:
         """Make the cache slots finite again of what failed.
 
@@ -213,7 +215,7 @@ class ModelRunner:
     ) -> Tensor | None:
         """How long each token's sequence is in its eyes, where the rotation depends on it: as
         long as the prompt for the prompt's tokens, then growing token by token."""
-        if not self.model.config.rope_depends_on_length:
+        if not self._rope_depends_on_length:
             return None
         shortest = torch.tensor(
             [item.seq.min_rope_length for item in scheduled for _ in range(item.num_tokens)]
