@@ -176,7 +176,7 @@ def most_likely(logits: Tensor) -> Tensor:
     """The most likely token of each row, `NOTHING` where the logits are not finite; int64
     `[rows]`."""
     best, tokens = _largest(logits)
-    return tokens.where(best.isfinite(), NOTHING)
+    return tokens.masked_fill(best * 0 != 0, NOTHING)  # 0 times what is not finite is no number
 
 
 def _most_likely(logprobs: Tensor, row: SamplingRow) -> tuple[Tensor, Tensor]:

@@ -276,12 +276,11 @@ class AsyncEngine:
 
     def _publish(self, engine: Engine, outputs: list[SequenceOutput]) -> None:
         self._load = engine.load
-        results: list[tuple[Stream, SequenceOutput | EngineError]] = []
+        streams = self._streams
+        self._deliver([(streams[output.seq_id], output) for output in outputs])
         for output in outputs:
-            done = output.finish is not None
-            stream = self._streams.pop(output.seq_id) if done else self._streams[output.seq_id]
-            results.append((stream, output))
-        self._deliver(results)
+            if output.finish is not None:
+                del streams[output.seq_id]
 
     def _deliver(self, results: "list[tuple[Stream, SequenceOutput | EngineError]]") -> None:
         if results:

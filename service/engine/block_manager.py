@@ -155,6 +155,13 @@ class BlockManager:
         size, turns = self.block_size, self._turns
         return tuple([index for index, start in enumerate(starts) if start % size in turns])
 
+    def filled(self, starts: Iterable[int]) -> list[int]:
+        """Which of some sequences, that computed one token behind so many, `remember` is for."""
+        last = self.block_size - 1
+        if not self._caching:
+            return []
+        return [index for index, start in enumerate(starts) if start % self.block_size == last]
+
     def remember(self, seq: Sequence, num_new_tokens: int) -> None:
         """Make blocks findable that the last `num_new_tokens` computed tokens have filled."""
         if not self._caching:

@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
+from service.engine.decode_run import DecodeRun
 from service.engine.endings import ending_of, length_ending
 from service.engine.errors import NeverFitsError, QueueFullError
 from service.engine.plan import Result, ScheduledSequence, StepPlan, StepResult
@@ -71,8 +72,8 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         # No request has an earlier one; that which had it may have ended.
         self._earliest_deadline = math.inf
-        # The last plan, if it was all decodes, of all that run now.
-        self._decodes: StepPlan | None = None
+        # Begun by the last plan, or one before, if all that run now decode.
+        self._decode_run: DecodeRun | None = None
         # Whether something may be admitted that the last plan did not admit.
         self._has_changed = False
         # The last token of a request needs no slot.
@@ -133,25 +134,23 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step, after what was planned before was recorded; takes blocks for it."""
         expired = tuple(self._expire())
-        plan = self._go_on(expired) or self._plan(expired)
-        is_all = plan.is_decode and len(plan.scheduled) == len(self.running) > 0
-        self._decodes = plan if is_all else None
+        full = len(self.running) >= self._config.max_num_seqs
+        if self._decode_run is not None and (full or not self.waiting):
+            plan = self._decode_run.go_on(expired)
+            if plan is not None:
+                self._has_changed = False
+                return plan
+        plan = self._plan(expired)
+        self._decode_run = None
+        if plan.is_decode and 0 < len(plan.scheduled) == len(self.running):
+            self._decode_run = DecodeRun(
+                plan,
+                self.block_manager,
+                eos_token_ids=self._eos_token_ids,
+                max_len=self._max_len,
+                rope_switch_length=self._rope_switch_length,
+            )
         return plan
-
-    def _go_on(self, expired: tuple[SequenceOutput, ...]) -> StepPlan | None:
-        """The decodes of the last plan, one token later; None where it takes more than to look at
-        those whose blocks change."""
-        last = self._decodes
-        if last is None or (self.waiting and len(self.running) < self._config.max_num_seqs):
-            return None
-        scheduled, starts = last.scheduled, tuple([start + 1 for start in last.starts])
-        assert scheduled[0].seq.num_computed_tokens == starts[0], "the last step is not recorded"
-        changed = self.block_manager.turning(starts)
-        for index in changed:
-            if not self.block_manager.grow(scheduled[index].seq, starts[index] + 1):
-                return None
-        self._has_changed = False
-        return StepPlan(scheduled, starts, expired, changed=changed)
 
     def _plan(self, expired: tuple[SequenceOutput, ...]) -> StepPlan:
         """A step from nothing."""
@@ -221,12 +220,18 @@ class Scheduler:
                 return None
             following.append(ScheduledSequence(seq, 1, samples=True))
             starts.append(end)
-        self._decodes = None
+        self._decode_run = None
         return StepPlan(tuple(following), tuple(starts)) if following else None
 
     def update(self, plan: StepPlan, results: SequenceOf[Result]) -> list[SequenceOutput]:
         """Record what a step computed; returns what is new for each sequence."""
         now = self._clock()
+        recorded = None
+        if self._decode_run is not None:
+            recorded = self._decode_run.record(plan, results, now)
+        if recorded is not None:
+            outputs, self.progress = recorded
+            return [*plan.expired, *outputs]
         self.progress = Progress()
         outputs = list(plan.expired)
         for item, result in zip(plan.scheduled, results, strict=True):
@@ -306,7 +311,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Take all blocks; the tokens stay and are computed again after the next admission."""
         self.running.remove(seq)
-        self._decodes = None
+        self._decode_run = None
         self.block_manager.free(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
@@ -355,7 +360,7 @@ class Scheduler:
     ) -> SequenceOutput:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
-            self._decodes = None
+            self._decode_run = None
             self.block_manager.free(seq)
         else:
             self.waiting.remove(seq)
