@@ -19,6 +19,7 @@ NOTHING = -1
 _MIN_TEMPERATURE = 1e-38
 # Tokens whose probabilities are first looked at together.
 _PART = 256
+_NO_REPORTS: Mapping[int, tuple[Tensor, Tensor, Tensor]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +102,12 @@ class Choice:
 
     @staticmethod
     def of(
-        tokens: Tensor, reported: Mapping[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        tokens: Tensor, reported: Mapping[int, tuple[Tensor, Tensor, Tensor]] = _NO_REPORTS
     ) -> "Choice":
         """Args:
         reported: of rows that ask: log-probability of the chosen token `[1]`, then those of the
             most likely tokens, and these tokens.
         """
-        reported = reported or {}
         numbers = [number for row in reported.values() for number in row]
         return Choice(tokens, tuple(reported), Received(tokens, *numbers))
 

@@ -5,13 +5,15 @@ The oracle is the model without cache, and the sampler on its logits.
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from models.cpu.library import why_unavailable
 from models.kv_cache import KVCache
 from models.sampler import SamplingRow, sample
-from models.transformer import Transformer
+from models.transformer import Transformer, random_model
 from service.engine.block_manager import BlockManager
 from service.engine.model_runner import ModelRunner
 from service.engine.plan import ScheduledSequence, StepPlan, StepResult
@@ -241,3 +243,30 @@ def test_rows_that_are_not_numbers_give_no_token(blocks: BlockManager) -> None:
     results = run(runner, (broken, 1), (sound, 1))
     assert results[0].token_id is None
     assert results[1].token_id == best_token(model, [4])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("weight_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_hidden_states_that_are_not_numbers_give_no_token(
+    blocks: BlockManager,
+    bad: float,
+    dtype: torch.dtype,
+    softcap: float | None,
+    weight_dtype: Any,
+    tied: bool,
+) -> None:
+    """Whatever the way to the logits hides."""
+    if weight_dtype == "int8" and why_unavailable() is not None:
+        pytest.skip("weights of 8 bits need the library")
+    config = CONFIG.replace(logit_softcap=softcap, tie_word_embeddings=tied)
+    model = random_model(config, seed=1, dtype=dtype)
+    with torch.no_grad():
+        assert model.final_norm is not None
+        model.final_norm.weight[0] = bad
+    cache = KVCache(CONFIG, num_pages=256, block_size=BLOCK_SIZE, dtype=dtype, device=model.device)
+    runner = ModelRunner(model, cache, eos_token_ids=frozenset(), weight_dtype=weight_dtype)
+    results = run(runner, (admit(blocks, [3], GREEDY), 1), (admit(blocks, [4], GREEDY), 1))
+    assert [result.failed for result in results] == [True, True]
