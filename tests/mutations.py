@@ -495,7 +495,7 @@ MUTATIONS = (
         "service/engine/sampling_rows.py",
         "if plan.changed is not None and self._are_greedy:",
         "if self._are_greedy:",
-        ("tests/engine/test_decode_runs.py",),
+        ("tests/engine/test_model_runner.py",),
     ),
     Mutation(
         "logits are trusted although a cap hides what is not finite",

@@ -23,7 +23,7 @@ from tests.fakes import FakeClock, SchedulerLoop, continuation
 from tests.models import tiny
 
 PLAIN = HeadConfig(4, 2, 8, rope=ROPE)
-WINDOWS = replace(PLAIN, window=(5, None, 5, None), sink_tokens=2)
+WINDOWS = replace(PLAIN, window=(6, None, 6, None), sink_tokens=2)
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {},
@@ -180,7 +180,7 @@ def test_who_waits_for_blocks_is_looked_at_in_each_step() -> None:
 
 def test_a_deadline_of_somebody_else_changes_nothing() -> None:
     loop = SchedulerLoop(max_num_seqs=1)
-    loop.add([1, 2], greedy(9))
+    loop.add([1, 2], greedy(9), priority=1)
     late = loop.add([2], greedy(4), deadline=10.0)
     assert steps_of(loop, 3) == [False, False, True]
     loop.clock.advance(10.0)

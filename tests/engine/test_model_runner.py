@@ -219,6 +219,19 @@ def test_settings_of_one_row_do_not_reach_another(
     assert [result.token_id for result in results] == [1, best, 2, best]
 
 
+def test_settings_of_one_step_do_not_reach_another(
+    runner: ModelRunner, blocks: BlockManager
+) -> None:
+    for params, expected in (
+        (GREEDY, None),
+        (replace(GREEDY, logit_bias={1: 100.0}), 1),
+        (GREEDY, None),
+        (replace(GREEDY, allowed_token_ids=(2,)), 2),
+    ):
+        (result,) = run(runner, (admit(blocks, [7], params), 1))
+        assert result.token_id == expected or expected is None
+
+
 def test_a_draw_takes_one_random_number_per_token_and_none_before(
     runner: ModelRunner, blocks: BlockManager
 ) -> None:
