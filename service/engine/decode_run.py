@@ -48,7 +48,8 @@ class DecodeRun:
         starts = tuple([start + 1 for start in self._plan.starts])
         assert self._seqs[0].num_computed_tokens == starts[0], "the step before is not recorded"
         changed = self._block_manager.turning(starts)
-        for index in changed:
+        # In the order in which they would lose blocks to each other.
+        for index in sorted(changed, key=lambda index: self._seqs[index].order):
             if not self._block_manager.grow(self._seqs[index], starts[index] + 1):
                 return None
         self._plan = StepPlan(self._plan.scheduled, starts, expired, changed=changed)

@@ -23,7 +23,7 @@ from tests.fakes import FakeClock, SchedulerLoop, continuation
 from tests.models import tiny
 
 PLAIN = HeadConfig(4, 2, 8, rope=ROPE)
-WINDOWS = replace(PLAIN, window=(6, None, 6, None), sink_tokens=2)
+WINDOWS = replace(PLAIN, window=(6, 6, None, None), sink_tokens=2)
 SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {},
