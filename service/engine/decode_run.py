@@ -10,7 +10,7 @@ from typing import TypeGuard
 from service.engine.block_manager import BlockManager
 from service.engine.endings import last_length, last_token_ids
 from service.engine.plan import Result, StepPlan
-from service.engine.sequence import SequenceOutput
+from service.engine.sequence import Sequence, SequenceOutput
 from service.engine.stats import Progress
 
 
@@ -19,6 +19,7 @@ class DecodeRun:
 
     Args:
         plan: the first step.
+        running: its sequences in the order in which they get blocks.
         eos_token_ids, max_len: see `ending_of`.
         rope_switch_length: see `Scheduler`.
     """
@@ -26,6 +27,7 @@ class DecodeRun:
     def __init__(
         self,
         plan: StepPlan,
+        running: SequenceOf[Sequence],
         block_manager: BlockManager,
         *,
         eos_token_ids: frozenset[int],
@@ -38,6 +40,8 @@ class DecodeRun:
         self._max_len = max_len
         self._rope_switch_length = rope_switch_length
         self._seqs = [item.seq for item in plan.scheduled]
+        ranks = {seq.seq_id: rank for rank, seq in enumerate(running)}
+        self._ranks = [ranks[seq.seq_id] for seq in self._seqs]
         self._seq_ids: list[int] = []
         # Steps for which no sequence ends by its length, and tokens that may end one before.
         self._num_quiet = 0
@@ -48,8 +52,7 @@ class DecodeRun:
         starts = tuple([start + 1 for start in self._plan.starts])
         assert self._seqs[0].num_computed_tokens == starts[0], "the step before is not recorded"
         changed = self._block_manager.turning(starts)
-        # In the order in which they would lose blocks to each other.
-        for index in sorted(changed, key=lambda index: self._seqs[index].order):
+        for index in sorted(changed, key=self._ranks.__getitem__):
             if not self._block_manager.grow(self._seqs[index], starts[index] + 1):
                 return None
         self._plan = StepPlan(self._plan.scheduled, starts, expired, changed=changed)

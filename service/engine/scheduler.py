@@ -145,6 +145,7 @@ class Scheduler:
         if plan.is_decode and 0 < len(plan.scheduled) == len(self.running):
             self._decode_run = DecodeRun(
                 plan,
+                self.running,
                 self.block_manager,
                 eos_token_ids=self._eos_token_ids,
                 max_len=self._max_len,
