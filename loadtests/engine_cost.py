@@ -170,8 +170,8 @@ def _timed_functions(watch: StepWatch) -> ExitStack:
     patch(ModelRunner, "_build_batch", "batch")
     for name in ("forward", "project_to_vocab"):
         patch(Transformer, name, "model")
-    patch(model_runner, "choose", "choosing")
-    patch(model_runner, "broken_rows", "choosing")
+    for name in ("choose", "most_likely", "broken_rows"):
+        patch(model_runner, name, "choosing")
     # Made when the first layer asks for them.
     for name in ("slot_mapping", "block_tables"):
         form = cached_property(watch.timed("forms", GroupMetadata.__dict__[name].func))

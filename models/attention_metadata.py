@@ -2,61 +2,19 @@
 
 import itertools
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from models.query_batch import RELEASED, QueryBatch, SequenceRow, query_batch, split_rows
 from models.query_tiles import QueryTiles, tile_rows
-from models.scoring import Scoring
 from models.transfer import send
 
-# In a block table: a block whose tokens nobody needs any more, and that was given back.
-RELEASED = -1
-
-
-@dataclass(frozen=True, slots=True)
-class QueryBatch:
-    """Sequences with equally many new tokens: rows `start:end` of the packed step.
-
-    Attributes:
-        block_tables: `[sequences, blocks]`, only blocks that are still there, padded with a block
-            of the same sequence, so that nothing of another sequence is ever read, not even
-            under a mask.
-        query_positions: int64 `[sequences, queries]`.
-        key_positions: int64 `[sequences, blocks * block_size]`, -1 where there is no key.
-        whole_length: if this is one sequence whose tokens are all new, how many; else None.
-    """
-
-    start: int
-    end: int
-    block_tables: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-    whole_length: int | None
-    _masks: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """`[tokens, heads, width]` of the step to `[sequences, heads, queries, width]`."""
-        rows = packed[self.start : self.end]
-        return rows.unflatten(0, self.query_positions.shape).transpose(1, 2)  # type: ignore[no-any-return]
-
-    def mask(self, scoring: Scoring) -> tuple[Tensor, Tensor | None]:
-        """`visible` and `bias` of a scoring; computed once for all layers that agree on them."""
-        key = (
-            scoring.causal,
-            scoring.window,
-            scoring.sink_tokens,
-            scoring.alibi,
-            scoring.scale if scoring.alibi is not None else None,
-        )
-        if key not in self._masks:
-            visible = scoring.visible(self.query_positions, self.key_positions)
-            self._masks[key] = visible, scoring.bias(self.key_positions)
-        return self._masks[key]
+# Forms that a step of the same decodes makes anew.
+_FORMS_OF_ONE_STEP = ("batches", "max_length")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +40,58 @@ class GroupMetadata:
 
     def __init__(
         self,
-        rows: Sequence["SequenceRow"],
+        rows: Sequence[SequenceRow],
         block_size: int,
         device: torch.device,
         tokens_per_gather: int | None,
     ) -> None:
-        self._rows = rows
+        self._first_rows = rows
+        self._num_advanced = 0
         self._block_size = block_size
         self._device = device
         self._tokens_per_gather = tokens_per_gather
         self._tiles: dict[tuple[int, int, bool], QueryTiles] = {}
+        # What forms lie in that have been made.
+        self._slots, self._computed, self._tables = array("q"), array("i"), array("i")
+        self._width = 0
+
+    def advance(self, changed: Sequence[int]) -> None:
+        """Go on to the next step, if this one was of decodes and that is of the same, on a CPU.
+
+        Forms stay where they are, one token later, or are made again when they are asked for.
+
+        Args:
+            changed: sequences whose block tables are not what they were.
+        """
+        self._num_advanced += 1
+        made, size = vars(self), self._block_size
+        for form in _FORMS_OF_ONE_STEP:
+            made.pop(form, None)
+        count_up(self._slots)
+        count_up(self._computed)
+        for index in changed:
+            table, num_computed, _ = self._first_rows[index]
+            if self._slots:
+                position = num_computed + self._num_advanced
+                self._slots[index] = table[position // size] * size + position % size
+            if len(table) <= self._width:
+                first = index * self._width
+                self._tables[first : first + len(table)] = array("i", table)
+            else:
+                made.pop("block_tables", None)
+
+    @property
+    def _rows(self) -> Sequence[SequenceRow]:
+        ahead = self._num_advanced
+        if not ahead:
+            return self._first_rows
+        return [SequenceRow(table, at + ahead, new) for table, at, new in self._first_rows]
 
     @cached_property
     def slot_mapping(self) -> Tensor:
         """`[tokens]`, the cache slot of each new token."""
         size = self._block_size
-        slots = array("q")
+        slots = self._slots = array("q")
         for table, num_computed, num_new in self._rows:
             for position in range(num_computed, num_computed + num_new):
                 slots.append(table[position // size] * size + position % size)
@@ -109,11 +103,11 @@ class GroupMetadata:
         num_decodes = sum(1 for row in self._rows if row.num_new == 1)
         budget = self._tokens_per_gather
         most = None if budget is None else budget // self._block_size
-        decodes = _split(self._rows[:num_decodes], most, self._block_size)
+        decodes = split_rows(self._rows[:num_decodes], most, self._block_size)
         batches: list[QueryBatch] = []
         start = 0
         for members in (*decodes, *([row] for row in self._rows[num_decodes:])):
-            batch = _query_batch(members, start, self._block_size, self._device)
+            batch = query_batch(members, start, self._block_size, self._device)
             batches.append(batch)
             start = batch.end
         return tuple(batches)
@@ -123,7 +117,7 @@ class GroupMetadata:
         """The sequences with several tokens, all of which are new, each as a rectangle."""
         ends = itertools.accumulate(row.num_new for row in self._rows)
         return tuple(
-            _query_batch([row], end - row.num_new, self._block_size, self._device)
+            query_batch([row], end - row.num_new, self._block_size, self._device)
             for row, end in zip(self._rows, ends, strict=True)
             if row.is_whole_prompt
         )
@@ -131,16 +125,18 @@ class GroupMetadata:
     @cached_property
     def block_tables(self) -> BlockTables:
         """All rows of the step, as they are."""
-        width = max(len(row.block_table) for row in self._rows)
+        width = self._width = max(len(row.block_table) for row in self._rows)
         tables, nothing = array("i"), array("i", [RELEASED]) * width
         for table, _, _ in self._rows:
             tables.extend(table)
             tables.extend(nothing[len(table) :])
         ends = itertools.accumulate((row.num_new for row in self._rows), initial=0)
+        computed = array("i", [row.num_computed for row in self._rows])
+        self._tables, self._computed = tables, computed
         return BlockTables(
             self._int32(tables).view(-1, width),
             self._int32(array("i", ends)),
-            self._int32(array("i", [row.num_computed for row in self._rows])),
+            self._int32(computed),
         )
 
     @cached_property
@@ -177,6 +173,11 @@ class GroupMetadata:
         return send(torch.frombuffer(numbers, dtype=torch.int32), self._device)
 
 
+def count_up(numbers: "array[int]") -> None:
+    """Make each one higher, where it lies."""
+    numbers[:] = array(numbers.typecode, [number + 1 for number in numbers])
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
     """Where the tokens of one step live in the cache, for each group of heads.
@@ -186,6 +187,11 @@ class AttentionMetadata:
     """
 
     groups: tuple[GroupMetadata, ...]
+
+    def advance(self, changed: Sequence[int]) -> None:
+        """`GroupMetadata.advance` of all."""
+        for group in self.groups:
+            group.advance(changed)
 
     @staticmethod
     def build(
@@ -225,73 +231,3 @@ class AttentionMetadata:
                 for index, tables in enumerate(zip(*block_tables, strict=True))
             )
         )
-
-
-class SequenceRow(NamedTuple):
-    """One sequence of a step, in one group.
-
-    Attributes:
-        num_computed: tokens that the cache held before.
-    """
-
-    block_table: Sequence[int]
-    num_computed: int
-    num_new: int
-
-    @property
-    def length(self) -> int:
-        return self.num_computed + self.num_new
-
-    @property
-    def is_whole_prompt(self) -> bool:
-        return self.num_computed == 0 and self.num_new > 1
-
-    def live(self, block_size: int) -> list[int]:
-        """Indices of the blocks that hold something."""
-        used = -(-self.length // block_size)
-        return [index for index in range(used) if self.block_table[index] != RELEASED]
-
-
-def _split(
-    rows: Sequence[SequenceRow], max_blocks: int | None, block_size: int
-) -> Iterator[Sequence[SequenceRow]]:
-    """Cut rows into neighbours whose blocks, padded to the longest of them, are few enough."""
-    first = width = 0
-    for at, row in enumerate(rows):
-        wider = max(width, len(row.live(block_size)))
-        if max_blocks is not None and at > first and wider * (at + 1 - first) > max_blocks:
-            yield rows[first:at]
-            first, wider = at, len(row.live(block_size))
-        width = wider
-    if rows:
-        yield rows[first:]
-
-
-def _query_batch(
-    rows: Sequence[SequenceRow], start: int, block_size: int, device: torch.device
-) -> QueryBatch:
-    live = [row.live(block_size) for row in rows]
-    width = max(len(indices) for indices in live)
-    tables: list[list[int]] = []
-    starts: list[list[int]] = []
-    for row, indices in zip(rows, live, strict=True):
-        padding = width - len(indices)
-        blocks = [row.block_table[index] for index in indices]
-        tables.append(blocks + blocks[-1:] * padding)
-        # Blocks that only pad start behind the end, where all positions are turned into -1.
-        starts.append([index * block_size for index in indices] + [row.length] * padding)
-    first = send(torch.tensor(starts, dtype=torch.int64), device)
-    offsets = torch.arange(block_size, device=device)
-    positions = (first[:, :, None] + offsets).flatten(1)
-    lengths = send(torch.tensor([row.length for row in rows]), device)[:, None]
-    computed = send(torch.tensor([row.num_computed for row in rows]), device)[:, None]
-    num_new = rows[0].num_new
-    alone = len(rows) == 1 and rows[0].num_computed == 0
-    return QueryBatch(
-        start=start,
-        end=start + len(rows) * num_new,
-        block_tables=send(torch.tensor(tables, dtype=torch.int64), device),
-        query_positions=computed + torch.arange(num_new, device=device),
-        key_positions=positions.masked_fill(positions >= lengths, -1),
-        whole_length=rows[0].length if alone else None,
-    )

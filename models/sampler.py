@@ -19,6 +19,7 @@ NOTHING = -1
 _MIN_TEMPERATURE = 1e-38
 # Tokens whose probabilities are first looked at together.
 _PART = 256
+_NO_REPORTS: Mapping[int, tuple[Tensor, Tensor, Tensor]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class SamplingRow:
         return bool(self.top_k or self.top_p < 1.0 or self.min_p)
 
 
-class SampledToken(NamedTuple):  # made for every token, in half the time of a frozen dataclass
+class SampledToken(NamedTuple):
     """A chosen token, and what was asked about its probability.
 
     Attributes:
@@ -101,34 +102,36 @@ class Choice:
 
     @staticmethod
     def of(
-        tokens: Tensor, reported: Mapping[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        tokens: Tensor, reported: Mapping[int, tuple[Tensor, Tensor, Tensor]] = _NO_REPORTS
     ) -> "Choice":
         """Args:
         reported: of rows that ask: log-probability of the chosen token `[1]`, then those of the
             most likely tokens, and these tokens.
         """
-        reported = reported or {}
         numbers = [number for row in reported.values() for number in row]
         return Choice(tokens, tuple(reported), Received(tokens, *numbers))
 
-    def read(self) -> list[SampledToken]:
-        """One for each row, as soon as they have arrived."""
-        tokens, *numbers = self._arriving.wait()
-        sampled = [
-            SampledToken(None if token_id == NOTHING else token_id) for token_id in tokens.tolist()
-        ]
+    def read(self) -> tuple[list[int], dict[int, SampledToken]]:
+        """The token of each row, `NOTHING` where none could be chosen, and those of which more is
+        reported, by their rows; as soon as they have arrived."""
+        arrived, *numbers = self._arriving.wait()
+        token_ids: list[int] = arrived.tolist()
+        reported: dict[int, SampledToken] = {}
         for index, row in enumerate(self.asked):
             logprob, values, ids = numbers[3 * index : 3 * index + 3]
-            token_id = sampled[row].token_id
-            if token_id is not None:
+            if token_ids[row] != NOTHING:
                 top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-                sampled[row] = SampledToken(token_id, logprob.item(), top)
-        return sampled
+                reported[row] = SampledToken(token_ids[row], logprob.item(), top)
+        return token_ids, reported
 
 
 def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     """Choose one token per row of float32 logits `[rows, vocab]`, which may be overwritten."""
-    return choose(logits, rows).read()
+    token_ids, reported = choose(logits, rows).read()
+    return [
+        reported.get(row, SampledToken(None if token_id == NOTHING else token_id))
+        for row, token_id in enumerate(token_ids)
+    ]
 
 
 def choose(logits: Tensor, rows: Sequence[SamplingRow]) -> Choice:
@@ -173,7 +176,7 @@ def most_likely(logits: Tensor) -> Tensor:
     """The most likely token of each row, `NOTHING` where the logits are not finite; int64
     `[rows]`."""
     best, tokens = _largest(logits)
-    return tokens.where(best.isfinite(), NOTHING)
+    return tokens.masked_fill(best * 0 != 0, NOTHING)  # 0 times what is not finite is no number
 
 
 def _most_likely(logprobs: Tensor, row: SamplingRow) -> tuple[Tensor, Tensor]:

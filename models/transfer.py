@@ -20,7 +20,7 @@ class Received:
     def __init__(self, *tensors: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         self._tensors = tensors
-        if tensors and tensors[0].device.type == "cuda":
+        if tensors and tensors[0].is_cuda:
             self._tensors = tuple(
                 torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
                     tensor, non_blocking=True

@@ -69,6 +69,7 @@ class Transformer(nn.Module):
             if config.tie_word_embeddings or not config.is_causal
             else Linear(embedding_size, config.vocab_size, bias=config.lm_head_bias)
         )
+        self._ropes = {heads.rope for heads in config.layers if heads.rope is not None}
         # The embeddings once more, where they are the output head too and weights are packed.
         self._packed_head: PackedWeight | None = None
 
@@ -293,8 +294,7 @@ class Transformer(nn.Module):
 
     def _rotations(self, positions: Tensor, lengths: Tensor | None) -> Rotations:
         """Cosines and sines of the tokens for each rotary setting in use."""
-        configs = {heads.rope for heads in self.config.layers if heads.rope is not None}
-        return {config: self.rotation(config, positions, lengths) for config in configs}
+        return {config: self.rotation(config, positions, lengths) for config in self._ropes}
 
     def rotation(
         self, config: RopeConfig, positions: Tensor, lengths: Tensor | None = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.group_pool import BlockGroup
-from service.engine.plan import ScheduledSequence, StepPlan, StepResult
+from service.engine.plan import Result, ScheduledSequence, StepPlan, StepResult
 from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import (
@@ -115,16 +115,17 @@ class FakeModelRunner:
         # The group that wrote to a page last, and its slots: it overwrites all others.
         self._pages: dict[int, tuple[int, dict[int, int]]] = {}
 
-    def run(
-        self, plan: StepPlan, before: Mapping[int, int | None] | None = None
-    ) -> list[StepResult]:
+    def run(self, plan: StepPlan, before: Mapping[int, int | None] | None = None) -> list[Result]:
         """Args:
         before: of a foreseen plan, tokens of the step before by sequence id.
         """
-        return [self._run(item, (before or {}).get(item.seq.seq_id)) for item in plan.scheduled]
+        return [
+            self._run(item, start, (before or {}).get(item.seq.seq_id))
+            for item, start in zip(plan.scheduled, plan.starts, strict=True)
+        ]
 
-    def _run(self, item: ScheduledSequence, newest: int | None) -> StepResult:
-        seq, start, end = item.seq, item.start, item.end
+    def _run(self, item: ScheduledSequence, start: int, newest: int | None) -> Result:
+        seq, end = item.seq, start + item.num_tokens
         for position in range(start, end):
             known = position < seq.num_tokens
             self._write(seq, position, seq.token_ids[position] if known else newest or 0)
@@ -140,11 +141,11 @@ class FakeModelRunner:
         if not item.samples:
             return StepResult()
         if seq.seq_id in self.scripts:
-            at = seq.num_output_tokens + item.num_unknown
+            at = end - seq.num_prompt_tokens
             script = self.scripts[seq.seq_id]
             token_id = script[at] if at < len(script) else 0  # behind its end
-            return StepResult(token_id, failed=token_id is None)
-        return StepResult(self._look(seq, end - 1) % VOCAB_SIZE)
+            return StepResult(failed=True) if token_id is None else token_id
+        return self._look(seq, end - 1) % VOCAB_SIZE
 
     def _write(self, seq: Sequence, position: int, token_id: int) -> None:
         for index, group in enumerate(self._groups):
@@ -209,7 +210,7 @@ class SchedulerLoop:
     ) -> None:
         self.foresees = foresees
         self.num_foreseen = 0
-        self._foreseen: tuple[StepPlan, list[StepResult]] | None = None
+        self._foreseen: tuple[StepPlan, list[Result]] | None = None
         self.config = EngineConfig(
             block_size=block_size,
             num_blocks=num_blocks,
@@ -278,7 +279,7 @@ class SchedulerLoop:
         following = self.scheduler.foresee(plan) if self.foresees else None
         if following is not None:
             tokens = {
-                item.seq.seq_id: result.token_id
+                item.seq.seq_id: result if isinstance(result, int) else None
                 for item, result in zip(plan.scheduled, results, strict=True)
             }
             self._foreseen = following, self.runner.run(following, tokens)
@@ -289,7 +290,7 @@ class SchedulerLoop:
         self.num_preempted += plan.num_preempted
         return scheduled
 
-    def _launch(self) -> tuple[StepPlan, list[StepResult]]:
+    def _launch(self) -> tuple[StepPlan, list[Result]]:
         """The step that was foreseen, unless all it is for have ended; else a new one."""
         foreseen, self._foreseen = self._foreseen, None
         if foreseen is not None and any(

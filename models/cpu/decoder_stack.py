@@ -5,6 +5,8 @@ between any two of its operations, would wait for memory: of one sequence, a qua
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
+from operator import is_, methodcaller
 from typing import Any, cast
 
 import torch
@@ -46,16 +48,20 @@ class DecoderStack:
         for layer, (part,) in zip(decoder_layers, cache.layers, strict=True):
             self._add(layer, part)
         # With another piece they would be other layers, and with a hook somebody looks in between.
-        self._pieces = [
-            (owner, len(owner), list(owner.items()))
-            for module in layers.modules()
-            for owner in (module._modules, module._parameters)
+        self._owners = [
+            owner for module in layers.modules() for owner in (module._modules, module._parameters)
         ]
-        self._attributes = [
-            (own := vars(module), name, own.get(name))
+        self._sizes = [len(owner) for owner in self._owners]
+        self._names = [name for owner in self._owners for name in owner]
+        self._pieces = [piece for owner in self._owners for piece in owner.values()]
+        attributes = [
+            (vars(module), name)
             for module in layers.modules()
             for name in _ATTRIBUTES.get(type(module), ())
         ]
+        self._holders = [own for own, _ in attributes]
+        self._attribute_names = [name for _, name in attributes]
+        self._attributes = [own.get(name) for own, name in attributes]
         self._hooks = [hooks for module in layers.modules() for hooks in _hooks_of(module)]
 
     @staticmethod
@@ -89,13 +95,16 @@ class DecoderStack:
         )
 
     def _is_of(self, layers: nn.ModuleList) -> bool:
+        """Whether nothing has changed; asked in every step, so without a line of Python for each
+        piece."""
+        owners, values = self._owners, map(methodcaller("values"), self._owners)
+        attributes = map(dict.get, self._holders, self._attribute_names)
         return (
             self._layers is layers
-            and all(
-                len(owner) == count and all(owner.get(name) is piece for name, piece in pieces)
-                for owner, count, pieces in self._pieces
-            )
-            and all(own.get(name) is value for own, name, value in self._attributes)
+            and [*map(len, owners)] == self._sizes
+            and [*chain.from_iterable(owners)] == self._names
+            and all(map(is_, chain.from_iterable(values), self._pieces))
+            and all(map(is_, attributes, self._attributes))
             and not any(self._hooks)
             and not any(_GLOBAL_HOOKS)
         )

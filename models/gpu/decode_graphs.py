@@ -13,16 +13,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from models.attention_metadata import (
-    RELEASED,
-    AttentionMetadata,
-    BlockTables,
-    GroupMetadata,
-    SequenceRow,
-)
+from models.attention_metadata import AttentionMetadata, BlockTables, GroupMetadata
 from models.kernels.paged_triton import partial_bytes
 from models.kv_cache import KVCache
 from models.layers import MixtureOfExperts
+from models.query_batch import RELEASED, SequenceRow
 from models.sampler import most_likely
 from models.transfer import send
 from models.transformer import Transformer

@@ -14,7 +14,7 @@ from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
 from service.engine.group_pool import BlockGroup, pages_for
 from service.engine.kv_reads import KVReads
-from service.engine.plan import ScheduledSequence, StepResult
+from service.engine.plan import StepResult
 from service.engine.sampling_params import SamplingParams
 from service.engine.scheduler import Scheduler
 from service.engine.sequence import RELEASED, Sequence
@@ -97,7 +97,7 @@ def residency(
         kept_free = manager.outstanding(scheduler.running, max_new_tokens)
         held.append(now)
         claimed.append(tuple(own + free for own, free in zip(now, kept_free, strict=True)))
-        scheduler.update(plan, [StepResult(token_id=0)])
+        scheduler.update(plan, [0 if plan.scheduled[0].samples else StepResult()])
     num_decodes = output - 1
     return Residency(
         start=tuple(group.blocks_at_once(block_size, prompt, max_new_tokens) for group in groups),
@@ -111,10 +111,8 @@ def residency(
 @functools.lru_cache(maxsize=256)
 def mean_kv_bytes(shape: RequestShape, model: ModelConfig) -> float:
     """Keys and values that a decode step of such a request reads, on average."""
-    seq = Sequence(seq_id=0, token_ids=[], params=None, arrival_time=0.0)
     starts = range(shape.prompt, shape.prompt + shape.num_decodes)
-    steps = (ScheduledSequence(seq, 1, start, samples=False) for start in starts)
-    return KVReads(model).count(steps) / shape.num_decodes
+    return KVReads(model).count(starts, shape.num_decodes) / shape.num_decodes
 
 
 def _means(counts: SequenceOf[Blocks]) -> tuple[float, ...]:

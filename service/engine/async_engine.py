@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from typing import TypeVar
 
 import torch
@@ -212,14 +213,14 @@ class AsyncEngine:
         finally:
             self._dead = True  # before the queue is emptied: see run()
             self._lose_requests(engine)
-            refused: list[tuple[Stream, SequenceOutput | EngineError]] = []
+            refused: list[Stream] = []
             while not self._commands.empty():
                 match self._commands.get():
                     case Add(_, stream):
-                        refused.append((stream, EngineDeadError()))
+                        refused.append(stream)
                     case Call() as call:
                         call.refuse(EngineDeadError())
-            self._deliver(refused)
+            self._deliver(refused, [EngineDeadError() for _ in refused])
             self._calls.refuse_all(EngineDeadError())
 
     def _lose_requests(self, engine: Engine) -> None:
@@ -228,7 +229,7 @@ class AsyncEngine:
             engine.scheduler.abort_all(FinishReason.ERROR)
         except Exception:
             log.exception("the engine's requests were not ended in order")
-        self._deliver([(stream, RequestLostError()) for stream in self._streams.values()])
+        self._deliver([*self._streams.values()], [RequestLostError() for _ in self._streams])
         self._streams.clear()
 
     def _serve(self, engine: Engine) -> None:
@@ -269,23 +270,24 @@ class AsyncEngine:
         try:
             stream.seq_id = engine.add(request)
         except EngineError as error:
-            self._deliver([(stream, error)])
+            self._deliver([stream], [error])
             return
         self._streams[stream.seq_id] = stream
         self._load = engine.load
 
     def _publish(self, engine: Engine, outputs: list[SequenceOutput]) -> None:
         self._load = engine.load
-        results: list[tuple[Stream, SequenceOutput | EngineError]] = []
+        self._deliver([self._streams[output.seq_id] for output in outputs], outputs)
         for output in outputs:
-            done = output.finish is not None
-            stream = self._streams.pop(output.seq_id) if done else self._streams[output.seq_id]
-            results.append((stream, output))
-        self._deliver(results)
+            if output.finish is not None:
+                del self._streams[output.seq_id]
 
-    def _deliver(self, results: "list[tuple[Stream, SequenceOutput | EngineError]]") -> None:
-        if results:
-            self._call_on_loop(_dispatch, results)
+    def _deliver(
+        self, streams: list[Stream], results: SequenceOf[SequenceOutput | EngineError]
+    ) -> None:
+        """Hand out one result for each stream."""
+        if streams:
+            self._call_on_loop(_dispatch, streams, results)
 
     def _call_on_loop(self, function: Callable[..., object], *args: object) -> None:
         # The loop may be closed already when a process ends without shutdown().
@@ -293,6 +295,6 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(function, *args)
 
 
-def _dispatch(results: "list[tuple[Stream, SequenceOutput | EngineError]]") -> None:
-    for stream, result in results:
+def _dispatch(streams: list[Stream], results: SequenceOf[SequenceOutput | EngineError]) -> None:
+    for stream, result in zip(streams, results, strict=True):
         stream.put(result)

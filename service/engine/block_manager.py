@@ -51,6 +51,8 @@ class BlockManager:
             for index, group in enumerate(groups)
             if group.window is not None
         ]
+        # How many tokens into a block a decode is when it may need one, or give one back.
+        self._turns = {0, *((window - 1) % block_size for _, window, _ in self._windows)}
 
     @property
     def num_free_pages(self) -> int:
@@ -138,11 +140,27 @@ class BlockManager:
         num_blocks = self._blocks_for(num_tokens)
         if min(map(len, seq.block_tables)) >= num_blocks:  # most decodes
             return True
-        missing = [num_blocks - len(table) for table in seq.block_tables]
+        missing = [max(num_blocks - len(table), 0) for table in seq.block_tables]
+        if sum(missing) <= len(self._free_pages):  # room, however many of them a page holds
+            self._extend(seq, missing, evict=False)
+            return True
         if not self._has_room(missing, [[] for _ in missing], [0] * len(missing)):
             return False
-        self._extend(seq, missing)
+        self._extend(seq, missing, evict=self._is_short(missing))
         return True
+
+    def turning(self, starts: Iterable[int]) -> tuple[int, ...]:
+        """Which of some sequences that computed a token in the step before, and compute one behind
+        so many now, have to `grow`; the others keep their blocks."""
+        size, turns = self.block_size, self._turns
+        return tuple([index for index, start in enumerate(starts) if start % size in turns])
+
+    def filled(self, starts: Iterable[int]) -> list[int]:
+        """Which of some sequences, that computed one token behind so many, `remember` is for."""
+        last = self.block_size - 1
+        if not self._caching:
+            return []
+        return [index for index, start in enumerate(starts) if start % self.block_size == last]
 
     def remember(self, seq: Sequence, num_new_tokens: int) -> None:
         """Make blocks findable that the last `num_new_tokens` computed tokens have filled."""
@@ -218,20 +236,23 @@ class BlockManager:
                 if block != RELEASED:
                     self._reference(index, block)
         seq.block_tables.extend(array("i", blocks) for blocks in prefix)
-        self._extend(seq, missing)
+        self._extend(seq, missing, evict=self._is_short(missing))
         seq.num_computed_tokens = computed
         return True
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def _extend(self, seq: Sequence, missing: list[int]) -> None:
+    def _is_short(self, missing: list[int]) -> bool:
+        """Whether there are not enough pages beside blocks that are cached on pages in use. A group
+        may only spare those where no other group then lacks a page."""
         beside_cached = sum(
             -(-max(num_missing - pool.num_empty, 0) // pool.group.blocks_per_page)
             for pool, num_missing in zip(self._pools, missing, strict=True)
         )
-        # A group may only spare its cached blocks where no other group then lacks a page.
-        evict = beside_cached > len(self._free_pages)
+        return beside_cached > len(self._free_pages)
+
+    def _extend(self, seq: Sequence, missing: list[int], *, evict: bool) -> None:
         for index, num_missing in enumerate(missing):
             blocks = [self._take(index, evict=evict) for _ in range(num_missing)]
             seq.block_tables[index].extend(blocks)

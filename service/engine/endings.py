@@ -1,6 +1,6 @@
 """When a generation ends by itself."""
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from service.engine.sequence import FinishReason, Sequence
 
@@ -26,6 +26,24 @@ def ending_of(
             return FinishReason.EOS, None
     length = length_ending(seq, num_tokens, max_len)
     return None if length is None else (length, None)
+
+
+def last_token_ids(seq: Sequence, eos_token_ids: Iterable[int]) -> Iterable[int]:
+    """Tokens that end a generation, once it is as long as it has to be."""
+    params = seq.params
+    assert params is not None, "only generations sample"
+    return params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *eos_token_ids)
+
+
+def last_length(seq: Sequence, max_len: int) -> int:
+    """Tokens with which a generation ends, whatever they are."""
+    params = seq.params
+    assert params is not None, "only generations sample"
+    return (
+        max_len
+        if params.max_tokens is None
+        else min(seq.num_prompt_tokens + params.max_tokens, max_len)
+    )
 
 
 def length_ending(seq: Sequence, num_tokens: int, max_len: int) -> FinishReason | None:

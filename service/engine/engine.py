@@ -318,12 +318,13 @@ class Engine:
         return stop_matcher(self._tokenizer, params, request.prompt_token_ids)
 
     def _stats(self, plan: StepPlan, seconds: float) -> StepStats:
+        num_tokens = plan.num_tokens
         return StepStats(
-            num_tokens=plan.num_tokens,
+            num_tokens=num_tokens,
             num_sequences=len(plan.scheduled),
             num_preempted=plan.num_preempted,
             seconds=seconds,
-            kv_bytes=self._kv_reads.count(plan.scheduled),
+            kv_bytes=self._kv_reads.count(plan.starts, num_tokens),
             progress=self.scheduler.progress,
             load=self.load,
         )

@@ -1,10 +1,9 @@
 """How many bytes of keys and values a step has to read at least."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from models.config import ModelConfig, Retention
-from service.engine.plan import ScheduledSequence
 
 
 class KVReads:
@@ -30,9 +29,12 @@ class KVReads:
             if retention.window is not None
         ]
 
-    def count(self, scheduled: Iterable[ScheduledSequence]) -> int:
-        spans = [(item.end, item.num_tokens) for item in scheduled]
-        num_bytes = self._whole * sum(end for end, _ in spans)
+    def count(self, starts: Sequence[int], num_tokens: int) -> int:
+        """Args:
+        starts: of each sequence, tokens that were computed before.
+        num_tokens: that all of them compute.
+        """
+        num_bytes = self._whole * (sum(starts) + num_tokens)
         for reach, size in self._windows:
-            num_bytes += size * sum(min(end, reach + new) for end, new in spans)
+            num_bytes += size * (sum([min(start, reach) for start in starts]) + num_tokens)
         return num_bytes

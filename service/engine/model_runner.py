@@ -2,27 +2,26 @@
 
 import itertools
 import math
-from array import array
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.attention_metadata import AttentionMetadata
 from models.cpu.linear import WeightDType
 from models.gpu.decode_graphs import Decode, DecodeGraphs
 from models.kv_cache import KVCache
-from models.sampler import Choice, SampledToken, SamplingRow, choose
+from models.sampler import NOTHING, Choice, choose, most_likely
 from models.transfer import Received, send
 from models.transformer import Transformer
-from service.engine.plan import ScheduledSequence, StepPlan, StepResult
+from service.engine.batch import Batch, describe
+from service.engine.plan import Result, ScheduledSequence, StepPlan, StepResult
+from service.engine.sampling_rows import SamplingRows
 from service.engine.sequence import Pooling, SequenceStatus, TokenLogprobs
 
 # Rows of logits that exist at once while scoring: bounds memory for large vocabularies.
 _SCORING_ROWS = 128
-# Most rows of many a load: made once, since a row has more fields than it takes time to look at.
-_GREEDY = SamplingRow(temperature=0.0)
+_FAILED = StepResult(failed=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +31,13 @@ class RunningStep:
     Attributes:
         sampled: which of the planned sequences get a token, in the order of `choice`.
         unsampled: the others.
-        hidden: `[tokens, hidden]`, where more than tokens is asked for.
+        hidden: `[tokens, hidden]`.
         broken: whether each token's hidden state is not finite; None where `choice` tells.
     """
 
     plan: StepPlan
-    sampled: tuple[int, ...] = ()
-    unsampled: tuple[int, ...] = ()
+    sampled: SequenceOf[int] = ()
+    unsampled: SequenceOf[int] = ()
     choice: Choice | None = None
     hidden: Tensor | None = None
     broken: Received | None = None
@@ -63,9 +62,15 @@ class ModelRunner:
         self.model = model
         self.kv_cache = kv_cache
         self.graphs = graphs
-        self._eos_token_ids = tuple(sorted(eos_token_ids))
+        self._sampling_rows = SamplingRows(eos_token_ids)
+        # A cap makes logits finite again, and rounding to 8 bits may.
+        self._logits_tell = weight_dtype != "int8" and model.config.logit_softcap is None
+        self._rope_depends_on_length = model.config.rope_depends_on_length
+        self._is_on_cpu = model.device.type == "cpu"
+        # Of the last step, if it was of decodes: its batch, and the tokens it chose.
+        self._decoded: tuple[Batch, Tensor] | None = None
 
-    def run(self, plan: StepPlan) -> list[StepResult]:
+    def run(self, plan: StepPlan) -> list[Result]:
         """Compute the planned tokens; one result per scheduled sequence, in order."""
         return self.collect(self.launch(plan))
 
@@ -78,33 +83,55 @@ class ModelRunner:
         """
         if not plan.scheduled:
             return RunningStep(plan)
-        if self.graphs is not None and all(
-            item.num_tokens == 1 and item.samples for item in plan.scheduled
-        ):
-            return self._launch_decodes(self.graphs, plan, after)
+        is_decode = plan.is_decode
+        if self.graphs is not None and is_decode:
+            return self._launch_recorded(self.graphs, plan, after)
         assert after is None, "only decodes are foreseen"
-        input_ids, positions, metadata = self._build_batch(plan.scheduled)
-        lengths = self._rope_lengths(plan.scheduled, positions)
-        hidden = self.model(input_ids, positions, self.kv_cache, metadata, lengths)
+        batch = self._build_batch(plan)
+        lengths = self._rope_lengths(plan.scheduled, batch.positions)
+        hidden = self.model(
+            batch.input_ids, batch.positions, self.kv_cache, batch.metadata, lengths
+        )
+        if is_decode:
+            everyone = range(len(plan.scheduled))
+            choice = self._choose(plan, everyone, hidden)
+            self._decoded = batch, choice.tokens
+            broken = None if self._logits_tell else Received(broken_rows(hidden))
+            return RunningStep(plan, everyone, (), choice, hidden, broken)
         broken = Received(broken_rows(hidden))
         sampled = [index for index, item in enumerate(plan.scheduled) if item.samples]
         unsampled = [index for index, item in enumerate(plan.scheduled) if not item.samples]
-        choice = None
-        if sampled:
-            ends = _ends(plan.scheduled)
-            last_rows = array("q", [ends[index] - 1 for index in sampled])
-            rows = send(torch.frombuffer(last_rows, dtype=torch.int64), hidden.device)
-            logits = self.model.project_to_vocab(hidden.index_select(0, rows))
-            choice = choose(logits, [self._sampling_row(plan.scheduled[at]) for at in sampled])
-        return RunningStep(plan, tuple(sampled), tuple(unsampled), choice, hidden, broken)
+        if not sampled:
+            return RunningStep(plan, sampled, unsampled, None, hidden, broken)
+        ends = _ends(plan.scheduled)
+        last_rows = torch.tensor([ends[index] - 1 for index in sampled], dtype=torch.int64)
+        rows = hidden.index_select(0, send(last_rows, hidden.device))
+        choice = self._choose(plan, sampled, rows)
+        return RunningStep(plan, sampled, unsampled, choice, hidden, broken)
 
-    def _launch_decodes(
+    def _build_batch(self, plan: StepPlan) -> Batch:
+        """The batch of the last step, one token later, where the plan goes on with it."""
+        decoded, self._decoded = self._decoded, None
+        if plan.changed is None or not self._is_on_cpu:
+            return Batch(plan, self.kv_cache)
+        assert decoded is not None, "a plan goes on with the step before"
+        batch, tokens = decoded
+        batch.advance(tokens, plan.changed)
+        return batch
+
+    def _choose(self, plan: StepPlan, sampled: SequenceOf[int], hidden: Tensor) -> Choice:
+        """A token for each row of `[rows, hidden]`."""
+        logits = self.model.project_to_vocab(hidden)
+        rows = self._sampling_rows.of(plan, sampled)
+        return Choice.of(most_likely(logits)) if rows is None else choose(logits, rows)
+
+    def _launch_recorded(
         self, graphs: DecodeGraphs, plan: StepPlan, after: RunningStep | None
     ) -> RunningStep:
-        scheduled = plan.scheduled
+        scheduled, starts = plan.scheduled, plan.starts
         before = None
         if after is None:
-            tokens = [item.seq.token_ids[item.start] for item in scheduled]
+            tokens = [item.seq.token_ids[at] for item, at in zip(scheduled, starts, strict=True)]
         else:
             assert after.choice is not None, "a foreseen plan follows tokens"
             before = after.choice.tokens
@@ -112,26 +139,26 @@ class ModelRunner:
             tokens = [rows[id(item.seq)] for item in scheduled]
         decoded = graphs.run(
             [
-                Decode(token, item.start, item.seq.block_tables)
-                for token, item in zip(tokens, scheduled, strict=True)
+                Decode(token, start, item.seq.block_tables)
+                for token, start, item in zip(tokens, starts, scheduled, strict=True)
             ],
             before,
         )
-        options = [self._sampling_row(item) for item in scheduled]
-        if all(row is _GREEDY for row in options):
-            choice = Choice.of(decoded.tokens)
-        else:
-            choice = choose(decoded.logits, options)
-        return RunningStep(plan, tuple(range(len(scheduled))), choice=choice)
+        sampled = range(len(scheduled))
+        options = self._sampling_rows.of(plan, sampled)
+        choice = Choice.of(decoded.tokens) if options is None else choose(decoded.logits, options)
+        return RunningStep(plan, sampled, choice=choice)
 
-    @torch.inference_mode()
-    def collect(self, step: RunningStep) -> list[StepResult]:
+    def collect(self, step: RunningStep) -> list[Result]:
         """What a step computed, as soon as it has; one result per scheduled sequence, in order."""
-        scheduled = step.plan.scheduled
-        results = [StepResult()] * len(scheduled)
-        if step.choice is not None:
-            for index, token in zip(step.sampled, step.choice.read(), strict=True):
-                results[index] = _result(token)
+        plan, scheduled = step.plan, step.plan.scheduled
+        tokens = [] if step.choice is None else _token_results(step.choice)
+        if len(tokens) == len(scheduled):
+            results = tokens
+        else:
+            results = [StepResult()] * len(scheduled)
+            for index, result in zip(step.sampled, tokens, strict=True):
+                results[index] = result
         if step.broken is not None:
             assert step.hidden is not None, "whose rows are broken"
             (broken,) = step.broken.wait()
@@ -139,40 +166,47 @@ class ModelRunner:
             if step.unsampled or any(rows):
                 ends = _ends(scheduled)
                 for index in step.unsampled:
-                    item, end = scheduled[index], ends[index]
-                    results[index] = self._read(item, step.hidden[end - item.num_tokens : end])
+                    first = ends[index] - scheduled[index].num_tokens
+                    results[index] = self._read(plan, index, step.hidden[first : ends[index]])
                 for index, (item, end) in enumerate(zip(scheduled, ends, strict=True)):
                     if any(rows[end - item.num_tokens : end]):
-                        results[index] = StepResult(failed=True)
-        if any(result.failed for result in results):
-            self._clear_failed(scheduled, results)
+                        results[index] = _FAILED
+        failed = [
+            index
+            for index, result in enumerate(results)
+            if not isinstance(result, int) and result.failed
+        ]
+        if failed:
+            self._clear(plan, failed)
         return results
 
-    def _read(self, item: ScheduledSequence, hidden: Tensor) -> StepResult:
+    @torch.inference_mode()
+    def _read(self, plan: StepPlan, index: int, hidden: Tensor) -> StepResult:
         """What is to be known of `[tokens, hidden]` of a sequence that gets no token."""
+        item, start = plan.scheduled[index], plan.starts[index]
         if item.seq.pooling is not None:
-            return StepResult(pooled=_pool(item, hidden))
+            return StepResult(pooled=_pool(item, start, hidden))
         if item.seq.params is None:
-            scores = self._score(item, hidden)
+            scores = self._score(item, start, hidden)
             return StepResult(prompt_logprobs=scores, failed=not all(map(math.isfinite, scores)))
         return StepResult()
 
-    def _clear_failed(
-        self, scheduled: SequenceOf[ScheduledSequence], results: SequenceOf[StepResult]
-    ) -> None:
+    @torch.inference_mode()
+    def _clear(self, plan: StepPlan, failed: SequenceOf[int]) -> None:
         """Make the cache slots finite again of what failed.
 
         A later owner of the block reads them under a mask, and 0 times NaN is NaN. Whoever has
         ended meanwhile has no blocks any more: their next owner may have written there already,
         and steps are foreseen for kernels only that read nothing under a mask.
         """
-        failed = [
-            item
-            for item, result in zip(scheduled, results, strict=True)
-            if result.failed and item.seq.status is not SequenceStatus.FINISHED
+        still = [
+            index
+            for index in failed
+            if plan.scheduled[index].seq.status is not SequenceStatus.FINISHED
         ]
-        if failed:
-            metadata = self._describe(failed)
+        if still:
+            items = [plan.scheduled[index] for index in still]
+            metadata = describe(items, [plan.starts[index] for index in still], self.kv_cache)
             for part in itertools.chain(*self.kv_cache.layers):
                 part.clear(metadata.groups[part.part.group].slot_mapping)
 
@@ -181,41 +215,16 @@ class ModelRunner:
     ) -> Tensor | None:
         """How long each token's sequence is in its eyes, where the rotation depends on it: as
         long as the prompt for the prompt's tokens, then growing token by token."""
-        if not self.model.config.rope_depends_on_length:
+        if not self._rope_depends_on_length:
             return None
         shortest = torch.tensor(
             [item.seq.min_rope_length for item in scheduled for _ in range(item.num_tokens)]
         )
         return torch.maximum(send(shortest, positions.device), positions + 1)
 
-    def _build_batch(
-        self, scheduled: SequenceOf[ScheduledSequence]
-    ) -> tuple[Tensor, Tensor, AttentionMetadata]:
-        input_ids, positions = array("q"), array("q")
-        for seq, num_tokens, start, _ in scheduled:
-            input_ids.extend(seq.token_ids[start : start + num_tokens])
-            positions.extend(range(start, start + num_tokens))
-        device = self.model.device
-        return (
-            send(torch.frombuffer(input_ids, dtype=torch.int64), device),
-            send(torch.frombuffer(positions, dtype=torch.int64), device),
-            self._describe(scheduled),
-        )
-
-    def _describe(self, scheduled: SequenceOf[ScheduledSequence]) -> AttentionMetadata:
-        return AttentionMetadata.build(
-            block_tables=[item.seq.block_tables for item in scheduled],
-            num_computed_tokens=[item.start for item in scheduled],
-            num_new_tokens=[item.num_tokens for item in scheduled],
-            block_size=self.kv_cache.block_size,
-            device=self.model.device,
-            tokens_per_gather=self.kv_cache.tokens_per_gather,
-        )
-
-    def _score(self, item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
+    def _score(self, item: ScheduledSequence, start: int, hidden: Tensor) -> tuple[float, ...]:
         """Log-probability of each token that follows one of the computed ones."""
-        start = item.start + 1
-        targets = item.seq.token_ids[start : start + item.num_tokens]
+        targets = item.seq.token_ids[start + 1 : start + 1 + item.num_tokens]
         logprobs: list[float] = []
         for first in range(0, len(targets), _SCORING_ROWS):
             part = targets[first : first + _SCORING_ROWS]
@@ -225,53 +234,21 @@ class ModelRunner:
             logprobs.extend(scores.gather(1, chosen[:, None]).squeeze(1).tolist())
         return tuple(logprobs)
 
-    def _sampling_row(self, item: ScheduledSequence) -> SamplingRow:
-        seq, params = item.seq, item.seq.params
-        assert params is not None, "only generations sample"
-        is_early = (
-            params.min_tokens > 0 and seq.num_output_tokens + item.num_unknown < params.min_tokens
-        )
-        if params.is_plainly_greedy and not is_early:
-            return _GREEDY
-        suppressed: tuple[int, ...] = ()
-        if is_early:
-            suppressed = params.stop_token_ids
-            if not params.ignore_eos:
-                suppressed += self._eos_token_ids
-        return SamplingRow(
-            temperature=params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            logit_bias=params.logit_bias,
-            allowed_token_ids=params.allowed_token_ids,
-            suppressed_token_ids=suppressed,
-            prompt_token_ids=seq.token_ids[: seq.num_prompt_tokens]
-            if params.repetition_penalty != 1.0
-            else (),
-            output_token_ids=seq.token_ids[seq.num_prompt_tokens :] if params.uses_output else (),
-            uniform=0.0 if seq.rng is None else seq.rng.random(),
-            num_logprobs=params.logprobs,
-        )
-
 
 def broken_rows(hidden: Tensor) -> Tensor:
     """Which rows of `[tokens, hidden]` hold something that is not finite."""
     return (hidden * 0).sum(dim=-1) != 0  # 0 times what is not finite is no number
 
 
-def _pool(item: ScheduledSequence, hidden: Tensor) -> tuple[float, ...]:
+def _pool(item: ScheduledSequence, start: int, hidden: Tensor) -> tuple[float, ...]:
     """What these `[tokens, hidden]` contribute to the sequence's embedding."""
     seq = item.seq
     match seq.pooling:
         case Pooling.MEAN:
             pooled = hidden.double().sum(dim=0) / seq.num_tokens
-        case Pooling.FIRST if item.start == 0:
+        case Pooling.FIRST if start == 0:
             pooled = hidden[0]
-        case Pooling.LAST if item.end == seq.num_tokens:
+        case Pooling.LAST if start + item.num_tokens == seq.num_tokens:
             pooled = hidden[-1]
         case _:
             return ()
@@ -283,8 +260,13 @@ def _ends(scheduled: SequenceOf[ScheduledSequence]) -> list[int]:
     return list(itertools.accumulate([item.num_tokens for item in scheduled]))
 
 
-def _result(token: SampledToken) -> StepResult:
-    token_id, logprob, top = token
-    if token_id is None:
-        return StepResult(failed=True)
-    return StepResult(token_id, None if logprob is None else TokenLogprobs(logprob, top))
+def _token_results(choice: Choice) -> list[Result]:
+    """One for each sequence that was to get a token."""
+    token_ids, reported = choice.read()
+    results: list[Result] = [*token_ids]
+    for row, (token_id, logprob, top) in reported.items():
+        assert logprob is not None, "it is reported"
+        results[row] = StepResult(token_id, TokenLogprobs(logprob, top))
+    if NOTHING in token_ids:
+        results = [_FAILED if result == NOTHING else result for result in results]
+    return results

@@ -1,7 +1,8 @@
 """What one step is to do, and what the model said: between scheduler and model runner."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from service.engine.sequence import Sequence, SequenceOutput, TokenLogprobs
 
@@ -14,31 +15,19 @@ class ScheduledSequence(NamedTuple):
 
     Attributes:
         num_tokens: how many of them.
-        start: tokens of the sequence that were computed before.
         samples: whether the last token of a generation is among them, so that a new one follows.
     """
 
     seq: Sequence
     num_tokens: int
-    start: int
     samples: bool
 
     @classmethod
     def next_of(cls, seq: Sequence, num_tokens: int) -> "ScheduledSequence":
         """The first so many of the tokens that are not computed yet."""
-        start = seq.num_computed_tokens
-        samples = seq.params is not None and start + num_tokens == len(seq.token_ids)
-        return cls(seq, num_tokens, start, samples)
-
-    @property
-    def end(self) -> int:
-        """Tokens of the sequence that are computed after the step."""
-        return self.start + self.num_tokens
-
-    @property
-    def num_unknown(self) -> int:
-        """Tokens that a step before chooses and that the host does not know yet: 1, or none."""
-        return max(self.start + self.num_tokens - len(self.seq.token_ids), 0)
+        return cls(
+            seq, num_tokens, seq.params is not None and num_tokens == seq.num_uncomputed_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +36,42 @@ class StepPlan:
 
     Attributes:
         scheduled: sequences with exactly one token first, then the others.
+        starts: of each of them, tokens that were computed before.
         expired: outputs of sequences whose deadline has passed; they do not run.
         num_preempted: sequences that lost their blocks to others.
+        changed: if this step goes on with the decodes of the step before, with each of them and no
+            other, which of them may have other blocks than then; None is any other step.
     """
 
     scheduled: tuple[ScheduledSequence, ...]
-    expired: tuple[SequenceOutput, ...]
-    num_preempted: int
+    starts: tuple[int, ...]
+    expired: tuple[SequenceOutput, ...] = ()
+    num_preempted: int = 0
+    changed: tuple[int, ...] | None = None
+
+    @staticmethod
+    def of(
+        scheduled: Iterable[ScheduledSequence],
+        expired: tuple[SequenceOutput, ...] = (),
+        num_preempted: int = 0,
+    ) -> "StepPlan":
+        """Sequences as far as they are computed now."""
+        items = tuple(scheduled)
+        starts = tuple([item.seq.num_computed_tokens for item in items])
+        return StepPlan(items, starts, expired, num_preempted)
 
     @property
     def num_tokens(self) -> int:
+        if self.changed is not None:
+            return len(self.scheduled)
         return sum(item.num_tokens for item in self.scheduled)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence computes one token and gets one."""
+        return self.changed is not None or all(
+            item.num_tokens == 1 and item.samples for item in self.scheduled
+        )
 
 
 class StepResult(NamedTuple):
@@ -76,3 +90,7 @@ class StepResult(NamedTuple):
     prompt_logprobs: tuple[float, ...] = ()
     pooled: tuple[float, ...] = ()
     failed: bool = False
+
+
+# A token of which nothing else is to be said, as most are, is its id.
+Result: TypeAlias = StepResult | int

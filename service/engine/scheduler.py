@@ -12,9 +12,10 @@ from collections.abc import Sequence as SequenceOf
 
 from service.engine.block_manager import BlockManager
 from service.engine.config import EngineConfig
+from service.engine.decode_run import DecodeRun
 from service.engine.endings import ending_of, length_ending
 from service.engine.errors import NeverFitsError, QueueFullError
-from service.engine.plan import ScheduledSequence, StepPlan, StepResult
+from service.engine.plan import Result, ScheduledSequence, StepPlan, StepResult
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import (
     Finish,
@@ -71,6 +72,8 @@ class Scheduler:
         self._by_id: dict[int, Sequence] = {}
         # No request has an earlier one; that which had it may have ended.
         self._earliest_deadline = math.inf
+        # Begun by the last plan, or one before, if all that run now decode.
+        self._decode_run: DecodeRun | None = None
         # Whether something may be admitted that the last plan did not admit.
         self._has_changed = False
         # The last token of a request needs no slot.
@@ -129,8 +132,29 @@ class Scheduler:
         return [self._end(seq, reason) for seq in list(self._by_id.values())]
 
     def schedule(self) -> StepPlan:
-        """Plan one step; takes blocks for it."""
-        expired = self._expire()
+        """Plan one step, after what was planned before was recorded; takes blocks for it."""
+        expired = tuple(self._expire())
+        full = len(self.running) >= self._config.max_num_seqs
+        if self._decode_run is not None and (full or not self.waiting):
+            plan = self._decode_run.go_on(expired)
+            if plan is not None:
+                self._has_changed = False
+                return plan
+        plan = self._plan(expired)
+        self._decode_run = None
+        if plan.is_decode and 0 < len(plan.scheduled) == len(self.running):
+            self._decode_run = DecodeRun(
+                plan,
+                self.running,
+                self.block_manager,
+                eos_token_ids=self._eos_token_ids,
+                max_len=self._max_len,
+                rope_switch_length=self._rope_switch_length,
+            )
+        return plan
+
+    def _plan(self, expired: tuple[SequenceOutput, ...]) -> StepPlan:
+        """A step from nothing."""
         budget = self._config.max_num_batched_tokens
         scheduled: list[ScheduledSequence] = []
         num_preempted = 0
@@ -141,8 +165,9 @@ class Scheduler:
             if seq.status is not SequenceStatus.RUNNING:
                 continue
             item = ScheduledSequence.next_of(seq, min(seq.num_uncomputed_tokens, budget))
-            if not self.block_manager.grow(seq, item.end):
-                num_preempted += self._make_room(seq, item.end)
+            end = seq.num_computed_tokens + item.num_tokens
+            if not self.block_manager.grow(seq, end):
+                num_preempted += self._make_room(seq, end)
             if seq.status is SequenceStatus.RUNNING:
                 scheduled.append(item)
                 budget -= item.num_tokens
@@ -159,8 +184,10 @@ class Scheduler:
             budget == 0 or num_preempted > 0
         )
         # Decodes of like length side by side: they are gathered together, padded to the longest.
-        scheduled.sort(key=lambda item: item.start if item.num_tokens == 1 else math.inf)
-        return StepPlan(tuple(scheduled), tuple(expired), num_preempted)
+        scheduled.sort(
+            key=lambda item: item.seq.num_computed_tokens if item.num_tokens == 1 else math.inf
+        )
+        return StepPlan.of(scheduled, expired, num_preempted)
 
     def foresee(self, plan: StepPlan) -> StepPlan | None:
         """The step after one whose tokens are not known yet; takes blocks for it.
@@ -172,43 +199,56 @@ class Scheduler:
         Returns:
             None where tokens or listeners have to be waited for: `schedule` decides then.
         """
-        running = [item for item in plan.scheduled if item.seq.status is SequenceStatus.RUNNING]
+        running = [
+            (item, start + item.num_tokens)
+            for item, start in zip(plan.scheduled, plan.starts, strict=True)
+            if item.seq.status is SequenceStatus.RUNNING
+        ]
         if (
-            not all(item.samples for item in running)
+            not all(item.samples for item, _ in running)
             or len(running) < len(self.running)
             or (self.waiting and self._has_changed)
             or self._is_overdue()
         ):
             return None
         following: list[ScheduledSequence] = []
-        for item in running:
-            seq, params = item.seq, item.seq.params
-            if length_ending(seq, item.end + 1, self._max_len) is not None:
+        starts: list[int] = []
+        for (seq, _, _), end in running:
+            if length_ending(seq, end + 1, self._max_len) is not None:
                 continue
-            assert params is not None, "only generations sample"
-            if params.uses_output or not self.block_manager.grow(seq, item.end + 1):
+            assert seq.params is not None, "only generations sample"
+            if seq.params.uses_output or not self.block_manager.grow(seq, end + 1):
                 return None
-            following.append(ScheduledSequence(seq, 1, item.end, samples=True))
-        return StepPlan(tuple(following), (), 0) if following else None
+            following.append(ScheduledSequence(seq, 1, samples=True))
+            starts.append(end)
+        self._decode_run = None
+        return StepPlan(tuple(following), tuple(starts)) if following else None
 
-    def update(self, plan: StepPlan, results: SequenceOf[StepResult]) -> list[SequenceOutput]:
+    def update(self, plan: StepPlan, results: SequenceOf[Result]) -> list[SequenceOutput]:
         """Record what a step computed; returns what is new for each sequence."""
         now = self._clock()
+        recorded = None
+        if self._decode_run is not None:
+            recorded = self._decode_run.record(plan, results, now)
+        if recorded is not None:
+            outputs, self.progress = recorded
+            return [*plan.expired, *outputs]
         self.progress = Progress()
         outputs = list(plan.expired)
         for item, result in zip(plan.scheduled, results, strict=True):
-            seq = item.seq
+            seq, num_tokens, samples = item
             if seq.status is SequenceStatus.FINISHED:  # since the step was foreseen
                 continue
             assert seq.status is SequenceStatus.RUNNING, "only running sequences are planned"
-            if result.failed:
+            if not isinstance(result, int) and result.failed:
                 outputs.append(self._end(seq, FinishReason.ERROR))
                 continue
-            seq.num_computed_tokens += item.num_tokens
-            self.block_manager.remember(seq, item.num_tokens)
-            if item.samples:
+            seq.num_computed_tokens += num_tokens
+            self.block_manager.remember(seq, num_tokens)
+            if samples:
                 outputs.append(self._append(seq, result, now))
             elif seq.params is None:
+                assert isinstance(result, StepResult), "only generations get tokens"
                 seq.prompt_logprobs.extend(result.prompt_logprobs)
                 seq.add_pooled(result.pooled)
                 if seq.num_uncomputed_tokens == 0:
@@ -272,6 +312,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Take all blocks; the tokens stay and are computed again after the next admission."""
         self.running.remove(seq)
+        self._decode_run = None
         self.block_manager.free(seq)
         seq.num_computed_tokens = 0
         seq.num_preemptions += 1
@@ -300,10 +341,11 @@ class Scheduler:
                 return seq
         return None
 
-    def _append(self, seq: Sequence, result: StepResult, now: float) -> SequenceOutput:
+    def _append(self, seq: Sequence, result: Result, now: float) -> SequenceOutput:
         """Add a sampled token and see whether it is the last."""
-        assert result.token_id is not None, "a sampling step has a token"
-        seq.token_ids.append(result.token_id)
+        token_id, logprobs = (result, None) if isinstance(result, int) else result[:2]
+        assert token_id is not None, "a sampling step has a token"
+        seq.token_ids.append(token_id)
         self.progress.add_token(seq, now)
         ending = ending_of(seq, self._eos_token_ids, self._max_len)
         finish = None if ending is None else self._end(seq, *ending).finish
@@ -311,14 +353,15 @@ class Scheduler:
         if finish is None and switch is not None and seq.num_tokens == switch + 1:
             self._preempt(seq)
             seq.min_rope_length = seq.num_tokens
-        logprobs = () if result.logprobs is None else (result.logprobs,)
-        return SequenceOutput(seq.seq_id, (result.token_id,), logprobs, finish=finish)
+        reported = () if logprobs is None else (logprobs,)
+        return SequenceOutput(seq.seq_id, (token_id,), reported, finish=finish)
 
     def _end(
         self, seq: Sequence, reason: FinishReason, matched_stop: str | int | None = None
     ) -> SequenceOutput:
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
+            self._decode_run = None
             self.block_manager.free(seq)
         else:
             self.waiting.remove(seq)

@@ -5,16 +5,18 @@ The oracle is the model without cache, and the sampler on its logits.
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+from models.cpu.library import why_unavailable
 from models.kv_cache import KVCache
 from models.sampler import SamplingRow, sample
-from models.transformer import Transformer
+from models.transformer import Transformer, random_model
 from service.engine.block_manager import BlockManager
 from service.engine.model_runner import ModelRunner
-from service.engine.plan import ScheduledSequence, StepPlan
+from service.engine.plan import ScheduledSequence, StepPlan, StepResult
 from service.engine.sampling_params import SamplingParams
 from service.engine.sequence import Sequence
 from tests.engine.tiny import CONFIG, EOS, log_softmax, tiny_model
@@ -48,7 +50,15 @@ def admit(blocks: BlockManager, token_ids: list[int], params: SamplingParams | N
 
 
 def plan(*items: tuple[Sequence, int]) -> StepPlan:
-    return StepPlan(tuple(ScheduledSequence.next_of(seq, count) for seq, count in items), (), 0)
+    return StepPlan.of(ScheduledSequence.next_of(seq, count) for seq, count in items)
+
+
+def run(runner: ModelRunner, *items: tuple[Sequence, int]) -> list[StepResult]:
+    """Results of one step, those too that are only a token."""
+    return [
+        StepResult(result) if isinstance(result, int) else result
+        for result in runner.run(plan(*items))
+    ]
 
 
 def random_tokens(count: int, seed: int = 0) -> list[int]:
@@ -61,7 +71,7 @@ def best_token(model: Transformer, token_ids: list[int]) -> int:
 
 
 def test_an_empty_plan_gives_no_results(runner: ModelRunner) -> None:
-    assert runner.run(plan()) == []
+    assert run(runner) == []
 
 
 def test_results_are_in_the_order_of_the_plan(
@@ -73,7 +83,7 @@ def test_results_are_in_the_order_of_the_plan(
         admit(blocks, random_tokens(6, 2), None),
         admit(blocks, random_tokens(11, 3), GREEDY),
     )
-    results = runner.run(plan((one, 1), (unfinished, 5), (scored, 6), (several, 9)))
+    results = run(runner, (one, 1), (unfinished, 5), (scored, 6), (several, 9))
     assert [result.token_id for result in results] == [
         best_token(model, [7]),
         None,
@@ -93,7 +103,7 @@ def test_chunks_give_the_token_of_the_whole(
     neighbour = admit(blocks, [7], GREEDY)
     seq = admit(blocks, token_ids, GREEDY)
     for count in chunks:
-        neighbour_result, result = runner.run(plan((neighbour, 1), (seq, count)))
+        neighbour_result, result = run(runner, (neighbour, 1), (seq, count))
         assert neighbour_result.token_id == best_token(model, neighbour.token_ids)
         neighbour.num_computed_tokens += 1
         neighbour.token_ids.append(neighbour_result.token_id)
@@ -111,7 +121,7 @@ def test_scoring_covers_every_token_once_across_chunks_and_slices(
     seq = admit(blocks, token_ids, None)
     scored: list[float] = []
     for count in chunks:
-        (result,) = runner.run(plan((seq, count)))
+        (result,) = run(runner, (seq, count))
         scored.extend(result.prompt_logprobs)
         seq.num_computed_tokens += count
     rows = log_softmax(model, token_ids)[:-1]
@@ -136,7 +146,7 @@ def test_whatever_would_end_is_held_back_until_min_tokens(
     """One token of output is there; end-of-sequence would be the next."""
     seq = admit(blocks, [1, 2], replace(params, logit_bias={EOS: 100.0}))
     seq.token_ids.append(3)
-    (result,) = runner.run(plan((seq, 3)))
+    (result,) = run(runner, (seq, 3))
     assert (result.token_id != EOS) == suppressed
 
 
@@ -162,7 +172,7 @@ def test_settings_reach_the_sampler_with_prompt_and_output_apart(
     seq = admit(blocks, prompt, replace(params, logit_bias=bias))
     seq.token_ids.extend(output)
     assert blocks.grow(seq, seq.num_tokens)
-    (result,) = runner.run(plan((seq, 8)))
+    (result,) = run(runner, (seq, 8))
     logits = model.logits(torch.tensor([[*prompt, *output]]))[0, -1:]
     (expected,) = sample(
         logits.clone(),
@@ -204,9 +214,22 @@ def test_settings_of_one_row_do_not_reach_another(
             GREEDY,
         )
     ]
-    results = runner.run(plan(*((seq, 5) for seq in seqs)))
+    results = run(runner, *((seq, 5) for seq in seqs))
     best = best_token(model, token_ids)
     assert [result.token_id for result in results] == [1, best, 2, best]
+
+
+def test_settings_of_one_step_do_not_reach_another(
+    runner: ModelRunner, blocks: BlockManager
+) -> None:
+    for params, expected in (
+        (GREEDY, None),
+        (replace(GREEDY, logit_bias={1: 100.0}), 1),
+        (GREEDY, None),
+        (replace(GREEDY, allowed_token_ids=(2,)), 2),
+    ):
+        (result,) = run(runner, (admit(blocks, [7], params), 1))
+        assert result.token_id == expected or expected is None
 
 
 def test_a_draw_takes_one_random_number_per_token_and_none_before(
@@ -215,10 +238,10 @@ def test_a_draw_takes_one_random_number_per_token_and_none_before(
     seq = admit(blocks, random_tokens(6), SamplingParams(seed=11))
     expected = random.Random(11)
     assert seq.rng is not None
-    runner.run(plan((seq, 4)))
+    run(runner, (seq, 4))
     assert seq.rng.getstate() == expected.getstate()
     seq.num_computed_tokens = 4
-    runner.run(plan((seq, 2)))
+    run(runner, (seq, 2))
     expected.random()
     assert seq.rng.getstate() == expected.getstate()
 
@@ -230,6 +253,33 @@ def test_rows_that_are_not_numbers_give_no_token(blocks: BlockManager) -> None:
     )
     runner = ModelRunner(model, cache, eos_token_ids=frozenset())
     broken, sound = admit(blocks, [3], GREEDY), admit(blocks, [4], GREEDY)
-    results = runner.run(plan((broken, 1), (sound, 1)))
+    results = run(runner, (broken, 1), (sound, 1))
     assert results[0].token_id is None
     assert results[1].token_id == best_token(model, [4])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("weight_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_hidden_states_that_are_not_numbers_give_no_token(
+    blocks: BlockManager,
+    bad: float,
+    dtype: torch.dtype,
+    softcap: float | None,
+    weight_dtype: Any,
+    tied: bool,
+) -> None:
+    """Whatever the way to the logits hides."""
+    if weight_dtype == "int8" and why_unavailable() is not None:
+        pytest.skip("weights of 8 bits need the library")
+    config = CONFIG.replace(logit_softcap=softcap, tie_word_embeddings=tied)
+    model = random_model(config, seed=1, dtype=dtype)
+    with torch.no_grad():
+        assert model.final_norm is not None
+        model.final_norm.weight[0] = bad
+    cache = KVCache(CONFIG, num_pages=256, block_size=BLOCK_SIZE, dtype=dtype, device=model.device)
+    runner = ModelRunner(model, cache, eos_token_ids=frozenset(), weight_dtype=weight_dtype)
+    results = run(runner, (admit(blocks, [3], GREEDY), 1), (admit(blocks, [4], GREEDY), 1))
+    assert [result.failed for result in results] == [True, True]

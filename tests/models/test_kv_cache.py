@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.attention_metadata import RELEASED, AttentionMetadata, GroupMetadata
+from models.attention_metadata import AttentionMetadata, GroupMetadata
 from models.config import HeadConfig
 from models.kv_cache import CachePart, KVCache
+from models.query_batch import RELEASED
 from models.scoring import Scoring
 from tests.models import tiny
 

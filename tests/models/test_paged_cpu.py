@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.attention_metadata import RELEASED, AttentionMetadata
+from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, KVCacheDType
 from models.cpu.library import why_unavailable
 from models.errors import ConfigError
@@ -19,6 +19,7 @@ from models.kernels import get_kernel, resolve_kernel
 from models.kernels.paged_cpu import why_unsupported
 from models.kv_cache import KVCache
 from models.positions import Alibi, RopeConfig, alibi_slopes
+from models.query_batch import RELEASED
 from models.scoring import Scoring
 from tests.models import tiny
 from tests.models.batches import EVERYTHING, make_batch

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.attention_metadata import RELEASED, AttentionMetadata
+from models.attention_metadata import AttentionMetadata
 from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
 from models.kv_cache import KVCache
 from models.kv_layout import KVLayout
 from models.positions import RopeConfig
+from models.query_batch import RELEASED
 from models.transformer import Transformer, random_model
 
 _LLAMA = ModelConfig(
