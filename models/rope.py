@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al. 2021), in all the forms that checkpoints use."""
 
+import functools
 import math
 
 import torch
@@ -28,36 +29,52 @@ def rotation(config: RopeConfig, positions: Tensor, lengths: Tensor) -> tuple[Te
         Two float32 `[tokens, 1, rotary_dim // 2]`. Computed in float32, as the reference
         implementations do.
     """
-    angles = positions[:, None].float() * frequencies(config, lengths)
-    factor = _attention_factor(config)
-    return (angles.cos() * factor)[:, None], (angles.sin() * factor)[:, None]
+    angles = positions[:, None, None].float() * frequencies(config, lengths).unsqueeze(-2)
+    cos, sin, factor = angles.cos(), angles.sin(), _attention_factor(config)
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def frequencies(config: RopeConfig, lengths: Tensor) -> Tensor:
     """Radians per position, float32 `[rotary_dim // 2]`, or `[tokens, rotary_dim // 2]` where they
     depend on the length."""
     dim, device = config.rotary_dim, lengths.device
-    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
-    plain = 1.0 / config.theta**exponents
     match config.scaling:
-        case None:
-            return plain
-        case LinearScaling(factor):
-            return plain / factor
         case DynamicNtkScaling(factor, original_length):
             stretch = lengths.clamp_min(original_length).float() * factor / original_length
             base = config.theta * (stretch - (factor - 1)) ** (dim / (dim - 2))
-            return 1.0 / base[:, None] ** exponents
+            return 1.0 / base[:, None] ** _exponents(dim, device)
+        case LongRopeScaling() as scaling:
+            powers = config.theta ** _exponents(dim, device)
+            short, long = (
+                1.0 / (torch.tensor(factors, device=device) * powers)
+                for factors in (scaling.short_factor, scaling.long_factor)
+            )
+            return torch.where(lengths[:, None] > scaling.original_length, long, short)
+    # What is kept must not be made while a CUDA graph is recorded, whose memory is used again.
+    return _kept_frequencies(config) if device.type == "cpu" else _frequencies(config, device)
+
+
+@functools.cache
+@torch.inference_mode(mode=False)
+def _kept_frequencies(config: RopeConfig) -> Tensor:
+    return _frequencies(config, torch.device("cpu"))
+
+
+def _frequencies(config: RopeConfig, device: torch.device) -> Tensor:
+    """Those that depend on no length."""
+    plain = 1.0 / config.theta ** _exponents(config.rotary_dim, device)
+    match config.scaling:
+        case LinearScaling(factor):
+            return plain / factor
         case Llama3Scaling() as scaling:
             return _llama3(plain, scaling)
         case YarnScaling() as scaling:
             return _yarn(plain, scaling, config)
-        case LongRopeScaling() as scaling:
-            short, long = (
-                1.0 / (torch.tensor(factors, device=device) * config.theta**exponents)
-                for factors in (scaling.short_factor, scaling.long_factor)
-            )
-            return torch.where(lengths[:, None] > scaling.original_length, long, short)
+    return plain
+
+
+def _exponents(dim: int, device: torch.device) -> Tensor:
+    return torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

@@ -25,7 +25,7 @@ namespace headroom {
 namespace {
 
 constexpr int kPanel = 64;         // outputs of a task
-constexpr int kFewInputs = kLanes;      // with so few there is no time to ask for all that is ahead:
+constexpr int kFewInputs = kLanes;    // with so few there is no time to ask for all that is ahead:
 constexpr int64_t kFirstLines = 128;  // only for what the processor cannot foresee
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 

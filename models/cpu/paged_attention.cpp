@@ -70,7 +70,7 @@ class Worker {
   // depend on what others of its task see.
   static constexpr int kKeyStep = std::max(kLanes, Product::kStep * L::kValues);
   static constexpr bool kScaled = !std::is_same_v<T, Kept>;
-  static constexpr bool kInPlace = Product::kTiles && !kScaled;
+  static constexpr bool kInPlace = Product::kHasTiles && !kScaled;
   static constexpr int kTiles = kChunk / kLanes;
   static constexpr int kLocated = 4;  // an even number
 

@@ -18,7 +18,7 @@ inline std::atomic<Unit> unit_in_use{Unit::kVectors};
 constexpr int kMostRows = 64;  // of a task, by any unit
 
 struct ByVectors {
-  static constexpr bool kTiles = false;
+  static constexpr bool kHasTiles = false;
   static constexpr int kRows = 48;  // of a task, which share what is packed
   static constexpr int kStep = 1;   // lanes of the summed axis at once
   // Of those of a weight, so that its part stays in a cache; with few rows it is read but once.
@@ -39,7 +39,7 @@ struct ByVectors {
 
 template <typename TileUnit>
 struct ByTiles {
-  static constexpr bool kTiles = true;
+  static constexpr bool kHasTiles = true;
   static constexpr int kRows = kMostRows;
   static constexpr int kStep = kLanes;
   static constexpr int kDepth = 64, kDepthOfFewRows = std::numeric_limits<int>::max() / 2;
