@@ -168,9 +168,9 @@ def _timed_functions(watch: StepWatch) -> ExitStack:
     patch(Scheduler, "schedule", "planning")
     patch(Scheduler, "update", "recording")
     patch(ModelRunner, "_build_batch", "batch")
-    for name in ("forward", "project_to_vocab"):
+    for name in ("forward", "project_to_vocab", "most_likely"):
         patch(Transformer, name, "model")
-    for name in ("choose", "most_likely", "broken_rows"):
+    for name in ("choose", "broken_rows"):
         patch(model_runner, name, "choosing")
     # Made when the first layer asks for them.
     for name in ("slot_mapping", "block_tables"):

@@ -25,6 +25,7 @@ from models.linear import Linear
 from models.memory import LargeMemory
 from models.positions import RopeConfig
 from models.rope import rotation
+from models.sampler import most_likely
 
 Rotations = dict[RopeConfig | None, tuple[Tensor, Tensor]]
 # Layer index and what its heads read, `[batch, heads, tokens, head_dim]`, to what they hand on.
@@ -243,23 +244,37 @@ class Transformer(nn.Module):
         Raises:
             ValueError: the model is an encoder, which predicts no tokens.
         """
-        if not self.config.is_causal:
-            raise ValueError("an encoder has no logits; `forward_dense` gives its hidden states")
-        if self.output_projection is not None:
-            hidden = self.output_projection(hidden)
-        if self.lm_head is not None:
-            logits: Tensor = self.lm_head(hidden).float()
-        elif self._packed_head is not None:
-            logits = self._packed_head.multiply(hidden).float()
-        elif gpu_fused.can_multiply(hidden, self.embed_tokens.weight):
-            logits = gpu_fused.multiply(self.embed_tokens.weight, hidden).float()
-        else:
-            logits = linear(hidden, self.embed_tokens.weight).float()
+        logits = self._unscaled_logits(hidden).float()
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * (logits / self.config.logit_softcap).tanh()
         return logits
+
+    def most_likely(self, hidden: Tensor) -> Tensor:
+        """The most likely token of each row of hidden states `[rows, hidden]`, int64 `[rows]`:
+        `models.sampler.most_likely` of the logits, which need not be converted for that.
+
+        Raises:
+            ValueError: as `project_to_vocab`.
+        """
+        if self.config.logit_scale != 1.0 or self.config.logit_softcap is not None:
+            return most_likely(self.project_to_vocab(hidden))
+        return most_likely(self._unscaled_logits(hidden))
+
+    def _unscaled_logits(self, hidden: Tensor) -> Tensor:
+        """In the model's type."""
+        if not self.config.is_causal:
+            raise ValueError("an encoder has no logits; `forward_dense` gives its hidden states")
+        if self.output_projection is not None:
+            hidden = self.output_projection(hidden)
+        if self.lm_head is not None:
+            return self.lm_head(hidden)  # type: ignore[no-any-return]
+        if self._packed_head is not None:
+            return self._packed_head.multiply(hidden)
+        if gpu_fused.can_multiply(hidden, self.embed_tokens.weight):
+            return gpu_fused.multiply(self.embed_tokens.weight, hidden)
+        return linear(hidden, self.embed_tokens.weight)
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:

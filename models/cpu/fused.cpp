@@ -57,30 +57,52 @@ at::Tensor silu_mul(const at::Tensor& x) {
   return output;
 }
 
+// A row of less than a vector; the lanes that are left are the least of numbers.
+template <typename T>
+Vec load_few(const T* row, int64_t count) {
+  float few[kLanes];
+  std::fill(few, few + kLanes, -INFINITY);
+  std::copy_n(row, count, few);
+  return load(few);
+}
+
 // The largest number of each row and where it is first; no number where one of the row is none.
-std::tuple<at::Tensor, at::Tensor> largest(const at::Tensor& x) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && x.scalar_type() == at::kFloat,
-              "rows of float32 elements");
-  const at::Tensor input = x.contiguous();
-  const int64_t rows = x.size(0), width = x.size(1);
-  const at::Tensor values = at::empty({rows}, x.options());
-  const at::Tensor places = at::empty({rows}, x.options().dtype(at::kLong));
-  const float* from = input.const_data_ptr<float>();
-  float* value = values.mutable_data_ptr<float>();
-  int64_t* place = places.mutable_data_ptr<int64_t>();
+template <typename T>
+void largest_of_rows(const T* from, int64_t rows, int64_t width, T* value, int64_t* place) {
+  using L = Lane<T>;
+  constexpr int64_t kPart = 1024;  // of a row, where its largest is looked for once more
   at::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
-      const float* row = from + r * width;
-      Vec most = splat(-INFINITY);
+      const T* row = from + r * width;
+      float highest = -INFINITY;
+      int64_t its_part = 0;
       Mask none = no_lanes();
-      for (int64_t i = 0; i < width; i += kLanes) {
-        const Vec numbers = load_or(most, row + i, first_lanes(width - i));
-        none = either(none, no_numbers(numbers));
-        most = max(most, numbers);
+      for (int64_t part = 0; part < width; part += kPart) {
+        const int64_t last = std::min(width, part + kPart);
+        Vec most = splat(-INFINITY);
+        for (int64_t i = part; i < last; i += kLanes) {
+          // The last vector may begin before its turn: what is looked at twice changes nothing.
+          const int64_t at = std::max<int64_t>(0, std::min(i, last - kLanes));
+          const Vec numbers = width < kLanes ? load_few<T>(row, width) : L::load(row + at, first_lanes(kLanes));
+          none = either(none, no_numbers(numbers));
+          most = max(most, numbers);
+        }
+        if (const float of_part = max_of(most); of_part > highest) highest = of_part, its_part = part;
       }
-      value[r] = any(none) ? NAN : max_of(most);
-      place[r] = any(none) ? 0 : std::find(row, row + width, value[r]) - row;
+      value[r] = any(none) ? NAN : highest;
+      place[r] = any(none) ? 0 : std::find(row + its_part, row + width, (T)highest) - row;
     }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> largest(const at::Tensor& x) {
+  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "rows of elements");
+  const at::Tensor input = x.contiguous();
+  const at::Tensor values = at::empty({x.size(0)}, x.options());
+  const at::Tensor places = at::empty({x.size(0)}, x.options().dtype(at::kLong));
+  with_type(x, [&]<typename T>() {
+    largest_of_rows(input.const_data_ptr<T>(), x.size(0), x.size(1), values.mutable_data_ptr<T>(),
+                    places.mutable_data_ptr<int64_t>());
   });
   return {values, places};
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.cpu.linear import WeightDType
 from models.gpu.decode_graphs import Decode, DecodeGraphs
 from models.kv_cache import KVCache
-from models.sampler import NOTHING, Choice, choose, most_likely
+from models.sampler import NOTHING, Choice, choose
 from models.transfer import Received, send
 from models.transformer import Transformer
 from service.engine.batch import Batch, describe
@@ -121,9 +121,10 @@ class ModelRunner:
 
     def _choose(self, plan: StepPlan, sampled: SequenceOf[int], hidden: Tensor) -> Choice:
         """A token for each row of `[rows, hidden]`."""
-        logits = self.model.project_to_vocab(hidden)
         rows = self._sampling_rows.of(plan, sampled)
-        return Choice.of(most_likely(logits)) if rows is None else choose(logits, rows)
+        if rows is None:
+            return Choice.of(self.model.most_likely(hidden))
+        return choose(self.model.project_to_vocab(hidden), rows)
 
     def _launch_recorded(
         self, graphs: DecodeGraphs, plan: StepPlan, after: RunningStep | None

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models import sampler
 from models.config import HeadConfig, ModelConfig
 from models.kernels import KernelName
 from models.positions import RopeConfig
@@ -116,6 +117,23 @@ def test_logits_are_scaled_then_capped() -> None:
     ]
     difference = capped.logits(tokens).flatten() - torch.tensor(expected)
     assert difference.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [
+    tiny.llama(), tiny.llama(tie_word_embeddings=True), tiny.llama(logit_scale=-1.7),
+    tiny.llama(logit_softcap=0.01),
+])  # fmt: skip
+@torch.inference_mode()
+def test_the_most_likely_token_is_that_of_the_logits(
+    config: ModelConfig, dtype: torch.dtype
+) -> None:
+    built = tiny.model(config, dtype=dtype)
+    hidden = torch.randn(7, 24, dtype=dtype)
+    hidden[2, 5] = torch.nan
+    expected = sampler.most_likely(built.project_to_vocab(hidden))
+    assert torch.equal(built.most_likely(hidden), expected)
+    assert expected[2] == sampler.NOTHING
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
