@@ -32,8 +32,8 @@ def silu_mul(x: Tensor) -> Tensor:
 
 
 def largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row of `[rows, width]`, and where it is first, both `[rows]`; NaN where one
-    of the row is."""
+    """The largest of each row of `[rows, width]`, and where it is first, both `[rows]`; NaN where
+    one of the row is."""
     return torch.ops.headroom.largest(x)  # type: ignore[no-any-return]
 
 
