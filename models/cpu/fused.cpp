@@ -83,11 +83,15 @@ void largest_of_rows(const T* from, int64_t rows, int64_t width, T* value, int64
         for (int64_t i = part; i < last; i += kLanes) {
           // The last vector may begin before its turn: what is looked at twice changes nothing.
           const int64_t at = std::max<int64_t>(0, std::min(i, last - kLanes));
-          const Vec numbers = width < kLanes ? load_few<T>(row, width) : L::load(row + at, first_lanes(kLanes));
+          const Vec numbers = width < kLanes ? load_few(row, width)
+                                             : L::load(row + at, first_lanes(kLanes));
           none = either(none, no_numbers(numbers));
           most = max(most, numbers);
         }
-        if (const float of_part = max_of(most); of_part > highest) highest = of_part, its_part = part;
+        if (const float of_part = max_of(most); of_part > highest) {
+          highest = of_part;
+          its_part = part;
+        }
       }
       value[r] = any(none) ? NAN : highest;
       place[r] = any(none) ? 0 : std::find(row + its_part, row + width, (T)highest) - row;

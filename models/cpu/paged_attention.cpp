@@ -302,8 +302,8 @@ class Worker {
           const Kept* scales = key - at * head_dim_ + call_.places.to_scales(head_dim_);
           run.key_scales = reinterpret_cast<const float*>(scales) + at;
           run.value_scales = run.key_scales + to_value / head_dim_;
-          _mm_prefetch((const char*)run.key_scales, _MM_HINT_T0);
-          _mm_prefetch((const char*)run.value_scales, _MM_HINT_T0);
+          prefetch(run.key_scales);
+          prefetch(run.value_scales);
         }
       }
       for (int k = count; k < in_block; k++) located.keys[i + k] = located.values[i + k] = zeros;
@@ -324,7 +324,9 @@ class Worker {
   }
 
   // How many keys of a step are multiplied.
-  static int padded_of(const Located& here) { return (here.used + kKeyStep - 1) / kKeyStep * kKeyStep; }
+  static int padded_of(const Located& here) {
+    return (here.used + kKeyStep - 1) / kKeyStep * kKeyStep;
+  }
 
   // What is computed of a step before the turn of the one before it ends.
   void prepare(Located& here, const Located& later) {
@@ -488,7 +490,8 @@ class Worker {
     Ahead nothing;
     std::copy_n(read, rows * width_, space_.read);
     product_.template multiply<T>(nothing, space_.weights, kChunk / L::kValues, packed_in_place(here),
-                                  width_, padded / L::kValues, space_.read, width_, kLanes, width_, true);
+                                  width_, padded / L::kValues, space_.read, width_, kLanes, width_,
+                                  true);
     std::copy_n(space_.read, rows * width_, read);
   }
 

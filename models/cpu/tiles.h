@@ -296,7 +296,7 @@ struct Ahead {
   void ask_for_a_share() {
     if (steps <= 0) return;
     const int64_t share = (lines + steps - 1) / steps;
-    for (int64_t i = 0; i < share; i++) _mm_prefetch(at + i * kLine, _MM_HINT_T1);
+    for (int64_t i = 0; i < share; i++) prefetch(at + i * kLine);
     at += share * kLine;
     lines -= share;
     steps--;
@@ -419,8 +419,9 @@ void multiply_rows(Unit& unit, const uint32_t* const (&a)[4], int a_stride, cons
 // multiple of 32. Of the rows of `b` a part, of `kPairs` times 32 numbers. As many rows after the
 // pointers `ahead`, if there are any, are asked for.
 template <int kRows, int kPairs>
-void add_weighted_part(const float* a, int a_stride, const at::BFloat16* const* b, int b_stride, int count,
-                       int part, float* c, int c_stride, const at::BFloat16* const* ahead) {
+void add_weighted_part(const float* a, int a_stride, const at::BFloat16* const* b, int b_stride,
+                       int count, int part, float* c, int c_stride,
+                       const at::BFloat16* const* ahead) {
   constexpr int kTile = 2 * kLanes;
   Vec total[kRows][kPairs][2];  // of even elements, of odd ones
   for (int r = 0; r < kRows; r++)
@@ -442,7 +443,8 @@ void add_weighted_part(const float* a, int a_stride, const at::BFloat16* const* 
         for (int p = 0; p < kPairs; p++) {
           const Ints even = load_ints(at + p * kTile), odd = load_ints(at + b_stride + p * kTile);
           for (int r = 0; r < kRows; r++) {
-            const Vec by_even = splat(a[r * a_stride + k]), by_odd = splat(a[r * a_stride + k + 1]);
+            const float* by = a + r * a_stride + k;
+            const Vec by_even = splat(by[0]), by_odd = splat(by[1]);
             first[r][p][0] = multiply_add(by_even, low_halves(even), first[r][p][0]);
             first[r][p][1] = multiply_add(by_even, high_halves(even), first[r][p][1]);
             second[r][p][0] = multiply_add(by_odd, low_halves(odd), second[r][p][0]);
@@ -468,14 +470,16 @@ void add_weighted_part(const float* a, int a_stride, const at::BFloat16* const* 
 constexpr int kFewRows = 3;  // for so many vectors are as quick as tiles
 
 // The whole of rows of `width` numbers, a multiple of 32.
-inline void add_weighted_rows(const float* a, int a_stride, int rows, const at::BFloat16* const* b, int width,
-                              int count, float* c, int c_stride, const at::BFloat16* const* ahead) {
+inline void add_weighted_rows(const float* a, int a_stride, int rows, const at::BFloat16* const* b,
+                              int width, int count, float* c, int c_stride,
+                              const at::BFloat16* const* ahead) {
   const SmallIsZero small;
   const auto add = [&]<int kRows>() {
     int part = 0;
     for (; part + 4 * kLanes <= width; part += 4 * kLanes)
       add_weighted_part<kRows, 2>(a, a_stride, b, width, count, part, c, c_stride, ahead);
-    if (part < width) add_weighted_part<kRows, 1>(a, a_stride, b, width, count, part, c, c_stride, ahead);
+    if (part < width)
+      add_weighted_part<kRows, 1>(a, a_stride, b, width, count, part, c, c_stride, ahead);
   };
   if (rows == 1) add.template operator()<1>();
   if (rows == 2) add.template operator()<2>();
