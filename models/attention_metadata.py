@@ -63,6 +63,7 @@ class GroupMetadata:
         Args:
             changed: sequences whose block tables are not what they were.
         """
+        assert not self._slots or len(self._slots) == len(self._first_rows), "only decodes go on"
         self._num_advanced += 1
         made, size = vars(self), self._block_size
         for form in _FORMS_OF_ONE_STEP:
@@ -100,13 +101,14 @@ class GroupMetadata:
     @cached_property
     def batches(self) -> tuple[QueryBatch, ...]:
         """All rows of the step, in order, as rectangles."""
-        num_decodes = sum(1 for row in self._rows if row.num_new == 1)
+        rows = self._rows
+        num_decodes = sum(1 for row in rows if row.num_new == 1)
         budget = self._tokens_per_gather
         most = None if budget is None else budget // self._block_size
-        decodes = split_rows(self._rows[:num_decodes], most, self._block_size)
+        decodes = split_rows(rows[:num_decodes], most, self._block_size)
         batches: list[QueryBatch] = []
         start = 0
-        for members in (*decodes, *([row] for row in self._rows[num_decodes:])):
+        for members in (*decodes, *([row] for row in rows[num_decodes:])):
             batch = query_batch(members, start, self._block_size, self._device)
             batches.append(batch)
             start = batch.end

@@ -423,8 +423,8 @@ MUTATIONS = (
     Mutation(
         "a run of decodes goes on although another may be admitted",
         "service/engine/scheduler.py",
-        "(full or not self.waiting)",
-        "True",
+        "self._decode_run is not None and self._admits_nobody",
+        "self._decode_run is not None",
         ("tests/engine/test_decode_runs.py",),
     ),
     Mutation(

@@ -2,7 +2,7 @@
 //
 // Both products of attention are one small matrix product (see lanes.h). Keys and values are
 // packed so that sixteen lanes of one vector belong to sixteen keys, or to sixteen elements of a
-// value.
+// value; unless tiles, for up to sixteen queries, take them as they lie.
 //
 // The softmax runs along with the keys (Milakov & Gimelshein 2018; Dao et al. 2022) in chunks at
 // fixed positions, and spans of chunks are joined in order. What a query reads therefore does not
@@ -49,7 +49,7 @@ struct Workspace {
   alignas(64) uint32_t values[2][kMaxHeadDim * kChunk];  // of the step at hand and the next
   alignas(64) float scores[kMostRows * kChunk];
   alignas(64) float arranged[kLanes * kChunk];
-  alignas(64) float plain_weights[kFewRows * kChunk];
+  alignas(64) float unpacked_weights[kFewRows * kChunk];
   alignas(64) uint32_t last_values[2][kLanes * kMaxHeadDim / 2];  // of the step at hand and the next
   alignas(64) float read[kLanes * kMaxHeadDim];
   alignas(64) uint32_t weights[kMostRows * kChunk];
@@ -72,7 +72,8 @@ class Worker {
   static constexpr bool kScaled = !std::is_same_v<T, Kept>;
   static constexpr bool kInPlace = Product::kHasTiles && !kScaled;
   static constexpr int kTiles = kChunk / kLanes;
-  static constexpr int kLocated = 4;  // an even number
+  // More than the three steps that are known, and even: what neighbours of them hold is in two buffers.
+  static constexpr int kLocated = 4;
 
  public:
   Worker(const Call<T, Kept>& call, Workspace& space)
@@ -485,7 +486,7 @@ class Worker {
   // columns of scores: to load other shapes takes long.
   void read_in_place(const Located& here, const Located& later, int padded, int rows, float* read) {
     if (rows <= kFewRows)
-      return add_weighted_rows(space_.plain_weights, kChunk, rows, here.values, head_dim_, padded, read,
+      return add_weighted_rows(space_.unpacked_weights, kChunk, rows, here.values, head_dim_, padded, read,
                                width_, later.in_place ? later.keys : nullptr);
     Ahead nothing;
     std::copy_n(read, rows * width_, space_.read);
@@ -520,7 +521,7 @@ class Worker {
   // sees has the same bits whether or not it is known beforehand that all is seen.
   template <bool kPlain, bool kAllSeen>
   void weigh(int first_row, int rows, int first, int vecs, const Running& running, float* all_scores,
-             bool plain_weights) {
+             bool unpacked_weights) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
     float keep[kMostRows], peak[kMostRows];
     for (int r = 0; r < rows; r++) {
@@ -556,8 +557,8 @@ class Worker {
         if constexpr (kScaled)
           weights = where(seen_by(first_row + r, keys_of(v)),
                           mul(weights, load(space_.value_scale + v * kLanes)));
-        if (plain_weights)
-          store(space_.plain_weights + r * kChunk + v * kLanes, L::round(weights));
+        if (unpacked_weights)
+          store(space_.unpacked_weights + r * kChunk + v * kLanes, L::round(weights));
         else
           L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
       }
@@ -659,7 +660,7 @@ void attend(const Call<T, Kept>& call) {
   const Division division = divide(call, Product::kRows);
   const std::vector<Task>& tasks = division.tasks;
   const auto partials = std::make_unique_for_overwrite<float[]>(division.partial_size);
-  int64_t products = 0;  // of both products; keys and values are packed once for all rows
+  int64_t products = 0;  // of both products; once more for what is packed, or waited for
   for (const Task& task : tasks)
     products += 2 * (task.num_rows + 1) * task.num_kv_heads *
                 (task.end_chunk - task.first_chunk) * kChunk * call.width();

@@ -367,6 +367,8 @@ void multiply_pairs_as_tiles(const uint32_t* a, int a_stride, const uint32_t* b,
     for (int v = 0; v < kVecs; v++) store(c + r * c_stride + v * kLanes, total[r][v]);
 }
 
+constexpr int kFewRows = 3;  // for so many vectors are as quick as tiles
+
 // As `multiply_tiles`, to the bit, of what lies in a cache: of few rows vectors are quicker there,
 // since a tile takes as long to load for one row as for sixteen.
 template <typename T, typename Unit>
@@ -384,7 +386,7 @@ void multiply_cached_tiles(Unit& unit, const uint32_t* a, int a_stride, const ui
       multiply_pairs_as_tiles<kRows, 1>(a, a_stride, b + n, b_stride, whole, c + n, c_stride,
                                         accumulate);
   };
-  if (!std::is_same_v<T, at::BFloat16> || rows > 3 || !whole) {
+  if (!std::is_same_v<T, at::BFloat16> || rows > kFewRows || !whole) {
     Ahead nothing;
     return multiply_tiles<T>(unit, a, a_stride, b, b_stride, depth, c, c_stride, rows, columns,
                              accumulate, nothing);
@@ -467,8 +469,6 @@ void add_weighted_part(const float* a, int a_stride, const at::BFloat16* const* 
     }
 }
 
-constexpr int kFewRows = 3;  // for so many vectors are as quick as tiles
-
 // The whole of rows of `width` numbers, a multiple of 32.
 inline void add_weighted_rows(const float* a, int a_stride, int rows, const at::BFloat16* const* b,
                               int width, int count, float* c, int c_stride,
@@ -543,10 +543,29 @@ inline bool amx_agrees_with_its_description() {
     }
     return true;
   };
+  // Rows where they lie, of one column and of sixteen, of half a step of lanes and of one and a half.
+  const auto agree_on_rows = [&] {
+    constexpr int kStride = 3 * kLanes, kRows = 4 * kLanes;
+    static uint32_t rows[kRows * kStride];
+    static float by_amx[kRows * kLanes], by_emulator[kRows * kLanes];
+    for (int i = 0; i < kRows * kStride; i++) rows[i] = (i * 2654435761u & 0x807f807f) | 0x3f003f00;
+    const auto nothing_between = [](int, int, int) {};
+    const uint32_t* const at[4] = {rows, rows + 2 * kLanes * kStride, rows + kLanes * kStride,
+                                   rows + 3 * kLanes * kStride};
+    for (const int columns : {1, kLanes}) {
+      for (const int depth : {kLanes, 3 * kLanes}) {
+        multiply_rows<at::BFloat16>(amx, at, kStride, b, columns, depth, by_amx, nothing_between);
+        multiply_rows<at::BFloat16>(emulator, at, kStride, b, columns, depth, by_emulator,
+                                    nothing_between);
+        if (std::memcmp(by_amx, by_emulator, sizeof(float) * kRows * columns) != 0) return false;
+      }
+    }
+    return true;
+  };
   // Bytes, and pairs of bfloat16 of either sign: between a half and 1, so small that some sums are no
   // normal numbers, and no normal numbers themselves.
   return agree.template operator()<int8_t>(0xffffffff, 0) &&
-         agree.template operator()<at::BFloat16>(0x807f807f, 0x3f003f00) &&
+         agree.template operator()<at::BFloat16>(0x807f807f, 0x3f003f00) && agree_on_rows() &&
          agree.template operator()<at::BFloat16>(0x807f807f, 0x20002000) &&
          agree.template operator()<at::BFloat16>(0x807f807f, 0);
 }

@@ -50,6 +50,9 @@ def length_ending(seq: Sequence, num_tokens: int, max_len: int) -> FinishReason 
     """Why a generation ends that has grown to so many tokens, whatever they are."""
     params = seq.params
     assert params is not None, "only generations sample"
-    if params.max_tokens is not None and num_tokens - seq.num_prompt_tokens >= params.max_tokens:
+    if num_tokens < last_length(seq, max_len):
+        return None
+    asked_for = params.max_tokens
+    if asked_for is not None and num_tokens - seq.num_prompt_tokens >= asked_for:
         return FinishReason.LENGTH
-    return FinishReason.CONTEXT_FULL if num_tokens >= max_len else None
+    return FinishReason.CONTEXT_FULL

@@ -63,12 +63,12 @@ class ModelRunner:
         self.kv_cache = kv_cache
         self.graphs = graphs
         self._sampling_rows = SamplingRows(eos_token_ids)
-        # A cap makes logits finite again, and rounding to 8 bits may.
-        self._logits_tell = weight_dtype != "int8" and model.config.logit_softcap is None
+        # A cap makes logits finite again.
+        self._logits_tell = model.config.logit_softcap is None
         self._rope_depends_on_length = model.config.rope_depends_on_length
         self._is_on_cpu = model.device.type == "cpu"
-        # Of the last step, if it was of decodes: its batch, and the tokens it chose.
-        self._decoded: tuple[Batch, Tensor] | None = None
+        # Of the last step, if another may go on with it: the plan, the batch, the tokens it chose.
+        self._decoded: tuple[StepPlan, Batch, Tensor] | None = None
 
     def run(self, plan: StepPlan) -> list[Result]:
         """Compute the planned tokens; one result per scheduled sequence, in order."""
@@ -95,9 +95,10 @@ class ModelRunner:
         if is_decode:
             everyone = range(len(plan.scheduled))
             choice = self._choose(plan, everyone, hidden)
-            self._decoded = batch, choice.tokens
-            broken = None if self._logits_tell else Received(broken_rows(hidden))
-            return RunningStep(plan, everyone, (), choice, hidden, broken)
+            self._decoded = (plan, batch, choice.tokens) if self._is_on_cpu else None
+            if self._logits_tell:
+                return RunningStep(plan, everyone, (), choice)
+            return RunningStep(plan, everyone, (), choice, hidden, Received(broken_rows(hidden)))
         broken = Received(broken_rows(hidden))
         sampled = [index for index, item in enumerate(plan.scheduled) if item.samples]
         unsampled = [index for index, item in enumerate(plan.scheduled) if not item.samples]
@@ -115,7 +116,8 @@ class ModelRunner:
         if plan.changed is None or not self._is_on_cpu:
             return Batch(plan, self.kv_cache)
         assert decoded is not None, "a plan goes on with the step before"
-        batch, tokens = decoded
+        before, batch, tokens = decoded
+        assert plan.scheduled is before.scheduled, "and with no other step"
         batch.advance(tokens, plan.changed)
         return batch
 

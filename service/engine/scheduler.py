@@ -134,15 +134,15 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plan one step, after what was planned before was recorded; takes blocks for it."""
         expired = tuple(self._expire())
-        full = len(self.running) >= self._config.max_num_seqs
-        if self._decode_run is not None and (full or not self.waiting):
+        if self._decode_run is not None and self._admits_nobody:
             plan = self._decode_run.go_on(expired)
             if plan is not None:
                 self._has_changed = False
                 return plan
         plan = self._plan(expired)
         self._decode_run = None
-        if plan.is_decode and 0 < len(plan.scheduled) == len(self.running):
+        is_of_all = plan.is_decode and 0 < len(plan.scheduled) == len(self.running)
+        if is_of_all and self._admits_nobody:
             self._decode_run = DecodeRun(
                 plan,
                 self.running,
@@ -152,6 +152,11 @@ class Scheduler:
                 rope_switch_length=self._rope_switch_length,
             )
         return plan
+
+    @property
+    def _admits_nobody(self) -> bool:
+        """Whether nobody is there who could be admitted."""
+        return not self.waiting or len(self.running) >= self._config.max_num_seqs
 
     def _plan(self, expired: tuple[SequenceOutput, ...]) -> StepPlan:
         """A step from nothing."""

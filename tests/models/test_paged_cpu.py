@@ -185,7 +185,7 @@ def test_the_bits_of_a_sequence_depend_on_itself_alone(
     name: str, kind: str, unit: str, data: st.DataObject
 ) -> None:
     """Whatever else is in a step, however a prompt is cut, and wherever its blocks lie."""
-    head_dim = data.draw(st.sampled_from([4, 12, 20, 32, 40, 64, 96]))
+    head_dim = data.draw(st.sampled_from([4, 20, 32, 40, 64, 96, 256]))
     heads = HeadConfig(6, data.draw(st.sampled_from([1, 2, 3, 6])), head_dim)
     lengths = data.draw(st.lists(st.integers(1, 330), min_size=1, max_size=4))
     sequences = Sequences.random(heads, lengths)
@@ -196,7 +196,7 @@ def test_the_bits_of_a_sequence_depend_on_itself_alone(
         counts = counts if any(counts) and len(steps) < 8 else list(left)
         steps.append(counts)
         left = [before - now for before, now in zip(left, counts, strict=True)]
-    block_size = data.draw(st.sampled_from([1, 3, 16, 64]))
+    block_size = data.draw(st.sampled_from([1, 3, 16, 48, 64]))
     with multiplying_by(unit):
         read = sequences.read(SCORINGS[name], steps, **KINDS[kind], block_size=block_size, seed=1)
         for index, length in enumerate(lengths):
@@ -264,17 +264,18 @@ def test_queries_may_lie_anywhere(dtype: torch.dtype) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("heads", [HeadConfig(6, 2, 16), HeadConfig(6, 1, 64)], ids=["16", "64"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCORINGS)
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(data=st.data())
 @example(data=None)
 def test_a_query_that_is_not_a_number_spoils_its_own_row_only(
-    name: str, kind: str, data: st.DataObject | None
+    name: str, kind: str, heads: HeadConfig, data: st.DataObject | None
 ) -> None:
     lengths = [700, 90, 3]
     steps = [[690, 80, 2], [1, 1, 1], [9, 9, 0]]
-    sequences = Sequences.random(HeadConfig(6, 2, 16), lengths)
+    sequences = Sequences.random(heads, lengths)
     clean = sequences.read(SCORINGS[name], steps, **KINDS[kind])
     chosen, head, at, element = (
         (data.draw(st.integers(0, most)) for most in (2, 5, 699, 15)) if data else (0, 4, 690, 0)
