@@ -290,8 +290,8 @@ MUTATIONS = (
     Mutation(
         "output head tied although it is not",
         "models/transformer.py",
-        "if self.lm_head is not None:\n            logits",
-        "if False:\n            logits",
+        "if self.lm_head is not None:\n            return",
+        "if False:\n            return",
         parity("llama"),
     ),
     Mutation(
@@ -500,8 +500,8 @@ MUTATIONS = (
     Mutation(
         "logits are trusted although a cap hides what is not finite",
         "service/engine/model_runner.py",
-        " and model.config.logit_softcap is None",
-        "",
+        "self._logits_tell = model.config.logit_softcap is None",
+        "self._logits_tell = True",
         ("tests/engine/test_model_runner.py",),
     ),
     Mutation(
