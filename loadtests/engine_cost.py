@@ -35,7 +35,7 @@ from models.attention_metadata import GroupMetadata
 from models.tokenizer import IncrementalDetokenizer, Tokenizer
 from models.transformer import Transformer
 from service.bench import BenchShape, machine
-from service.engine import Engine, EngineConfig, EngineRequest, SamplingParams, model_runner
+from service.engine import Engine, EngineConfig, EngineRequest, SamplingParams
 from service.engine.async_engine import AsyncEngine
 from service.engine.model_runner import ModelRunner
 from service.engine.scheduler import Scheduler
@@ -170,8 +170,6 @@ def _timed_functions(watch: StepWatch) -> ExitStack:
     patch(ModelRunner, "_build_batch", "batch")
     for name in ("forward", "project_to_vocab", "most_likely"):
         patch(Transformer, name, "model")
-    for name in ("choose", "broken_rows"):
-        patch(model_runner, name, "choosing")
     # Made when the first layer asks for them.
     for name in ("slot_mapping", "block_tables"):
         form = cached_property(watch.timed("forms", GroupMetadata.__dict__[name].func))
@@ -188,20 +186,20 @@ def _timed_functions(watch: StepWatch) -> ExitStack:
 
 
 def own_parts(parts: Mapping[str, float]) -> dict[str, float]:
-    """Milliseconds of a step's parts; `all` is what is neither the model's nor another thread's."""
+    """Milliseconds of a step's parts; `all` is what is neither the model's, which finds the greedy
+    tokens too, nor another thread's."""
     model = parts["model"] - parts["forms"]
     batch = parts["batch"] + parts["forms"]
     named = batch + parts["planning"] + parts["recording"] + parts["statistics"]
     own = {
         "planning": parts["planning"],
         "batch": batch,
-        "results": parts["step"] - model - parts["choosing"] - named,
+        "results": parts["step"] - model - named,
         "recording": parts["recording"],
         "statistics": parts["statistics"],
         "handing out": parts["handing out"],
-        "all": parts["step"] - model - parts["choosing"] + parts["handing out"],
+        "all": parts["step"] - model + parts["handing out"],
         "model": model,
-        "choosing": parts["choosing"],
         "text": parts["text"],
     }
     return {part: 1000 * seconds for part, seconds in own.items()}
@@ -234,8 +232,8 @@ def _markdown(document: dict[str, Any]) -> str:
         ),
         f"| all | | {computed['all']:.3f} | {passed['all']:.3f} |",
         "",
-        f"Beside it passed: the model {passed['model']:.1f} ms, choosing tokens "
-        f"{passed['choosing']:.2f} ms; on the thread of the streams, text {passed['text']:.2f} ms.",
+        f"Beside it passed: the model, with the choice of tokens, {passed['model']:.1f} ms; on the "
+        f"thread of the streams, text {passed['text']:.2f} ms.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -17,7 +17,7 @@ def test_a_short_run_writes_what_the_long_one_does(tmp_path: Path) -> None:
     assert Scheduler.schedule is schedule, "nothing stays timed"
     document = json.loads((tmp_path / "engine-cost.json").read_text())
     for times in (document["computed_ms"], document["passed_ms"]):
-        assert list(times) == [*OWN, "all", "model", "choosing", "text"]
+        assert list(times) == [*OWN, "all", "model", "text"]
         assert all(0 < ms < 1000 for ms in times.values())
         assert times["all"] < times["model"]
     # Three prompts may come in up to three steps; every later step decodes all.
@@ -34,15 +34,14 @@ def test_what_is_not_the_models_is_the_engines_own() -> None:
         "planning": 0.1,
         "batch": 0.2,
         "forms": 0.4,  # inside of the model's
-        "model": 7.4,
-        "choosing": 1.0,
+        "model": 8.4,
         "recording": 0.3,
         "statistics": 0.5,
         "handing out": 0.7,  # after the step
         "text": 5.0,  # on another thread
     }
     parts = engine_cost.own_parts(seconds)
-    assert parts["model"] == pytest.approx(7000)
+    assert parts["model"] == pytest.approx(8000)
     assert parts["batch"] == pytest.approx(600)
     assert parts["all"] == pytest.approx(2700)
     assert sum(parts[name] for name in OWN) == pytest.approx(parts["all"])

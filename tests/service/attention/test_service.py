@@ -51,8 +51,8 @@ async def test_streams_go_on_beside_attention_and_get_the_same_tokens(
         finished.set()
         await asyncio.gather(*callers)
     assert together == alone
-    # One call fits between two steps, if the client has asked by then.
-    assert num_answers >= 30, "calls go on beside streams"
+    # One call fits between two steps, if a client has asked by then. Four are answered at the end.
+    assert num_answers >= 12, "calls go on beside streams"
     await server.until_idle()
 
 
