@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "crew.h"
 #include "operations.h"
 
 namespace headroom {
@@ -24,6 +25,11 @@ struct Weight {
   Tensors parts;
   int64_t outputs;
   MaybeTensor bias;
+
+  Upcoming memory() const {
+    const int64_t pieces = (outputs + 63) / 64;
+    return {static_cast<const char*>(parts[0].const_data_ptr()), (int64_t)parts[0].nbytes() / ((outputs + 15) / 16 * 16) * 64, pieces};
+  }
 
   at::Tensor multiply(const at::Tensor& input, const MaybeTensor& norm, double eps, bool swiglu,
                       const MaybeTensor& residual) const {
@@ -117,15 +123,22 @@ class DecoderStack : public torch::CustomClassHolder {
       for (const at::Tensor& tensor : *each)
         TORCH_CHECK(tensor.is_cpu(), "a step is on ", tensor.device(), "; allowed: cpu");
     const Step step{cos, sin, slots, block_tables, query_start, num_computed};
-    for (const DecoderLayer& layer : layers_) {
+    Crew::gather([&] {
+    for (size_t i = 0; i < layers_.size(); i++) {
+      const DecoderLayer& layer = layers_[i];
+      Crew::expect(layer.output.memory());
       const at::Tensor projected = layer.qkv.multiply(hidden, layer.attention_norm,
                                                       layer.attention_eps, false, std::nullopt);
-      hidden = layer.output.multiply(attend(layer.heads, projected, step), std::nullopt, 0., false,
-                                     hidden);
+      const at::Tensor read = attend(layer.heads, projected, step);
+      Crew::expect(layer.up.memory());
+      hidden = layer.output.multiply(read, std::nullopt, 0., false, hidden);
+      Crew::expect(layer.down.memory());
       const at::Tensor wide =
           layer.up.multiply(hidden, layer.mlp_norm, layer.mlp_eps, false, std::nullopt);
+      if (i + 1 < layers_.size()) Crew::expect(layers_[i + 1].qkv.memory());
       hidden = layer.down.multiply(wide, std::nullopt, 0., true, hidden);
     }
+    });
     return hidden;
   }
 

@@ -1,6 +1,5 @@
 // What lies between the products of a layer, each in one pass over its rows.
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "cache.h"
+#include "crew.h"
 #include "operations.h"
 #include "rows.h"
 
@@ -29,7 +29,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   with_type(x, [&]<typename T>() {
     const T *from = input.const_data_ptr<T>(), *scale = weight.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
-    at::parallel_for(0, input.numel() / width, grain(width), [&](int64_t begin, int64_t end) {
+    for_rows(input.numel() / width, width, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++)
         norm_row(from + row * width, scale, width, (float)eps, to + row * width);
     });
@@ -49,7 +49,7 @@ at::Tensor silu_mul(const at::Tensor& x) {
   with_type(x, [&]<typename T>() {
     const T* from = input.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
-    at::parallel_for(0, output.numel() / width, grain(width), [&](int64_t begin, int64_t end) {
+    for_rows(output.numel() / width, width, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++)
         swiglu_row(from + 2 * row * width, width, to + row * width);
     });
@@ -71,7 +71,7 @@ template <typename T>
 void largest_of_rows(const T* from, int64_t rows, int64_t width, T* value, int64_t* place) {
   using L = Lane<T>;
   constexpr int64_t kPart = 1024;  // of a row, where its largest is looked for once more
-  at::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+  for_rows(rows, width, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       const T* row = from + r * width;
       float highest = -INFINITY;
@@ -134,7 +134,7 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
     const int64_t turned = 2 * rotation.half;
     const T* from = x.const_data_ptr<T>();
     T* to = output.mutable_data_ptr<T>();
-    at::parallel_for(0, tokens, grain(heads * head_dim), [&](int64_t begin, int64_t end) {
+    for_rows(tokens, heads * head_dim, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; token++)
         for (int64_t head = 0; head < heads; head++) {
           const T* in = from + token * x.stride(0) + head * x.stride(1);
@@ -191,7 +191,7 @@ void rotate_and_store(const at::Tensor& query, const at::Tensor& key, const at::
     T* queries = query.mutable_data_ptr<T>();
     Kept* memory = pool.mutable_data_ptr<Kept>();
     const int64_t width = (heads + 2 * kv_heads) * head_dim;
-    at::parallel_for(0, tokens, grain(width), [&](int64_t begin, int64_t end) {
+    for_rows(tokens, width, [&](int64_t begin, int64_t end) {
       std::vector<T> rotated(head_dim);
       for (int64_t token = begin; token < end; token++) {
         for (int64_t head = 0; head < heads; head++) {

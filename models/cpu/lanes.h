@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
@@ -42,6 +41,11 @@ inline float exp2(float x) { return first_of(exp2(splat(x))); }
 // that only prefetches for one without effect, and drops its calls.
 inline void prefetch(const void* line) {
   asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(line)));
+}
+
+// Into the first-level cache.
+inline void prefetch_near(const void* line) {
+  asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(line)));
 }
 
 // Sixteen neighbouring pairs, apart.
@@ -250,16 +254,6 @@ void multiply(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, 
   block.template operator()<4>();
   block.template operator()<2>();
   block.template operator()<1>();
-}
-
-// Calls a function on as many threads as so many products of lanes keep busy for longer than they take
-// to start and to wait for each other, which on a busy machine is long.
-template <typename F>
-void on_threads(int64_t products, F&& function) {
-  constexpr int64_t kWorthAThread = 1 << 16;
-  const int64_t threads =
-      std::clamp<int64_t>(products / kWorthAThread, 1, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { function(); });
 }
 
 // Calls a function of the element type of a tensor.

@@ -14,9 +14,12 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "crew.h"
 #include "operations.h"
 #include "rows.h"
 #include "units.h"
@@ -25,8 +28,8 @@ namespace headroom {
 namespace {
 
 constexpr int kPanel = 64;         // outputs of a task
-constexpr int kFewInputs = kLanes;    // with so few there is no time to ask for all that is ahead:
-constexpr int64_t kFirstLines = 128;  // only for what the processor cannot foresee
+constexpr int kFewInputs = kLanes;  // so few read a panel in one piece, and ask for what comes
+constexpr int kLead = 64;           // so many lanes of the summed axis later
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
@@ -50,38 +53,82 @@ void for_each(int64_t outputs, int64_t inputs, F&& visit) {
 
 // How a product is divided among threads. A task is a panel and as many rows as stay in a cache beside
 // it while all panels go by, so that one thread alone reads a panel from memory, unless that leaves
-// threads without a task.
-struct Shares {
-  static constexpr int64_t kTasksPerThread = 4;
-  static constexpr int64_t kLanesOfRows = 1 << 18;  // half of a small second-level cache
+// threads without a task. Each thread begins with neighbouring panels of its own; one that has none
+// left helps another from its end.
+class Shares {
+ public:
+  struct Task {
+    int64_t panel, first_row;
+  };
 
-  Shares(int64_t rows, int64_t outputs, int64_t depth, int64_t most_rows)
-      : panels((outputs + kPanel - 1) / kPanel) {
+  Shares(int64_t rows, int64_t outputs, int64_t depth, int64_t most_rows, int64_t threads)
+      : panels_((outputs + kPanel - 1) / kPanel), own_(threads) {
     const int64_t tiles = (rows + most_rows - 1) / most_rows;
-    const int64_t wanted = kTasksPerThread * at::get_num_threads();
-    const int64_t for_threads = (wanted + panels - 1) / panels;
+    const int64_t for_threads = (kTasksPerThread * at::get_num_threads() + panels_ - 1) / panels_;
     const int64_t for_cache = (rows * depth + kLanesOfRows - 1) / kLanesOfRows;
     const int64_t parts = std::clamp(std::max(for_threads, for_cache), (int64_t)1, tiles);
     rows_of_task = (tiles + parts - 1) / parts * most_rows;
-    tasks = panels * ((rows + rows_of_task - 1) / rows_of_task);
-    plenty = tasks >= 2 * wanted;
+    const int64_t tasks_of_panel = (rows + rows_of_task - 1) / rows_of_task;
+    for (int64_t number = 0; number < threads; number++) {
+      const Share panels = panels_of(number);
+      own_[number].left = (uint64_t)((panels.end - panels.begin) * tasks_of_panel);
+    }
   }
 
-  int64_t panel_of(int64_t task) const { return task % panels; }
-  int64_t first_row_of(int64_t task) const { return task / panels * rows_of_task; }
+  // What a thread does next, if anything is left.
+  std::optional<Task> take(int number) {
+    const int threads = (int)own_.size();
+    for (int other = 0; other < threads; other++) {
+      const int owner = (number + other) % threads;
+      std::atomic<uint64_t>& left = own_[owner].left;
+      for (uint64_t now = left; first_of(now) < end_of(now);) {
+        const uint64_t after = other ? now - 1 : now + kFirst;
+        if (left.compare_exchange_weak(now, after))
+          return task(owner, other ? end_of(now) - 1 : first_of(now));
+      }
+    }
+    return {};
+  }
 
-  const int64_t panels;
-  int64_t rows_of_task, tasks;
-  bool plenty;  // so that a thread may take one beforehand and leaves the others enough
+  // What it will do after that, unless another comes first.
+  std::optional<Task> expected(int number) const {
+    const uint64_t now = own_[number].left;
+    if (first_of(now) == end_of(now)) return {};
+    return task(number, first_of(now));
+  }
+
+  int64_t rows_of_task;
+
+ private:
+  static constexpr int64_t kTasksPerThread = 4;
+  static constexpr int64_t kLanesOfRows = 1 << 18;  // half of a small second-level cache
+
+  // The first and the end of what is left of a thread's tasks.
+  static constexpr uint64_t kFirst = 1ull << 32;
+  static int64_t first_of(uint64_t left) { return (int64_t)(left / kFirst); }
+  static int64_t end_of(uint64_t left) { return (int64_t)(left % kFirst); }
+
+  struct alignas(64) Own {
+    std::atomic<uint64_t> left{0};
+  };
+
+  Share panels_of(int64_t number) const { return Share::of(number, (int64_t)own_.size(), panels_); }
+
+  Task task(int64_t owner, int64_t index) const {
+    const Share panels = panels_of(owner);
+    const int64_t count = panels.end - panels.begin;
+    return {panels.begin + index % count, index / count * rows_of_task};
+  }
+
+  const int64_t panels_;
+  std::vector<Own> own_;
 };
 
 // Calls `finish(row, first output, number of outputs, their sums)` for every row and panel. The
 // numbers of a row begin `stride` lanes after those of the row before.
 //
 // While a part of a weight is multiplied, the next one comes to a cache: of the same panel, or of
-// the panel that this thread has taken beforehand, where there are many. With few rows there is too
-// little to do meanwhile: what the processor fetches by itself is as quick, but it does not know
-// where the next panel begins.
+// the one that this thread will probably take.
 template <typename T, typename F>
 void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth, const T* weight,
                      int64_t outputs, F&& finish) {
@@ -94,24 +141,21 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
   };
   with_unit<T>([&]<typename Product>() {
     constexpr int kRows = Product::kRows;
-    const int depth_of_part = rows <= kFewInputs ? Product::kDepthOfFewRows : Product::kDepth;
-    const Shares shares(rows, outputs, depth, kRows);
-    const auto part_of = [&](int64_t panel, int k) {
-      const int width = width_of(panel);
-      return Ahead{(const char*)(start_of(panel) + k * width),
-                   std::min(depth_of_part, depth - k) * width * (int64_t)sizeof(float) / Ahead::kLine};
-    };
-    std::atomic<int64_t> next{0};
-    on_threads(rows * outputs * depth, [&] {
+    const bool few = rows <= kFewInputs;
+    const int depth_of_part = few ? Product::kDepthOfFewRows : Product::kDepth;
+    // What is asked for while a part is multiplied begins so many lanes of the summed axis later.
+    const int lead = few ? kLead : depth_of_part;
+    const int64_t threads = threads_for(rows * outputs * depth);
+    Shares shares(rows, outputs, depth, kRows, threads);
+    Crew::share(threads, [&](int number) {
       alignas(64) float sums[kRows * kPanel];
       Product product;
-      for (int64_t task = next.fetch_add(1), after; task < shares.tasks; task = after) {
-        after = shares.plenty ? next.fetch_add(1) : shares.tasks;
-        const int64_t panel = shares.panel_of(task);
+      while (const auto task = shares.take(number)) {
+        const auto expected = shares.expected(number);
+        const int64_t panel = task->panel, first_row = task->first_row;
         const int width = width_of(panel);
         const int used = (int)std::min<int64_t>(kPanel, outputs - panel * kPanel);
         const auto* b = start_of(panel);
-        const int64_t first_row = shares.first_row_of(task);
         const int64_t end_row = std::min(rows, first_row + shares.rows_of_task);
         for (int64_t row = first_row; row < end_row; row += kRows) {
           const int count = (int)std::min<int64_t>(kRows, end_row - row);
@@ -119,19 +163,18 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
           for (int k = 0; k < depth; k += depth_of_part) {
             const int lanes = std::min(depth_of_part, depth - k);
             Ahead ahead;
-            const bool last = k + depth_of_part >= depth && row + kRows >= end_row;
-            if (count > kFewInputs && row == first_row && k + depth_of_part < depth)
-              ahead = part_of(panel, k + depth_of_part);
-            else if (last && after < shares.tasks)
-              ahead = part_of(shares.panel_of(after), 0);
-            if (count <= kFewInputs) ahead.lines = std::min(ahead.lines, kFirstLines);
+            if (row == first_row) ahead.add(b + std::min(k + lead, depth) * width, b + std::min(k + lead + lanes, depth) * width);
+            if (k + lanes == depth && row + kRows >= end_row && expected) {
+              const auto* next = start_of(expected->panel);
+              ahead.add(next, next + std::min(lead, depth) * width_of(expected->panel));
+            }
+            ahead.near = few;
             ahead.steps = blocks_of(count, width) * (lanes / kLanes);
             product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
                                          kPanel, count, width, k > 0);
           }
           for (int r = 0; r < count; r++) finish(row + r, panel * kPanel, used, sums + r * kPanel);
         }
-        if (!shares.plenty) after = next.fetch_add(1);
       }
     });
   });
@@ -206,7 +249,7 @@ class Rows {
     own_ = at::empty({rows, stride_}, plain_.options());
     T* own = own_.mutable_data_ptr<T>();
     const T* scale = layer.norm ? layer.norm->const_data_ptr<T>() : nullptr;
-    at::parallel_for(0, rows, grain(inputs), [&](int64_t begin, int64_t end) {
+    for_rows(rows, inputs, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++)
         if (scale)
           norm_row(data_ + row * inputs, scale, inputs, (float)layer.eps, own + row * stride_);
@@ -274,7 +317,7 @@ void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
   const at::Tensor quantized = at::empty({num_rows, stride}, layer.input.options().dtype(at::kByte));
   auto* bytes = quantized.mutable_data_ptr<uint8_t>();
   const auto input_scale = std::make_unique_for_overwrite<float[]>(num_rows);
-  at::parallel_for(0, num_rows, grain(inputs), [&](int64_t begin, int64_t end) {
+  for_rows(num_rows, inputs, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; row++)
       input_scale[row] = quantize_row<kZeroPoint>(rows.row(row), inputs, bytes + row * stride);
   });

@@ -21,6 +21,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "crew.h"
 #include "operations.h"
 #include "tasks.h"
 #include "units.h"
@@ -644,7 +645,7 @@ void in_parallel(const Call<T, Kept>& call, int64_t count, int64_t products, F&&
   const int64_t num_threads = at::get_num_threads();
   const int64_t batch = std::clamp<int64_t>(count / (num_threads * kBatches), 1, kMaxBatch);
   std::atomic<int64_t> next{0};
-  on_threads(products, [&] {
+  Crew::share(threads_for(products), [&](int) {
     AnyWorker worker(call, workspace());
     for (int64_t index; (index = next.fetch_add(batch)) < count;) {
       const int64_t end = std::min(count, index + batch);

@@ -9,11 +9,6 @@
 
 namespace headroom {
 
-// Rows of this width that are worth a second thread.
-inline int64_t grain(int64_t width) {
-  return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, width));
-}
-
 // x / rms(x) * scale, in float until the end.
 template <typename T>
 void norm_row(const T* from, const T* scale, int64_t width, float eps, T* to) {

@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "lanes.h"
 
@@ -287,22 +288,36 @@ inline int64_t blocks_of(int rows, int columns) {
   return blocks;
 }
 
-// Memory that will be read next, asked for while there is something to compute: in equal shares by
-// so many steps, of sixteen lanes of the summed axis of one block.
+// Memory that will be read next, asked for while there is something to compute: one stretch or two, in
+// equal shares by so many steps, of sixteen lanes of the summed axis of one block.
 struct Ahead {
-  const char* at = nullptr;
-  int64_t lines = 0, steps = 0;
+  int64_t steps = 0;
+  bool near = false;  // whether the first-level cache is asked for what the next step reads
+
+  void add(const void* begin, const void* end) {
+    Stretch& stretch = now_.at == now_.end ? now_ : then_;
+    stretch = {static_cast<const char*>(begin), static_cast<const char*>(end)};
+  }
 
   void ask_for_a_share() {
     if (steps <= 0) return;
-    const int64_t share = (lines + steps - 1) / steps;
-    for (int64_t i = 0; i < share; i++) prefetch(at + i * kLine);
-    at += share * kLine;
-    lines -= share;
-    steps--;
+    const int64_t left = now_.end - now_.at + then_.end - then_.at;
+    int64_t lines = (left / kLine + steps - 1) / steps;
+    for (steps--; lines > 0; lines--, now_.at += kLine) {
+      if (now_.at >= now_.end) now_ = std::exchange(then_, {});
+      if (now_.at >= now_.end) return;
+      prefetch(now_.at);
+    }
   }
 
   static constexpr int kLine = 64;
+
+ private:
+  struct Stretch {
+    const char *at = nullptr, *end = nullptr;
+  };
+
+  Stretch now_, then_;
 };
 
 // `multiply` of lanes.h, for types of 16 and 8 bits, by a unit.
@@ -324,6 +339,9 @@ void multiply_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t*
       else
         unit.clear();
       for (int k = 0; k < whole; k += kLanes) {
+        if (ahead.near)
+          for (int line = 0; line < b_stride; line++)
+            prefetch_near(b + (k + kLanes) * b_stride + line * kLanes);
         unit.template multiply_add<T>(a + r * a_stride + k, a_stride, b + k * b_stride + n,
                                       b_stride, width);
         ahead.ask_for_a_share();
