@@ -43,11 +43,6 @@ inline void prefetch(const void* line) {
   asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(line)));
 }
 
-// Into the first-level cache.
-inline void prefetch_near(const void* line) {
-  asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(line)));
-}
-
 // Sixteen neighbouring pairs, apart.
 struct Pairs {
   Vec first, second;

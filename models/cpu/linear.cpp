@@ -168,7 +168,6 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
               const auto* next = start_of(expected->panel);
               ahead.add(next, next + std::min(lead, depth) * width_of(expected->panel));
             }
-            ahead.near = few;
             ahead.steps = blocks_of(count, width) * (lanes / kLanes);
             product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
                                          kPanel, count, width, k > 0);

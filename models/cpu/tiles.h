@@ -292,7 +292,6 @@ inline int64_t blocks_of(int rows, int columns) {
 // equal shares by so many steps, of sixteen lanes of the summed axis of one block.
 struct Ahead {
   int64_t steps = 0;
-  bool near = false;  // whether the first-level cache is asked for what the next step reads
 
   void add(const void* begin, const void* end) {
     Stretch& stretch = now_.at == now_.end ? now_ : then_;
@@ -339,9 +338,6 @@ void multiply_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t*
       else
         unit.clear();
       for (int k = 0; k < whole; k += kLanes) {
-        if (ahead.near)
-          for (int line = 0; line < b_stride; line++)
-            prefetch_near(b + (k + kLanes) * b_stride + line * kLanes);
         unit.template multiply_add<T>(a + r * a_stride + k, a_stride, b + k * b_stride + n,
                                       b_stride, width);
         ahead.ask_for_a_share();
