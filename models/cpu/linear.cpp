@@ -28,8 +28,8 @@ namespace headroom {
 namespace {
 
 constexpr int kPanel = 64;         // outputs of a task
-constexpr int kFewInputs = kLanes;  // so few read a panel in one piece, and ask for what comes
-constexpr int kLead = 64;           // so many lanes of the summed axis later
+constexpr int kFewInputs = kLanes;  // so few rows are computed faster than a panel is read, and
+constexpr int kLeadOfFew = 64;      // ask for what comes only so many lanes of the summed axis before
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
@@ -141,10 +141,8 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
   };
   with_unit<T>([&]<typename Product>() {
     constexpr int kRows = Product::kRows;
-    const bool few = rows <= kFewInputs;
-    const int depth_of_part = few ? Product::kDepthOfFewRows : Product::kDepth;
     // What is asked for while a part is multiplied begins so many lanes of the summed axis later.
-    const int lead = few ? kLead : depth_of_part;
+    const int lead = rows <= kFewInputs ? kLeadOfFew : Product::kDepth;
     const int64_t threads = threads_for(rows * outputs * depth);
     Shares shares(rows, outputs, depth, kRows, threads);
     Crew::share(threads, [&](int number) {
@@ -157,18 +155,24 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
         const int used = (int)std::min<int64_t>(kPanel, outputs - panel * kPanel);
         const auto* b = start_of(panel);
         const int64_t end_row = std::min(rows, first_row + shares.rows_of_task);
+        Ahead ahead;
         for (int64_t row = first_row; row < end_row; row += kRows) {
           const int count = (int)std::min<int64_t>(kRows, end_row - row);
           const auto* a = input + row * stride;
-          for (int k = 0; k < depth; k += depth_of_part) {
-            const int lanes = std::min(depth_of_part, depth - k);
-            Ahead ahead;
-            if (row == first_row) ahead.add(b + std::min(k + lead, depth) * width, b + std::min(k + lead + lanes, depth) * width);
-            if (k + lanes == depth && row + kRows >= end_row && expected) {
-              const auto* next = start_of(expected->panel);
-              ahead.add(next, next + std::min(lead, depth) * width_of(expected->panel));
+          for (int k = 0; k < depth; k += Product::kDepth) {
+            const int lanes = std::min(Product::kDepth, depth - k);
+            if (row == first_row) {
+              ahead = {};
+              ahead.add(b + std::min(k + lead, depth) * width,
+                        b + std::min(k + lead + lanes, depth) * width);
+              if (k + lanes == depth && expected) {
+                const auto* next = start_of(expected->panel);
+                ahead.add(next, next + std::min(lead, depth) * width_of(expected->panel));
+              }
+              const int64_t rows_left = k + lanes == depth ? end_row - row : count;
+              ahead.steps = blocks_of(count, width) * (lanes / kLanes) +
+                            blocks_of((int)rows_left - count, width) * (depth / kLanes);
             }
-            ahead.steps = blocks_of(count, width) * (lanes / kLanes);
             product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
                                          kPanel, count, width, k > 0);
           }

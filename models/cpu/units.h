@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
 
 #include "tiles.h"
 
@@ -21,8 +20,7 @@ struct ByVectors {
   static constexpr bool kHasTiles = false;
   static constexpr int kRows = 48;  // of a task, which share what is packed
   static constexpr int kStep = 1;   // lanes of the summed axis at once
-  // Of those of a weight, so that its part stays in a cache; with few rows it is read but once.
-  static constexpr int kDepth = 256, kDepthOfFewRows = 256;
+  static constexpr int kDepth = 256;  // of those of a weight, so that its part stays in a cache
 
   // Of a weight in memory, and what of it is ahead.
   template <typename T, typename... Args>
@@ -42,7 +40,7 @@ struct ByTiles {
   static constexpr bool kHasTiles = true;
   static constexpr int kRows = kMostRows;
   static constexpr int kStep = kLanes;
-  static constexpr int kDepth = 64, kDepthOfFewRows = std::numeric_limits<int>::max() / 2;
+  static constexpr int kDepth = 1024;
 
   template <typename T, typename... Args>
   void multiply(Ahead& ahead, Args... args) {
