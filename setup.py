@@ -54,7 +54,7 @@ def extension(name: str, features: tuple[str, ...]) -> Extension:
         f"models.cpu.{name}",
         [
             f"models/cpu/{source}.cpp"
-            for source in ("decoder_stack", "fused", "linear", "paged_attention")
+            for source in ("crew", "decoder_stack", "fused", "linear", "paged_attention")
         ],
         depends=[str(path.relative_to(HERE)) for path in HERE.glob("models/cpu/*.h")],
         include_dirs=include_paths(),
@@ -62,6 +62,9 @@ def extension(name: str, features: tuple[str, ...]) -> Extension:
         libraries=["c10", "torch_cpu"],
         extra_compile_args=[
             *("-std=c++20", "-O3", "-g0", "-fopenmp"),
+            # Else what is rounded once or twice depends on what was inlined, and two ways to compute
+            # the same number differ.
+            "-ffp-contract=off",
             # GCC 12 says so of its own intrinsics.
             *("-Wno-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
             *("-m" + feature.replace("_", "").replace("fma3", "fma") for feature in features),

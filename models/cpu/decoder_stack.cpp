@@ -26,10 +26,8 @@ struct Weight {
   int64_t outputs;
   MaybeTensor bias;
 
-  Upcoming memory() const {
-    const int64_t pieces = (outputs + 63) / 64;
-    return {static_cast<const char*>(parts[0].const_data_ptr()), (int64_t)parts[0].nbytes() / ((outputs + 15) / 16 * 16) * 64, pieces};
-  }
+  // It is read after the next product.
+  void expect() const { Crew::expect(upcoming(parts[0], outputs)); }
 
   at::Tensor multiply(const at::Tensor& input, const MaybeTensor& norm, double eps, bool swiglu,
                       const MaybeTensor& residual) const {
@@ -124,20 +122,20 @@ class DecoderStack : public torch::CustomClassHolder {
         TORCH_CHECK(tensor.is_cpu(), "a step is on ", tensor.device(), "; allowed: cpu");
     const Step step{cos, sin, slots, block_tables, query_start, num_computed};
     Crew::gather([&] {
-    for (size_t i = 0; i < layers_.size(); i++) {
-      const DecoderLayer& layer = layers_[i];
-      Crew::expect(layer.output.memory());
-      const at::Tensor projected = layer.qkv.multiply(hidden, layer.attention_norm,
-                                                      layer.attention_eps, false, std::nullopt);
-      const at::Tensor read = attend(layer.heads, projected, step);
-      Crew::expect(layer.up.memory());
-      hidden = layer.output.multiply(read, std::nullopt, 0., false, hidden);
-      Crew::expect(layer.down.memory());
-      const at::Tensor wide =
-          layer.up.multiply(hidden, layer.mlp_norm, layer.mlp_eps, false, std::nullopt);
-      if (i + 1 < layers_.size()) Crew::expect(layers_[i + 1].qkv.memory());
-      hidden = layer.down.multiply(wide, std::nullopt, 0., true, hidden);
-    }
+      for (size_t i = 0; i < layers_.size(); i++) {
+        const DecoderLayer& layer = layers_[i];
+        layer.output.expect();
+        const at::Tensor projected = layer.qkv.multiply(hidden, layer.attention_norm,
+                                                        layer.attention_eps, false, std::nullopt);
+        const at::Tensor read = attend(layer.heads, projected, step);
+        layer.up.expect();
+        hidden = layer.output.multiply(read, std::nullopt, 0., false, hidden);
+        layer.down.expect();
+        const at::Tensor wide =
+            layer.up.multiply(hidden, layer.mlp_norm, layer.mlp_eps, false, std::nullopt);
+        if (i + 1 < layers_.size()) layers_[i + 1].qkv.expect();
+        hidden = layer.down.multiply(wide, std::nullopt, 0., true, hidden);
+      }
     });
     return hidden;
   }

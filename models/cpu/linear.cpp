@@ -34,11 +34,13 @@ constexpr int kZeroPoint = 128;    // what the whole number of an input is more 
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
 
+int64_t panels_of(int64_t outputs) { return (outputs + kPanel - 1) / kPanel; }
+
 // Calls `visit(at in the packed weight, at in the plain one)` for every element that both have.
 template <typename T, typename F>
 void for_each(int64_t outputs, int64_t inputs, F&& visit) {
   constexpr int kValues = Lane<T>::kValues;
-  const int64_t panels = (outputs + kPanel - 1) / kPanel;
+  const int64_t panels = panels_of(outputs);
   at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end_panel) {
     for (int64_t panel = begin; panel < end_panel; panel++) {
       const int64_t first = panel * kPanel;
@@ -62,7 +64,7 @@ class Shares {
   };
 
   Shares(int64_t rows, int64_t outputs, int64_t depth, int64_t most_rows, int64_t threads)
-      : panels_((outputs + kPanel - 1) / kPanel), own_(threads) {
+      : panels_(panels_of(outputs)), own_(threads) {
     const int64_t tiles = (rows + most_rows - 1) / most_rows;
     const int64_t for_threads = (kTasksPerThread * at::get_num_threads() + panels_ - 1) / panels_;
     const int64_t for_cache = (rows * depth + kLanesOfRows - 1) / kLanesOfRows;
@@ -70,7 +72,7 @@ class Shares {
     rows_of_task = (tiles + parts - 1) / parts * most_rows;
     const int64_t tasks_of_panel = (rows + rows_of_task - 1) / rows_of_task;
     for (int64_t number = 0; number < threads; number++) {
-      const Share panels = panels_of(number);
+      const Part panels = own_panels(number);
       own_[number].left = (uint64_t)((panels.end - panels.begin) * tasks_of_panel);
     }
   }
@@ -112,10 +114,10 @@ class Shares {
     std::atomic<uint64_t> left{0};
   };
 
-  Share panels_of(int64_t number) const { return Share::of(number, (int64_t)own_.size(), panels_); }
+  Part own_panels(int64_t number) const { return Part::of(number, (int64_t)own_.size(), panels_); }
 
   Task task(int64_t owner, int64_t index) const {
-    const Share panels = panels_of(owner);
+    const Part panels = own_panels(owner);
     const int64_t count = panels.end - panels.begin;
     return {panels.begin + index % count, index / count * rows_of_task};
   }
@@ -379,6 +381,12 @@ void unpack_weight(const at::Tensor& packed, const at::Tensor& weight) {
 }
 
 }  // namespace
+
+Upcoming upcoming(const at::Tensor& weight, int64_t outputs) {
+  const int64_t bytes_of_output = (int64_t)weight.nbytes() / padded(outputs);
+  return {static_cast<const char*>(weight.const_data_ptr()), kPanel * bytes_of_output,
+          panels_of(outputs)};
+}
 
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, int64_t outputs,
                          const std::optional<at::Tensor>& bias,

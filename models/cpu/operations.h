@@ -6,7 +6,12 @@
 
 #include <optional>
 
+#include "crew.h"
+
 namespace headroom {
+
+// A packed weight, as what is read next.
+Upcoming upcoming(const at::Tensor& weight, int64_t outputs);
 
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, int64_t outputs,
                          const std::optional<at::Tensor>& bias,

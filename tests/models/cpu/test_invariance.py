@@ -35,7 +35,7 @@ CONFIG = tiny.llama(
 @given(
     mates=st.lists(st.integers(1, 40), max_size=4),
     cuts=st.lists(st.integers(1, 12), min_size=1, max_size=6),
-    threads=st.sampled_from([1, 2]),
+    threads=st.sampled_from([1, 2, 5]),
     seed=st.integers(0, 2**16),
 )
 def test_logits_of_a_sequence_are_its_own(
