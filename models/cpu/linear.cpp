@@ -78,26 +78,10 @@ class Shares {
   }
 
   // What a thread does next, if anything is left.
-  std::optional<Task> take(int number) {
-    const int threads = (int)own_.size();
-    for (int other = 0; other < threads; other++) {
-      const int owner = (number + other) % threads;
-      std::atomic<uint64_t>& left = own_[owner].left;
-      for (uint64_t now = left; first_of(now) < end_of(now);) {
-        const uint64_t after = other ? now - 1 : now + kFirst;
-        if (left.compare_exchange_weak(now, after))
-          return task(owner, other ? end_of(now) - 1 : first_of(now));
-      }
-    }
-    return {};
-  }
+  std::optional<Task> take(int number) { return find<true>(number); }
 
   // What it will do after that, unless another comes first.
-  std::optional<Task> expected(int number) const {
-    const uint64_t now = own_[number].left;
-    if (first_of(now) == end_of(now)) return {};
-    return task(number, first_of(now));
-  }
+  std::optional<Task> expected(int number) { return find<false>(number); }
 
   int64_t rows_of_task;
 
@@ -113,6 +97,22 @@ class Shares {
   struct alignas(64) Own {
     std::atomic<uint64_t> left{0};
   };
+
+  // The first task of a thread's own, or else the last of another's.
+  template <bool kTake>
+  std::optional<Task> find(int number) {
+    const int threads = (int)own_.size();
+    for (int other = 0; other < threads; other++) {
+      const int owner = (number + other) % threads;
+      std::atomic<uint64_t>& left = own_[owner].left;
+      for (uint64_t now = left; first_of(now) < end_of(now);) {
+        const int64_t index = other ? end_of(now) - 1 : first_of(now);
+        if (!kTake || left.compare_exchange_weak(now, other ? now - 1 : now + kFirst))
+          return task(owner, index);
+      }
+    }
+    return {};
+  }
 
   Part own_panels(int64_t number) const { return Part::of(number, (int64_t)own_.size(), panels_); }
 
@@ -143,8 +143,10 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
   };
   with_unit<T>([&]<typename Product>() {
     constexpr int kRows = Product::kRows;
+    const bool few = rows <= kFewInputs;
+    const int most = few || rows > kRows ? Product::kDepth : Product::kDepthOfOneBlock;
     // What is asked for while a part is multiplied begins so many lanes of the summed axis later.
-    const int lead = rows <= kFewInputs ? kLeadOfFew : Product::kDepth;
+    const int lead = few ? kLeadOfFew : most;
     const int64_t threads = threads_for(rows * outputs * depth);
     Shares shares(rows, outputs, depth, kRows, threads);
     Crew::share(threads, [&](int number) {
@@ -161,8 +163,8 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
         for (int64_t row = first_row; row < end_row; row += kRows) {
           const int count = (int)std::min<int64_t>(kRows, end_row - row);
           const auto* a = input + row * stride;
-          for (int k = 0; k < depth; k += Product::kDepth) {
-            const int lanes = std::min(Product::kDepth, depth - k);
+          for (int k = 0; k < depth; k += most) {
+            const int lanes = std::min(most, depth - k);
             if (row == first_row) {
               ahead = {};
               ahead.add(b + std::min(k + lead, depth) * width,

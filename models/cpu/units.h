@@ -20,7 +20,7 @@ struct ByVectors {
   static constexpr bool kHasTiles = false;
   static constexpr int kRows = 48;  // of a task, which share what is packed
   static constexpr int kStep = 1;   // lanes of the summed axis at once
-  static constexpr int kDepth = 256;  // of those of a weight, so that its part stays in a cache
+  static constexpr int kDepth = 256, kDepthOfOneBlock = kDepth;  // of those of a weight, so that its part stays in a cache
 
   // Of a weight in memory, and what of it is ahead.
   template <typename T, typename... Args>
@@ -40,7 +40,7 @@ struct ByTiles {
   static constexpr bool kHasTiles = true;
   static constexpr int kRows = kMostRows;
   static constexpr int kStep = kLanes;
-  static constexpr int kDepth = 1024;
+  static constexpr int kDepth = 1024, kDepthOfOneBlock = 64;
 
   template <typename T, typename... Args>
   void multiply(Ahead& ahead, Args... args) {
