@@ -62,8 +62,8 @@ def extension(name: str, features: tuple[str, ...]) -> Extension:
         libraries=["c10", "torch_cpu"],
         extra_compile_args=[
             *("-std=c++20", "-O3", "-g0", "-fopenmp"),
-            # Else what is rounded once or twice depends on what was inlined, and two ways to compute
-            # the same number differ.
+            # Else the compiler rounds a sum of products once or twice as it inlines them, and two
+            # ways to compute the same number differ.
             "-ffp-contract=off",
             # GCC 12 says so of its own intrinsics.
             *("-Wno-attributes", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),

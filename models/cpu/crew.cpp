@@ -8,8 +8,8 @@
 namespace headroom {
 namespace {
 
-// Which thread did each piece of each job, `[jobs, pieces]`, counted from 1. One piece, if there is one of
-// this number, cannot be done.
+// Which thread did each piece of each job, `[jobs, pieces]`, counted from 1; -1 if it was done twice. The
+// piece of number `fails`, if there is one, cannot be done.
 at::Tensor done_by_crew(int64_t threads, int64_t jobs, int64_t pieces, int64_t fails) {
   const at::Tensor done = at::zeros({jobs, pieces}, at::kLong);
   auto* by = done.mutable_data_ptr<int64_t>();
@@ -19,7 +19,7 @@ at::Tensor done_by_crew(int64_t threads, int64_t jobs, int64_t pieces, int64_t f
       Crew::share(threads, [&](int number) {
         for (int64_t piece; (piece = next++) < (job + 1) * pieces;) {
           TORCH_CHECK(piece != fails, "piece ", piece, " cannot be done");
-          by[piece] += number + 1;
+          by[piece] = by[piece] ? -1 : number + 1;
         }
       });
     }

@@ -29,10 +29,10 @@ struct Part {
   }
 };
 
-// Memory that will be read, in pieces of which each thread begins with its part.
+// Memory that so many threads will read, in pieces of which each begins with its part.
 struct Upcoming {
   const char* at = nullptr;
-  int64_t bytes_of_piece = 0, pieces = 0;
+  int64_t bytes_of_piece = 0, pieces = 0, threads = 0;
 };
 
 class Crew {
@@ -51,8 +51,8 @@ class Crew {
   }
 
   // Calls `work(number)` on this thread, whose number is 0, and on those with numbers below `threads`
-  // that come while this one is at it: nobody waits for one that the system does not let run. So what
-  // there is to do must not be tied to a number. Throws what one of them throws.
+  // that come while this one is at it: before the end of a crew nobody waits for one that the system
+  // does not let run. So what there is to do must not be tied to a number. Throws what one of them throws.
   template <typename F>
   static void share(int64_t threads, F&& work) {
     if (threads <= 1) return work(0);
@@ -62,9 +62,20 @@ class Crew {
     of_this_thread->run((int)threads, {call, &work});
   }
 
-  // What will be read after the next work that is shared.
+  // What will be read after the next `advance`.
   static void expect(const Upcoming& upcoming) {
-    if (of_this_thread) of_this_thread->upcoming_ = upcoming;
+    if (of_this_thread) of_this_thread->expected_ = upcoming;
+  }
+
+  // The work that is shared next reads what threads asked for until now. When they are done with it they
+  // ask for what is expected.
+  static void advance() {
+    if (of_this_thread) of_this_thread->upcoming_ = std::exchange(of_this_thread->expected_, {});
+  }
+
+  // How many threads there can be.
+  static int64_t most_threads() {
+    return of_this_thread ? of_this_thread->size_ : at::get_num_threads();
   }
 
  private:
@@ -77,9 +88,11 @@ class Crew {
   class Asking {
    public:
     // Begins with the part of a thread, unless that is what it asks for already.
-    void turn_to(const Upcoming& upcoming, int number, int size) {
+    void turn_to(const Upcoming& upcoming, int number) {
       if (std::exchange(of_, upcoming.at) == upcoming.at) return;
-      const Part own = Part::of(number, size, upcoming.pieces);
+      at_ = end_ = nullptr;
+      if (number >= upcoming.threads) return;
+      const Part own = Part::of(number, upcoming.threads, upcoming.pieces);
       at_ = upcoming.at + own.begin * upcoming.bytes_of_piece;
       end_ = std::min(at_ + kMost, upcoming.at + own.end * upcoming.bytes_of_piece);
     }
@@ -113,17 +126,19 @@ class Crew {
   static constexpr uint64_t kOpen = 1ull << 31, kMostThreads = (1 << 15) - 1;
   static constexpr uint64_t kAtWork = (1 << kThreads) - 1, kDone = ~0ull;
 
-  static constexpr int kTurns = 1 << 14;  // of waiting before a thread sleeps; about a millisecond
+  static constexpr int kTurns = 1 << 14;  // of waiting before a thread sleeps: a millisecond or less
 
   explicit Crew(int64_t size) : size_((int)std::min<int64_t>(size, kMostThreads)) {}
 
   void run(int threads, const Work& work) {
     work_ = work;
-    state_ = ++number_ << kNumber | kOpen | (uint64_t)threads << kThreads;
+    state_ = ++number_ << kNumber | kOpen | (uint64_t)std::min(threads, size_) << kThreads;
     state_.notify_all();
+    of_this_thread = nullptr;  // what it shares meanwhile is not of this crew
     take_part(0);
+    of_this_thread = this;
     state_.fetch_and(~kOpen);
-    asking_.turn_to(upcoming_, 0, size_);
+    asking_.turn_to(upcoming_, 0);
     wait_until([](uint64_t state) { return !(state & kAtWork); }, asking_);
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
@@ -142,7 +157,7 @@ class Crew {
       while (may_come()) {
         if (!state_.compare_exchange_weak(state, state + 1)) continue;
         take_part(number);
-        asking.turn_to(upcoming_, number, size_);
+        asking.turn_to(upcoming_, number);
         state_.fetch_sub(1);
         state_.notify_all();
         break;
@@ -172,10 +187,11 @@ class Crew {
 
   static thread_local inline Crew* of_this_thread = nullptr;
 
-  const int size_;
-  std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<uint64_t> state_{0};  // in a line of a cache that waiting threads only read
+  alignas(64) const int size_;
   uint64_t number_ = 0;
   Asking asking_;  // of the thread that drives
+  Upcoming expected_;
   // These are written while nobody else is at work, and read by those who are.
   Work work_{};
   Upcoming upcoming_;
@@ -187,15 +203,16 @@ class Crew {
 // and to wait for each other, which on a busy machine is long.
 inline int64_t threads_for(int64_t products) {
   constexpr int64_t kWorthAThread = 1 << 16;
-  return std::clamp<int64_t>(products / kWorthAThread, 1, at::get_num_threads());
+  return std::clamp<int64_t>(products / kWorthAThread, 1, Crew::most_threads());
 }
 
 // Calls `work(begin, end)` until it was called for all of so many rows of this width.
 template <typename F>
 void for_rows(int64_t rows, int64_t width, F&& work) {
   constexpr int64_t kWorthAThread = 1 << 15;  // elements
-  const int64_t most = std::clamp<int64_t>(rows, 1, at::get_num_threads());
-  const int64_t parts = std::clamp<int64_t>(rows * width / kWorthAThread, 1, most);
+  const int64_t most = std::clamp<int64_t>(rows, 1, Crew::most_threads());
+  const int64_t parts =
+      std::clamp<int64_t>((rows * width + kWorthAThread - 1) / kWorthAThread, 1, most);
   std::atomic<int64_t> next{0};
   Crew::share(parts, [&](int) {
     for (int64_t number; (number = next++) < parts;) {

@@ -27,7 +27,7 @@ struct Weight {
   MaybeTensor bias;
 
   // It is read after the next product.
-  void expect() const { Crew::expect(upcoming(parts[0], outputs)); }
+  void expect(int64_t rows) const { Crew::expect(upcoming(parts[0], outputs, rows)); }
 
   at::Tensor multiply(const at::Tensor& input, const MaybeTensor& norm, double eps, bool swiglu,
                       const MaybeTensor& residual) const {
@@ -124,16 +124,16 @@ class DecoderStack : public torch::CustomClassHolder {
     Crew::gather([&] {
       for (size_t i = 0; i < layers_.size(); i++) {
         const DecoderLayer& layer = layers_[i];
-        layer.output.expect();
+        layer.output.expect(hidden.size(0));
         const at::Tensor projected = layer.qkv.multiply(hidden, layer.attention_norm,
                                                         layer.attention_eps, false, std::nullopt);
         const at::Tensor read = attend(layer.heads, projected, step);
-        layer.up.expect();
+        layer.up.expect(hidden.size(0));
         hidden = layer.output.multiply(read, std::nullopt, 0., false, hidden);
-        layer.down.expect();
+        layer.down.expect(hidden.size(0));
         const at::Tensor wide =
             layer.up.multiply(hidden, layer.mlp_norm, layer.mlp_eps, false, std::nullopt);
-        if (i + 1 < layers_.size()) layers_[i + 1].qkv.expect();
+        if (i + 1 < layers_.size()) layers_[i + 1].qkv.expect(hidden.size(0));
         hidden = layer.down.multiply(wide, std::nullopt, 0., true, hidden);
       }
     });

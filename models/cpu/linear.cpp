@@ -28,8 +28,10 @@ namespace headroom {
 namespace {
 
 constexpr int kPanel = 64;         // outputs of a task
-constexpr int kFewInputs = kLanes;  // so few rows are computed faster than a panel is read, and
-constexpr int kLeadOfFew = 64;      // ask for what comes only so many lanes of the summed axis before
+// So few rows are multiplied faster than their weight is read; what comes next is asked for only so many
+// lanes of the summed axis ahead.
+constexpr int kFewInputs = kLanes;
+constexpr int kLeadOfFew = 64;
 constexpr int kZeroPoint = 128;    // what the whole number of an input is more than its value
 
 int64_t padded(int64_t outputs) { return (outputs + kLanes - 1) / kLanes * kLanes; }
@@ -66,7 +68,7 @@ class Shares {
   Shares(int64_t rows, int64_t outputs, int64_t depth, int64_t most_rows, int64_t threads)
       : panels_(panels_of(outputs)), own_(threads) {
     const int64_t tiles = (rows + most_rows - 1) / most_rows;
-    const int64_t for_threads = (kTasksPerThread * at::get_num_threads() + panels_ - 1) / panels_;
+    const int64_t for_threads = (kTasksPerThread * threads + panels_ - 1) / panels_;
     const int64_t for_cache = (rows * depth + kLanesOfRows - 1) / kLanesOfRows;
     const int64_t parts = std::clamp(std::max(for_threads, for_cache), (int64_t)1, tiles);
     rows_of_task = (tiles + parts - 1) / parts * most_rows;
@@ -149,6 +151,7 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
     const int lead = few ? kLeadOfFew : most;
     const int64_t threads = threads_for(rows * outputs * depth);
     Shares shares(rows, outputs, depth, kRows, threads);
+    Crew::advance();
     Crew::share(threads, [&](int number) {
       alignas(64) float sums[kRows * kPanel];
       Product product;
@@ -384,10 +387,11 @@ void unpack_weight(const at::Tensor& packed, const at::Tensor& weight) {
 
 }  // namespace
 
-Upcoming upcoming(const at::Tensor& weight, int64_t outputs) {
+Upcoming upcoming(const at::Tensor& weight, int64_t outputs, int64_t rows) {
   const int64_t bytes_of_output = (int64_t)weight.nbytes() / padded(outputs);
   return {static_cast<const char*>(weight.const_data_ptr()), kPanel * bytes_of_output,
-          panels_of(outputs)};
+          panels_of(outputs),
+          threads_for(rows * outputs * bytes_of_output / (int64_t)sizeof(uint32_t))};
 }
 
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, int64_t outputs,

@@ -10,8 +10,8 @@
 
 namespace headroom {
 
-// A packed weight, as what is read next.
-Upcoming upcoming(const at::Tensor& weight, int64_t outputs);
+// A packed weight that so many rows will be multiplied by, as what is read next.
+Upcoming upcoming(const at::Tensor& weight, int64_t outputs, int64_t rows);
 
 at::Tensor packed_linear(const at::Tensor& input, const at::Tensor& weight, int64_t outputs,
                          const std::optional<at::Tensor>& bias,

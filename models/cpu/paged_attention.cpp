@@ -638,8 +638,9 @@ class Worker {
   int current_ = 0;
 };
 
-// Calls `work(worker, index, next index)` on all threads until all are done. Neighbours stay on one
-// thread for a while: they lie side by side in memory, and a thread knows what it will do next.
+// Calls `work(worker, index, next index)`, on as many threads as are worth it, until all are done.
+// Neighbours stay on one thread for a while: they lie side by side in memory, and a thread knows what
+// it will do next.
 template <typename AnyWorker, typename T, typename Kept, typename F>
 void in_parallel(const Call<T, Kept>& call, int64_t count, int64_t products, F&& work) {
   const int64_t num_threads = at::get_num_threads();

@@ -288,7 +288,7 @@ inline int64_t blocks_of(int rows, int columns) {
   return blocks;
 }
 
-// Memory that will be read next, asked for while there is something to compute: one stretch or two, in
+// Memory that will be read next, asked for while there is something to compute: at most two stretches, in
 // equal shares by so many steps, of sixteen lanes of the summed axis of one block.
 struct Ahead {
   int64_t steps = 0;

@@ -20,9 +20,10 @@ struct ByVectors {
   static constexpr bool kHasTiles = false;
   static constexpr int kRows = 48;  // of a task, which share what is packed
   static constexpr int kStep = 1;   // lanes of the summed axis at once
-  static constexpr int kDepth = 256, kDepthOfOneBlock = kDepth;  // of those of a weight, so that its part stays in a cache
+  // Of those of a weight, so that its part stays in a cache.
+  static constexpr int kDepth = 256, kDepthOfOneBlock = kDepth;
 
-  // Of a weight in memory, and what of it is ahead.
+  // Of a weight in memory; tiles leave time to ask for what of it is ahead.
   template <typename T, typename... Args>
   void multiply(Ahead&, Args... args) {
     headroom::multiply<T>(args...);
@@ -40,6 +41,8 @@ struct ByTiles {
   static constexpr bool kHasTiles = true;
   static constexpr int kRows = kMostRows;
   static constexpr int kStep = kLanes;
+  // Of a weight, so that a panel's part stays in the second-level cache; where one block is all there is,
+  // and memory the limit, in the first-level cache, from which its second half of rows reads it.
   static constexpr int kDepth = 1024, kDepthOfOneBlock = 64;
 
   template <typename T, typename... Args>

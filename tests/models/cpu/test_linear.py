@@ -58,7 +58,10 @@ def test_a_packed_layer_equals_a_plain_one(
 
 @settings(max_examples=40)
 @given(
-    rows=st.integers(2, 110), dtype=DTYPES, threads=st.sampled_from([1, 2, 5]), row=st.integers(0, 109)
+    rows=st.integers(2, 110),
+    dtype=DTYPES,
+    threads=st.sampled_from([1, 2, 5]),
+    row=st.integers(0, 109),
 )
 def test_a_row_is_the_same_alone_and_among_others(
     rows: int, dtype: torch.dtype, threads: int, row: int

@@ -34,6 +34,8 @@ pytestmark = needs_library
 @example(rows=65, inputs=1060, outputs=150, weight_dtype="auto", seed=0)
 @example(rows=17, inputs=2052, outputs=33, weight_dtype="int8", seed=0)
 @example(rows=1, inputs=4, outputs=1, weight_dtype="int8", seed=0)
+@example(rows=65, inputs=2100, outputs=80, weight_dtype="auto", seed=0)  # in two parts
+@example(rows=3, inputs=4200, outputs=80, weight_dtype="int8", seed=0)
 def test_tiles_multiply_as_vectors_do(
     unit: str, rows: int, inputs: int, outputs: int, weight_dtype: WeightDType, seed: int
 ) -> None:
