@@ -13,7 +13,7 @@ namespace {
 at::Tensor done_by_crew(int64_t threads, int64_t jobs, int64_t pieces, int64_t fails) {
   const at::Tensor done = at::zeros({jobs, pieces}, at::kLong);
   auto* by = done.mutable_data_ptr<int64_t>();
-  Crew::gather([&] {
+  Crew::gather(threads, [&] {
     for (int64_t job = 0; job < jobs; job++) {
       std::atomic<int64_t> next{job * pieces};
       Crew::share(threads, [&](int number) {

@@ -37,11 +37,12 @@ struct Upcoming {
 
 class Crew {
  public:
-  // Calls `drive()` on this thread, and has a crew for all that it shares.
+  // Calls `drive()` on this thread, and has a crew of so many threads for all that it shares. At the end
+  // it waits until the system has let each of them run, which has to be worth it.
   template <typename F>
-  static void gather(F&& drive) {
-    if (of_this_thread) return drive();
-    Crew crew(at::get_num_threads());
+  static void gather(int64_t threads, F&& drive) {
+    if (threads <= 1 || of_this_thread) return drive();
+    Crew crew(threads);
     at::parallel_for(0, crew.size_, 1, [&](int64_t number, int64_t) {
       if (number > 0) return crew.serve((int)number);
       of_this_thread = &crew;
@@ -56,7 +57,7 @@ class Crew {
   template <typename F>
   static void share(int64_t threads, F&& work) {
     if (threads <= 1) return work(0);
-    if (!of_this_thread) return gather([&] { share(threads, work); });
+    if (!of_this_thread) return gather(threads, [&] { share(threads, work); });
     using Function = std::remove_reference_t<F>;
     const auto call = [](void* function, int number) { (*static_cast<Function*>(function))(number); };
     of_this_thread->run((int)threads, {call, &work});

@@ -7,6 +7,7 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -104,6 +105,7 @@ class DecoderStack : public torch::CustomClassHolder {
     const auto weight = [&](int i) {
       Tensors parts{data[i]};
       if (!scales.empty()) parts.insert(parts.end(), {scales[i], row_sums[i]});
+      most_lanes_ = std::max(most_lanes_, (int64_t)data[i].nbytes() / (int64_t)sizeof(uint32_t));
       return Weight{std::move(parts), outputs[i], biases[i]};
     };
     layers_.push_back({{num_heads, rope, group, interleaved, std::move(pool), std::move(places),
@@ -121,7 +123,9 @@ class DecoderStack : public torch::CustomClassHolder {
       for (const at::Tensor& tensor : *each)
         TORCH_CHECK(tensor.is_cpu(), "a step is on ", tensor.device(), "; allowed: cpu");
     const Step step{cos, sin, slots, block_tables, query_start, num_computed};
-    Crew::gather([&] {
+    // With products so small that one thread is enough, others would be waited for and do nothing.
+    const bool alone = threads_for(hidden.size(0) * most_lanes_) == 1;
+    Crew::gather(alone ? 1 : Crew::most_threads(), [&] {
       for (size_t i = 0; i < layers_.size(); i++) {
         const DecoderLayer& layer = layers_[i];
         layer.output.expect(hidden.size(0));
@@ -142,6 +146,7 @@ class DecoderStack : public torch::CustomClassHolder {
 
  private:
   std::vector<DecoderLayer> layers_;
+  int64_t most_lanes_ = 0;  // of a weight
 };
 
 }  // namespace
