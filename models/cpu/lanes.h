@@ -42,6 +42,9 @@ inline float exp2(float x) { return first_of(exp2(splat(x))); }
 inline void prefetch(const void* line) {
   asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(line)));
 }
+inline void prefetch_nearer(const void* line) {
+  asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(line)));
+}
 
 // Sixteen neighbouring pairs, apart.
 struct Pairs {

@@ -131,8 +131,8 @@ class Shares {
 // Calls `finish(row, first output, number of outputs, their sums)` for every row and panel. The
 // numbers of a row begin `stride` lanes after those of the row before.
 //
-// While a part of a weight is multiplied, the next one comes to a cache: of the same panel, or of
-// the one that this thread will probably take.
+// While a part of a weight is multiplied, the next one comes to a cache, of the same panel or of
+// the one that this thread will probably take, and what was multiplied before is finished.
 template <typename T, typename F>
 void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth, const T* weight,
                      int64_t outputs, F&& finish) {
@@ -153,7 +153,17 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
     Shares shares(rows, outputs, depth, kRows, threads);
     Crew::advance();
     Crew::share(threads, [&](int number) {
-      alignas(64) float sums[kRows * kPanel];
+      alignas(64) float sums_of_two[2][kRows * kPanel];
+      float *sums = sums_of_two[0], *sums_before = sums_of_two[1];
+      struct {
+        int64_t row, first_output;
+        int used, rows, finished;
+      } before{};
+      const auto finish_before = [&](int most) {
+        const int end = std::min(before.rows, before.finished + most);
+        for (int& r = before.finished; r < end; r++)
+          finish(before.row + r, before.first_output, before.used, sums_before + r * kPanel);
+      };
       Product product;
       while (const auto task = shares.take(number)) {
         const auto expected = shares.expected(number);
@@ -166,6 +176,12 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
         for (int64_t row = first_row; row < end_row; row += kRows) {
           const int count = (int)std::min<int64_t>(kRows, end_row - row);
           const auto* a = input + row * stride;
+          const int steps = (int)blocks_of(count, width) * (depth / kLanes);
+          const int at_once = steps ? (before.rows + steps - 1) / steps : 0;
+          const auto meanwhile = [&] {
+            ahead.ask_for_a_share();
+            finish_before(at_once);
+          };
           for (int k = 0; k < depth; k += most) {
             const int lanes = std::min(most, depth - k);
             if (row == first_row) {
@@ -180,12 +196,15 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
               ahead.steps = blocks_of(count, width) * (lanes / kLanes) +
                             blocks_of((int)rows_left - count, width) * (depth / kLanes);
             }
-            product.template multiply<T>(ahead, a + k, stride, b + k * width, width, lanes, sums,
+            product.template multiply<T>(meanwhile, a + k, stride, b + k * width, width, lanes, sums,
                                          kPanel, count, width, k > 0);
           }
-          for (int r = 0; r < count; r++) finish(row + r, panel * kPanel, used, sums + r * kPanel);
+          finish_before(kRows);
+          before = {row, panel * kPanel, used, count, 0};
+          std::swap(sums, sums_before);
         }
       }
+      finish_before(kRows);
     });
   });
 }
@@ -289,13 +308,22 @@ class Finish {
         output_(output.mutable_data_ptr<T>()),
         outputs_(output.size(-1)) {}
 
-  void operator()(int64_t row, int64_t first, Leading lanes, Vec sum) const {
+  // Of `used` neighbouring outputs of a row, whose sums `sum_of(n, lanes)` gives sixteen at once.
+  template <typename F>
+  void operator()(int64_t row, int64_t first, int used, F&& sum_of) const {
     using L = Lane<T>;
-    if (bias_) sum = add(sum, L::load(bias_ + first, lanes));
     const int64_t at = row * outputs_ + first;
-    // Rounded twice, as it is in two operations.
-    if (residual_) sum = add(L::round(sum), L::load(residual_ + at, lanes));
-    L::store(output_ + at, sum, lanes);
+    const T* bias = bias_ ? bias_ + first : nullptr;
+    const T* residual = residual_ ? residual_ + at : nullptr;
+    T* to = output_ + at;
+    for (int n = 0; n < used; n += kLanes) {
+      const Leading lanes = first_lanes(used - n);
+      Vec sum = sum_of(n, lanes);
+      if (bias) sum = add(sum, L::load(bias + n, lanes));
+      // Rounded twice, as it is in two operations.
+      if (residual) sum = add(L::round(sum), L::load(residual + n, lanes));
+      L::store(to + n, sum, lanes);
+    }
   }
 
  private:
@@ -312,8 +340,7 @@ void apply(const Layer& layer, const T* weight, const at::Tensor& output) {
                      layer.rows(),
                      (int)(layer.inputs() / Lane<T>::kValues), weight, output.size(-1),
                      [&](int64_t row, int64_t first, int used, const float* sums) {
-                       for (int n = 0; n < used; n += kLanes)
-                         finish(row, first + n, first_lanes(used - n), load(sums + n));
+                       finish(row, first, used, [&](int n, Leading) { return load(sums + n); });
                      });
 }
 
@@ -335,12 +362,11 @@ void apply_int8(const Layer& layer, const int8_t* weight, const float* scale,
       reinterpret_cast<const uint32_t*>(bytes), (int)(stride / Lane<int8_t>::kValues),
       num_rows, (int)(inputs / Lane<int8_t>::kValues), weight, output.size(-1),
       [&](int64_t row, int64_t first, int used, const float* sums) {
-        for (int n = 0; n < used; n += kLanes) {
-          const Leading lanes = first_lanes(used - n);
+        finish(row, first, used, [&](int n, Leading lanes) {
           const Ints zero = mul(load_ints(row_sums + first + n, lanes), splat_int(kZeroPoint));
           const Vec worth = mul(load(scale + first + n, lanes), splat(input_scale[row]));
-          finish(row, first + n, lanes, mul(floats_of(sub(load_ints(sums + n), zero)), worth));
-        }
+          return mul(floats_of(sub(load_ints(sums + n), zero)), worth);
+        });
       });
 }
 

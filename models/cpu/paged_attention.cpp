@@ -489,9 +489,8 @@ class Worker {
     if (rows <= kFewRows)
       return add_weighted_rows(space_.unpacked_weights, kChunk, rows, here.values, head_dim_, padded, read,
                                width_, later.in_place ? later.keys : nullptr);
-    Ahead nothing;
     std::copy_n(read, rows * width_, space_.read);
-    product_.template multiply<T>(nothing, space_.weights, kChunk / L::kValues, packed_in_place(here),
+    product_.template multiply<T>([] {}, space_.weights, kChunk / L::kValues, packed_in_place(here),
                                   width_, padded / L::kValues, space_.read, width_, kLanes, width_,
                                   true);
     std::copy_n(space_.read, rows * width_, read);

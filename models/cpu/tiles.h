@@ -103,24 +103,36 @@ class Amx {
     }
   }
 
-  // Adds the products of sixteen lanes of the summed axis.
+  // Adds the products of sixteen lanes of the summed axis. Of four tiles, those of the next sixteen lanes
+  // come to the first-level cache meanwhile: a thread that has a core for itself does not need it, one that
+  // shares a core sees too little of what is next.
   template <typename T>
   void multiply_add(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride,
-                    int columns) const {
+                    int columns, const uint32_t* next_a, const uint32_t* next_b) const {
     HEADROOM_LOAD(4, a, a_stride);
     HEADROOM_LOAD(6, b, b_stride);
+    if (now_.second && columns > kLanes) {
+      HEADROOM_LOAD(5, a + kLanes * a_stride, a_stride);
+      HEADROOM_LOAD(7, b + kLanes, b_stride);
+      HEADROOM_MULTIPLY_ADD(0, 4, 6);
+      ask_for_tile(next_a, a_stride);
+      HEADROOM_MULTIPLY_ADD(2, 5, 6);
+      ask_for_tile(next_a + kLanes * a_stride, a_stride);
+      HEADROOM_MULTIPLY_ADD(1, 4, 7);
+      ask_for_tile(next_b, b_stride);
+      HEADROOM_MULTIPLY_ADD(3, 5, 7);
+      ask_for_tile(next_b + kLanes, b_stride);
+      return;
+    }
     HEADROOM_MULTIPLY_ADD(0, 4, 6);
     if (now_.second) {
       HEADROOM_LOAD(5, a + kLanes * a_stride, a_stride);
       HEADROOM_MULTIPLY_ADD(2, 5, 6);
+      return;
     }
     if (columns <= kLanes) return;
     HEADROOM_LOAD(7, b + kLanes, b_stride);
     HEADROOM_MULTIPLY_ADD(1, 4, 7);
-    if (now_.second) {
-      HEADROOM_MULTIPLY_ADD(3, 5, 7);
-      return;
-    }
     if (columns <= 2 * kLanes) return;
     HEADROOM_LOAD(6, b + 2 * kLanes, b_stride);
     HEADROOM_MULTIPLY_ADD(2, 4, 6);
@@ -166,6 +178,10 @@ class Amx {
 #undef HEADROOM_MULTIPLY_ADD
 
  private:
+  static void ask_for_tile(const uint32_t* rows, int stride) {
+    for (int row = 0; row < kLanes; row++) prefetch_nearer(rows + row * stride);
+  }
+
   struct Config {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes[16];  // of a row
@@ -217,7 +233,8 @@ class EmulatedAmx {
   }
 
   template <typename T>
-  void multiply_add(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, int columns) {
+  void multiply_add(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride, int columns,
+                    const uint32_t*, const uint32_t*) {
     const SmallIsZero small;
     for (int row = 0; row < num_rows(); row++)
       for (int column = 0; column < columns; column++)
@@ -319,11 +336,12 @@ struct Ahead {
   Stretch now_, then_;
 };
 
-// `multiply` of lanes.h, for types of 16 and 8 bits, by a unit.
-template <typename T, typename Unit>
+// `multiply` of lanes.h, for types of 16 and 8 bits, by a unit. Calls `meanwhile` after each step of
+// sixteen lanes of the summed axis of one block, for what vectors do while the unit multiplies.
+template <typename T, typename Unit, typename F>
 void multiply_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t* b, int b_stride,
                     int depth, float* c, int c_stride, int rows, int columns, bool accumulate,
-                    Ahead& ahead) {
+                    F&& meanwhile) {
   const int whole = depth / kLanes * kLanes;  // of what is left, vectors are quicker
   for (int r = 0; whole && r < rows; r += 2 * kLanes) {
     const int first = std::min(kLanes, rows - r);
@@ -338,9 +356,11 @@ void multiply_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t*
       else
         unit.clear();
       for (int k = 0; k < whole; k += kLanes) {
+        const int next = k + kLanes < whole ? k + kLanes : 0;
         unit.template multiply_add<T>(a + r * a_stride + k, a_stride, b + k * b_stride + n,
-                                      b_stride, width);
-        ahead.ask_for_a_share();
+                                      b_stride, width, a + r * a_stride + next,
+                                      b + next * b_stride + (next ? n : n + together));
+        meanwhile();
       }
       unit.store(sums, c_stride, width);
     }
@@ -401,9 +421,8 @@ void multiply_cached_tiles(Unit& unit, const uint32_t* a, int a_stride, const ui
                                         accumulate);
   };
   if (!std::is_same_v<T, at::BFloat16> || rows > kFewRows || !whole) {
-    Ahead nothing;
     return multiply_tiles<T>(unit, a, a_stride, b, b_stride, depth, c, c_stride, rows, columns,
-                             accumulate, nothing);
+                             accumulate, [] {});
   }
   if (rows == 1) by_vectors.template operator()<1>();
   if (rows == 2) by_vectors.template operator()<2>();
@@ -537,7 +556,7 @@ inline bool amx_agrees_with_its_description() {
   float by_vectors[kMaxRows * kMaxColumns];
   Amx amx;
   EmulatedAmx emulator;
-  Ahead nothing;
+  const auto nothing = [] {};
   const auto agree = [&]<typename T>(uint32_t bits, uint32_t always) {
     // As good as random, but for the bits that every number has.
     for (int i = 0; i < kMaxRows * kDepth; i++) a[i] = (i * 2654435761u & bits) | always;

@@ -23,9 +23,9 @@ struct ByVectors {
   // Of those of a weight, so that its part stays in a cache.
   static constexpr int kDepth = 256, kDepthOfOneBlock = kDepth;
 
-  // Of a weight in memory; tiles leave time to ask for what of it is ahead.
-  template <typename T, typename... Args>
-  void multiply(Ahead&, Args... args) {
+  // Of a weight in memory; tiles leave time for something else.
+  template <typename T, typename F, typename... Args>
+  void multiply(F&&, Args... args) {
     headroom::multiply<T>(args...);
   }
 
@@ -45,9 +45,9 @@ struct ByTiles {
   // and memory the limit, in the first-level cache, from which its second half of rows reads it.
   static constexpr int kDepth = 1024, kDepthOfOneBlock = 64;
 
-  template <typename T, typename... Args>
-  void multiply(Ahead& ahead, Args... args) {
-    multiply_tiles<T>(unit, args..., ahead);
+  template <typename T, typename F, typename... Args>
+  void multiply(F&& meanwhile, Args... args) {
+    multiply_tiles<T>(unit, args..., meanwhile);
   }
 
   template <typename T, typename... Args>
