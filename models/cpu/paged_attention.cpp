@@ -108,7 +108,10 @@ class Worker {
     Step step = first_of(task);
     locate(step, at(0), at(0));
     locate(following(step, expected), at(1), at(0));
-    if (step.is_in(task)) prepare(at(0), at(1));
+    if (step.is_in(task)) {
+      pack_keys(at(0));
+      score(at(0), at(1));
+    }
     while (step.is_in(task)) {
       const Step next = following(step, expected);
       locate(next, at(1), at(0));
@@ -118,7 +121,10 @@ class Worker {
         span.clear(rows, width_);
       }
       weigh(at(0), of(at(0), span));
-      if (next.is_in(task)) prepare(at(1), at(2));
+      // Tiles wait for what was written a moment ago: something else comes in between.
+      if (next.is_in(task)) pack_keys(at(1));
+      pack_values(at(0), at(2));
+      if (next.is_in(task)) score(at(1), at(2));
       read_values(at(0), at(2), of(at(0), span).read);
       if (!next.is_in(task) || next.chunk / kSpan != of_span) join(total, span, rows, width_);
       step = next;
@@ -330,8 +336,8 @@ class Worker {
     return (here.used + kKeyStep - 1) / kKeyStep * kKeyStep;
   }
 
-  // What is computed of a step before the turn of the one before it ends.
-  void prepare(Located& here, const Located& later) {
+  // Products of queries and keys, `[rows, kChunk]`, or, in place, of keys and queries.
+  void score(Located& here, const Located& later) {
     const Step& step = here.step;
     const int rows = step.task->num_rows, padded = padded_of(here);
     if constexpr (kInPlace) {
@@ -342,7 +348,6 @@ class Worker {
         return;
       }
     }
-    for (int i = 0; i < padded; i += kLanes) pack_keys(here, i);
     product_.template multiply_cached<T>(space_.query + step.head * rows * depth_, depth_, space_.keys,
                                          kChunk, depth_, space_.scores, kChunk, rows, padded, false);
   }
@@ -388,8 +393,13 @@ class Worker {
 
   uint32_t* packed_in_place(const Located& here) { return space_.values[(&here - located_) % 2]; }
 
-  // Sixteen keys, from the i-th of a chunk on, sixteen lanes at a time.
-  void pack_keys(const Located& here, int i) {
+  void pack_keys(const Located& here) {
+    if (here.in_place) return;
+    for (int i = 0, padded = padded_of(here); i < padded; i += kLanes) pack_sixteen_keys(here, i);
+  }
+
+  // From the i-th of a chunk on, sixteen lanes at a time.
+  void pack_sixteen_keys(const Located& here, int i) {
     for (int d = 0; d < kept_lanes_; d += kLanes) {
       const uint32_t* tile[kLanes];
       for (int k = 0; k < kLanes; k++) {
@@ -457,30 +467,37 @@ class Worker {
       weigh<true, false>(row, rows, first, vecs, running, scores, few);
   }
 
+  // Rows of floats are what they would be packed to.
+  bool packs_values(const Located& here) const {
+    return !here.in_place && !(std::is_same_v<Kept, float> && width_ == head_dim_);
+  }
+
+  void pack_values(const Located& here, const Located& later) {
+    if (!packs_values(here)) return;
+    for (int i = 0, padded = padded_of(here); i < padded; i += L::kValues) {
+      L::pack_values(here.values + i, head_dim_, space_.values[0] + i / L::kValues * width_);
+      for (int k = i; k < i + L::kValues; k++) ask_for(later, later.keys, k);
+    }
+  }
+
   // Adds the weighted values of a step.
   void read_values(const Located& here, const Located& later, float* read) {
     const int rows = here.step.task->num_rows, padded = padded_of(here);
     if constexpr (kInPlace) {
       if (here.in_place) return read_in_place(here, later, padded, rows, read);
     }
-    if constexpr (std::is_same_v<Kept, float>) {
-      if (width_ == head_dim_) {
-        // Rows of floats are what they would be packed to.
-        for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
-          for (int k = run->at; k < run->at + run->count; k++) ask_for(later, later.keys, k);
-          product_.template multiply_cached<T>(space_.weights + run->at, kChunk,
-                                               lanes(here.values[run->at], 0), head_dim_, run->count,
-                                               read, width_, rows, width_, true);
-        }
-        return;
-      }
+    if (packs_values(here)) {
+      product_.template multiply_cached<T>(space_.weights, kChunk / L::kValues, space_.values[0],
+                                           width_, padded / L::kValues, read, width_, rows, width_,
+                                           true);
+      return;
     }
-    for (int i = 0; i < padded; i += L::kValues) {
-      L::pack_values(here.values + i, head_dim_, space_.values[0] + i / L::kValues * width_);
-      for (int k = i; k < i + L::kValues; k++) ask_for(later, later.keys, k);
+    for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
+      for (int k = run->at; k < run->at + run->count; k++) ask_for(later, later.keys, k);
+      product_.template multiply_cached<T>(space_.weights + run->at, kChunk,
+                                           lanes(here.values[run->at], 0), head_dim_, run->count,
+                                           read, width_, rows, width_, true);
     }
-    product_.template multiply_cached<T>(space_.weights, kChunk / L::kValues, space_.values[0], width_,
-                                         padded / L::kValues, read, width_, rows, width_, true);
   }
 
   // To few queries vectors add values where they lie. To others tiles do, of as many rows as there are
@@ -523,47 +540,56 @@ class Worker {
   void weigh(int first_row, int rows, int first, int vecs, const Running& running, float* all_scores,
              bool unpacked_weights) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
-    float keep[kMostRows], peak[kMostRows];
-    for (int r = 0; r < rows; r++) {
-      float* scores = all_scores + r * kChunk;
-      Vec highest = splat(-std::numeric_limits<float>::infinity());
-      for (int v = 0; v < vecs; v++) {
-        Vec score = load(scores + v * kLanes);
-        if constexpr (!kPlain) {
-          score = score_of(first_row + r, v, score, keys_of(v));
-          store(scores + v * kLanes, score);
+    for (int begin = 0; begin < rows; begin += kLanes) {
+      const int end = std::min(rows, begin + kLanes), row = first_row + begin;
+      const Leading lanes = first_lanes(end - begin);
+      Vec of_row[kLanes];
+      std::fill(of_row, of_row + kLanes, splat(0.f));
+      for (int r = begin; r < end; r++) {
+        float* scores = all_scores + r * kChunk;
+        Vec highest = splat(-std::numeric_limits<float>::infinity());
+        for (int v = 0; v < vecs; v++) {
+          Vec score = load(scores + v * kLanes);
+          if constexpr (!kPlain) {
+            score = score_of(first_row + r, v, score, keys_of(v));
+            store(scores + v * kLanes, score);
+          }
+          if constexpr (kAllSeen)
+            highest = max(highest, score);
+          else
+            highest = max_where(seen_by(first_row + r, keys_of(v)), highest, score);
         }
-        if constexpr (kAllSeen)
-          highest = max(highest, score);
-        else
-          highest = max_where(seen_by(first_row + r, keys_of(v)), highest, score);
+        of_row[r - begin] = highest;
       }
-      peak[r] = std::max(running.highest[r], max_of(highest) * space_.factor[first_row + r]);
-    }
-    for (int r = 0; r < rows; r += kLanes) {
-      const Leading lanes = first_lanes(rows - r);
-      const Vec now = load(peak + r, lanes);
-      store(keep + r, exp2(sub(load(running.highest + r, lanes), now)));
-      store(running.highest + r, now, lanes);
-    }
-    for (int r = 0; r < rows; r++) {
-      const Vec factor = splat(space_.factor[first_row + r]), highest = splat(peak[r]);
-      Vec sum = splat(0.f);
-      for (int v = 0; v < vecs; v++) {
-        const Vec score = load(all_scores + r * kChunk + v * kLanes);
-        Vec weights = exp2(multiply_sub(score, factor, highest));
-        if constexpr (!kAllSeen) weights = where(seen_by(first_row + r, keys_of(v)), weights);
-        sum = add(sum, weights);
-        if constexpr (kScaled)
-          weights = where(seen_by(first_row + r, keys_of(v)),
-                          mul(weights, load(space_.value_scale + v * kLanes)));
-        if (unpacked_weights)
-          store(space_.unpacked_weights + r * kChunk + v * kLanes, L::round(weights));
-        else
-          L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
+      const Vec before = load(running.highest + begin, lanes);
+      const Vec peak = max(mul(maxima_of(of_row), load(space_.factor + row, lanes)), before);
+      const Vec keep = exp2(sub(before, peak));
+      alignas(64) float peaks[kLanes], kept[kLanes];
+      store(peaks, peak);
+      store(kept, keep);
+      for (int r = begin; r < end; r++) {
+        const Vec factor = splat(space_.factor[first_row + r]), highest = splat(peaks[r - begin]);
+        Vec sum = splat(0.f);
+        for (int v = 0; v < vecs; v++) {
+          const Vec score = load(all_scores + r * kChunk + v * kLanes);
+          Vec weights = exp2(multiply_sub(score, factor, highest));
+          if constexpr (!kAllSeen) weights = where(seen_by(first_row + r, keys_of(v)), weights);
+          sum = add(sum, weights);
+          if constexpr (kScaled)
+            weights = where(seen_by(first_row + r, keys_of(v)),
+                            mul(weights, load(space_.value_scale + v * kLanes)));
+          if (unpacked_weights)
+            store(space_.unpacked_weights + r * kChunk + v * kLanes, L::round(weights));
+          else
+            L::store_weights(space_.weights + r * (kChunk / L::kValues), v * kLanes, weights);
+        }
+        of_row[r - begin] = sum;
       }
-      if (keep[r] != 1.f) scale_row(running.read + r * width_, width_, keep[r]);
-      running.sum[r] = std::fma(running.sum[r], keep[r], sum_of(sum));
+      const Vec sums = multiply_add(load(running.sum + begin, lanes), keep, sums_of(of_row));
+      store(running.sum + begin, sums, lanes);
+      store(running.highest + begin, peak, lanes);
+      for (int r = begin; r < end; r++)
+        if (kept[r - begin] != 1.f) scale_row(running.read + r * width_, width_, kept[r - begin]);
     }
   }
 

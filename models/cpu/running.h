@@ -37,15 +37,22 @@ inline void scale_row(float* row, int64_t width, float factor) {
 
 // Add what later keys gave to what earlier ones gave.
 inline void join(const Running& total, const Running& part, int64_t rows, int64_t width) {
-  for (int64_t r = 0; r < rows; r++) {
-    const float highest = std::max(total.highest[r], part.highest[r]);
-    const float keep = exp2(total.highest[r] - highest), theirs = exp2(part.highest[r] - highest);
-    total.highest[r] = highest;
-    total.sum[r] = total.sum[r] * keep + part.sum[r] * theirs;
-    float *to = total.read + r * width, *from = part.read + r * width;
-    for (int64_t d = 0; d < width; d += kLanes) {
-      const Vec kept = mul(load(to + d), splat(keep));
-      store(to + d, multiply_add(load(from + d), splat(theirs), kept));
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const Leading lanes = first_lanes(rows - first);
+    const Vec before = load(total.highest + first, lanes), now = load(part.highest + first, lanes);
+    const Vec highest = max(now, before), keep = exp2(sub(before, highest)), take = exp2(sub(now, highest));
+    alignas(64) float kept[kLanes], taken[kLanes];
+    store(kept, keep);
+    store(taken, take);
+    store(total.highest + first, highest, lanes);
+    store(total.sum + first,
+          add(mul(load(total.sum + first, lanes), keep), mul(load(part.sum + first, lanes), take)), lanes);
+    for (int64_t r = first; r < std::min(rows, first + kLanes); r++) {
+      float *to = total.read + r * width, *from = part.read + r * width;
+      for (int64_t d = 0; d < width; d += kLanes) {
+        const Vec own = mul(load(to + d), splat(kept[r - first]));
+        store(to + d, multiply_add(load(from + d), splat(taken[r - first]), own));
+      }
     }
   }
 }

@@ -57,6 +57,29 @@ inline Vec round_to_whole(Vec x) {
 inline Vec scale_by_power(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
 inline float sum_of(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float max_of(Vec x) { return _mm512_reduce_max_ps(x); }
+// Of sixteen rows, what is left of each when its lanes are joined by halves, as `sum_of` joins them. Every
+// fourth row is beside the one before at first, so that they end up in order.
+template <typename F>
+Vec join_lanes(const Vec* rows, F&& join) {
+  Vec eights[8], fours[4], twos[2];
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 2; j++) {
+      const Vec a = rows[i + 8 * j], b = rows[i + 8 * j + 4];
+      eights[2 * i + j] =
+          join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+  for (int i = 0; i < 4; i++) {
+    const Vec a = eights[2 * i], b = eights[2 * i + 1];
+    fours[i] = join(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  for (int i = 0; i < 2; i++) {
+    const Vec a = fours[2 * i], b = fours[2 * i + 1];
+    twos[i] = join(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  return join(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
+}
+inline Vec sums_of(const Vec* rows) { return join_lanes(rows, add); }
+inline Vec maxima_of(const Vec* rows) { return join_lanes(rows, max); }
 inline float first_of(Vec x) { return _mm512_cvtss_f32(x); }
 
 inline Mask no_lanes() { return 0; }
