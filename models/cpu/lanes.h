@@ -37,11 +37,35 @@ inline Vec exp(Vec x) { return exp2(mul(x, splat(kLog2E))); }
 
 inline float exp2(float x) { return first_of(exp2(splat(x))); }
 
+// What becomes of each row, in a lane of its own; `join` does to two rows what `of_one` does to the lanes of
+// one, in the same order.
+template <typename One, typename Join>
+Vec of_rows(const Vec* rows, int count, One&& of_one, [[maybe_unused]] Join&& join) {
+#ifdef __AVX512F__
+  constexpr int kFew = 4;  // for which the network takes longer
+  if (count > kFew) return join_lanes(rows, join);
+#endif
+  alignas(64) float each[kLanes] = {};
+  for (int r = 0; r < count; r++) each[r] = of_one(rows[r]);
+  return load(each);
+}
+
+// Of up to sixteen rows; there are sixteen to read.
+inline Vec sums_of(const Vec* rows, int count) {
+  return of_rows(rows, count, [](Vec row) { return sum_of(row); },
+                 [](Vec a, Vec b) { return add(a, b); });
+}
+inline Vec maxima_of(const Vec* rows, int count) {
+  return of_rows(rows, count, [](Vec row) { return max_of(row); },
+                 [](Vec a, Vec b) { return max(a, b); });
+}
+
 // Asks for a line of memory, into the second-level cache. Not by an intrinsic: GCC takes a function
 // that only prefetches for one without effect, and drops its calls.
 inline void prefetch(const void* line) {
   asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(line)));
 }
+// Into the first-level cache.
 inline void prefetch_nearer(const void* line) {
   asm volatile("prefetcht0 %0" ::"m"(*static_cast<const char*>(line)));
 }

@@ -132,7 +132,7 @@ class Shares {
 // numbers of a row begin `stride` lanes after those of the row before.
 //
 // While a part of a weight is multiplied, the next one comes to a cache, of the same panel or of
-// the one that this thread will probably take, and what was multiplied before is finished.
+// the one that this thread will probably take, and, by tiles, the rows before are finished.
 template <typename T, typename F>
 void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth, const T* weight,
                      int64_t outputs, F&& finish) {
@@ -159,8 +159,8 @@ void multiply_panels(const uint32_t* input, int stride, int64_t rows, int depth,
         int64_t row, first_output;
         int used, rows, finished;
       } before{};
-      const auto finish_before = [&](int most) {
-        const int end = std::min(before.rows, before.finished + most);
+      const auto finish_before = [&](int most_rows) {
+        const int end = std::min(before.rows, before.finished + most_rows);
         for (int& r = before.finished; r < end; r++)
           finish(before.row + r, before.first_output, before.used, sums_before + r * kPanel);
       };
@@ -308,9 +308,9 @@ class Finish {
         output_(output.mutable_data_ptr<T>()),
         outputs_(output.size(-1)) {}
 
-  // Of `used` neighbouring outputs of a row, whose sums `sum_of(n, lanes)` gives sixteen at once.
+  // Of `used` neighbouring outputs of a row, whose sums `sums(n, lanes)` gives sixteen at once.
   template <typename F>
-  void operator()(int64_t row, int64_t first, int used, F&& sum_of) const {
+  void operator()(int64_t row, int64_t first, int used, F&& sums) const {
     using L = Lane<T>;
     const int64_t at = row * outputs_ + first;
     const T* bias = bias_ ? bias_ + first : nullptr;
@@ -318,7 +318,7 @@ class Finish {
     T* to = output_ + at;
     for (int n = 0; n < used; n += kLanes) {
       const Leading lanes = first_lanes(used - n);
-      Vec sum = sum_of(n, lanes);
+      Vec sum = sums(n, lanes);
       if (bias) sum = add(sum, L::load(bias + n, lanes));
       // Rounded twice, as it is in two operations.
       if (residual) sum = add(L::round(sum), L::load(residual + n, lanes));

@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <limits>
 #include <memory>
 #include <type_traits>
@@ -121,7 +120,8 @@ class Worker {
         span.clear(rows, width_);
       }
       weigh(at(0), of(at(0), span));
-      // Tiles wait for what was written a moment ago: something else comes in between.
+      // Tiles wait for what was written a moment ago, so between packing and products there is something
+      // else, where there is.
       if (next.is_in(task)) pack_keys(at(1));
       pack_values(at(0), at(2));
       if (next.is_in(task)) score(at(1), at(2));
@@ -336,7 +336,8 @@ class Worker {
     return (here.used + kKeyStep - 1) / kKeyStep * kKeyStep;
   }
 
-  // Products of queries and keys, `[rows, kChunk]`, or, in place, of keys and queries.
+  // Products of queries and keys, `[rows, kChunk]`, or, in place, of keys and queries; values that will be
+  // read in place are made ready as well.
   void score(Located& here, const Located& later) {
     const Step& step = here.step;
     const int rows = step.task->num_rows, padded = padded_of(here);
@@ -492,11 +493,13 @@ class Worker {
                                            true);
       return;
     }
-    for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
-      for (int k = run->at; k < run->at + run->count; k++) ask_for(later, later.keys, k);
-      product_.template multiply_cached<T>(space_.weights + run->at, kChunk,
-                                           lanes(here.values[run->at], 0), head_dim_, run->count,
-                                           read, width_, rows, width_, true);
+    if constexpr (std::is_same_v<Kept, float>) {
+      for (const Run* run = here.runs; run < here.runs + here.num_runs; run++) {
+        for (int k = run->at; k < run->at + run->count; k++) ask_for(later, later.keys, k);
+        product_.template multiply_cached<T>(space_.weights + run->at, kChunk,
+                                             lanes(here.values[run->at], 0), head_dim_, run->count,
+                                             read, width_, rows, width_, true);
+      }
     }
   }
 
@@ -541,8 +544,8 @@ class Worker {
              bool unpacked_weights) {
     const auto keys_of = [&](int v) { return add(lane_numbers(), splat_int(first + v * kLanes)); };
     for (int begin = 0; begin < rows; begin += kLanes) {
-      const int end = std::min(rows, begin + kLanes), row = first_row + begin;
-      const Leading lanes = first_lanes(end - begin);
+      const int end = std::min(rows, begin + kLanes), count = end - begin;
+      const Leading lanes = first_lanes(count);
       Vec of_row[kLanes];
       std::fill(of_row, of_row + kLanes, splat(0.f));
       for (int r = begin; r < end; r++) {
@@ -562,7 +565,8 @@ class Worker {
         of_row[r - begin] = highest;
       }
       const Vec before = load(running.highest + begin, lanes);
-      const Vec peak = max(mul(maxima_of(of_row), load(space_.factor + row, lanes)), before);
+      const Vec factors = load(space_.factor + first_row + begin, lanes);
+      const Vec peak = max(mul(maxima_of(of_row, count), factors), before);
       const Vec keep = exp2(sub(before, peak));
       alignas(64) float peaks[kLanes], kept[kLanes];
       store(peaks, peak);
@@ -585,7 +589,7 @@ class Worker {
         }
         of_row[r - begin] = sum;
       }
-      const Vec sums = multiply_add(load(running.sum + begin, lanes), keep, sums_of(of_row));
+      const Vec sums = multiply_add(load(running.sum + begin, lanes), keep, sums_of(of_row, count));
       store(running.sum + begin, sums, lanes);
       store(running.highest + begin, peak, lanes);
       for (int r = begin; r < end; r++)

@@ -103,9 +103,9 @@ class Amx {
     }
   }
 
-  // Adds the products of sixteen lanes of the summed axis. Of four tiles, those of the next sixteen lanes
-  // come to the first-level cache meanwhile: a thread that has a core for itself does not need it, one that
-  // shares a core sees too little of what is next.
+  // Adds the products of sixteen lanes of the summed axis. Where there are four, the tiles of the next step
+  // come to the first-level cache meanwhile. On a core that a thread has for itself its loads overtake
+  // products; on one that it shares too few of them do, and would take their time after each other.
   template <typename T>
   void multiply_add(const uint32_t* a, int a_stride, const uint32_t* b, int b_stride,
                     int columns, const uint32_t* next_a, const uint32_t* next_b) const {
@@ -355,11 +355,16 @@ void multiply_tiles(Unit& unit, const uint32_t* a, int a_stride, const uint32_t*
         unit.load(sums, c_stride, width);
       else
         unit.clear();
+      const bool same_rows = n + together < columns;
+      const uint32_t *own_rows = a + r * a_stride, *own_columns = b + n;
       for (int k = 0; k < whole; k += kLanes) {
-        const int next = k + kLanes < whole ? k + kLanes : 0;
-        unit.template multiply_add<T>(a + r * a_stride + k, a_stride, b + k * b_stride + n,
-                                      b_stride, width, a + r * a_stride + next,
-                                      b + next * b_stride + (next ? n : n + together));
+        const bool last = k + kLanes == whole;
+        const uint32_t* next_rows =
+            last ? a + (same_rows ? r : r + 2 * kLanes) * a_stride : own_rows + k + kLanes;
+        const uint32_t* next_columns =
+            last ? b + (same_rows ? n + together : 0) : own_columns + (k + kLanes) * b_stride;
+        unit.template multiply_add<T>(own_rows + k, a_stride, own_columns + k * b_stride, b_stride,
+                                      width, next_rows, next_columns);
         meanwhile();
       }
       unit.store(sums, c_stride, width);

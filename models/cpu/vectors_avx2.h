@@ -98,17 +98,6 @@ inline float max_of(Vec x) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
-// Of sixteen rows.
-inline Vec sums_of(const Vec* rows) {
-  alignas(32) float sums[kLanes];
-  for (int r = 0; r < kLanes; r++) sums[r] = sum_of(rows[r]);
-  return load(sums);
-}
-inline Vec maxima_of(const Vec* rows) {
-  alignas(32) float maxima[kLanes];
-  for (int r = 0; r < kLanes; r++) maxima[r] = max_of(rows[r]);
-  return load(maxima);
-}
 inline float first_of(Vec x) { return _mm256_cvtss_f32(x.low); }
 
 inline Ints splat_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }

@@ -57,8 +57,8 @@ inline Vec round_to_whole(Vec x) {
 inline Vec scale_by_power(Vec x, Vec whole) { return _mm512_scalef_ps(x, whole); }
 inline float sum_of(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float max_of(Vec x) { return _mm512_reduce_max_ps(x); }
-// Of sixteen rows, what is left of each when its lanes are joined by halves, as `sum_of` joins them. Every
-// fourth row is beside the one before at first, so that they end up in order.
+// Of sixteen rows, what is left of each when its lanes are joined by halves, as `sum_of` joins them. Rows
+// four apart are joined first, so that all end up in order.
 template <typename F>
 Vec join_lanes(const Vec* rows, F&& join) {
   Vec eights[8], fours[4], twos[2];
@@ -78,8 +78,6 @@ Vec join_lanes(const Vec* rows, F&& join) {
   }
   return join(_mm512_shuffle_ps(twos[0], twos[1], 0x88), _mm512_shuffle_ps(twos[0], twos[1], 0xdd));
 }
-inline Vec sums_of(const Vec* rows) { return join_lanes(rows, add); }
-inline Vec maxima_of(const Vec* rows) { return join_lanes(rows, max); }
 inline float first_of(Vec x) { return _mm512_cvtss_f32(x); }
 
 inline Mask no_lanes() { return 0; }

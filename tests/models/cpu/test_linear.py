@@ -16,6 +16,7 @@ from models.cpu.linear import WeightDType
 from models.layers import Gate, LayerNorm, RMSNorm
 from models.linear import BeforeLinear, Linear
 from tests.models import tiny
+from tests.models.cpu.units import UNITS, multiplying_by
 from tests.models.kernels import needs_library
 
 pytestmark = needs_library
@@ -78,7 +79,8 @@ def test_a_row_is_the_same_alone_and_among_others(
     assert torch.equal(packed.multiply(x[row]), together[row])
 
 
-@settings(max_examples=80)
+@pytest.mark.parametrize("unit", UNITS)
+@settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 110),
     inputs=st.integers(1, 45).map(lambda n: 4 * n),
@@ -89,10 +91,29 @@ def test_a_row_is_the_same_alone_and_among_others(
     weight_dtype=st.sampled_from(["auto", "int8"]),
     dtype=DTYPES,
 )
-@example(100, 768, 64, "norm", True, True, "int8", torch.bfloat16)
-@example(100, 768, 64, "gate", True, True, "auto", torch.bfloat16)
+@example(
+    rows=100,
+    inputs=768,
+    outputs=64,
+    before="norm",
+    bias=True,
+    residual=True,
+    weight_dtype="int8",
+    dtype=torch.bfloat16,
+)
+@example(
+    rows=100,
+    inputs=768,
+    outputs=64,
+    before="gate",
+    bias=True,
+    residual=True,
+    weight_dtype="auto",
+    dtype=torch.bfloat16,
+)
 @torch.inference_mode()
 def test_what_comes_before_and_after_has_the_same_bits_in_one_operation(
+    unit: str,
     rows: int,
     inputs: int,
     outputs: int,
@@ -110,10 +131,11 @@ def test_what_comes_before_and_after_has_the_same_bits_in_one_operation(
     added = torch.randn(rows, outputs).to(dtype)
     fused = layer(inputs, outputs, dtype, bias=bias)
     fused._packed = linear.pack(fused.weight, weight_dtype)
-    expected = fused(x if step is None else step(x))
-    if residual:
-        expected = added + expected
-    assert torch.equal(fused(x, step, added if residual else None), expected)
+    with multiplying_by(unit):
+        expected = fused(x if step is None else step(x))
+        if residual:
+            expected = added + expected
+        assert torch.equal(fused(x, step, added if residual else None), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
